@@ -1,0 +1,63 @@
+//! A memory-mapped file.
+
+use super::WeightsError;
+use memmap2::{Mmap, UncheckedAdvice};
+use std::fs::File;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+/// Ranges below this size are not given back to the system: the call costs more than they.
+const RELEASE_FROM_BYTES: usize = 1 << 16;
+
+/// A file, mapped read-only.
+pub(super) struct Mapped {
+    pub(super) path: PathBuf,
+    pub(super) format: &'static str,
+    map: Mmap,
+}
+
+impl Mapped {
+    /// Maps the file at `path`; `format` is its name in errors.
+    pub(super) fn open(path: &Path, format: &'static str) -> Result<Mapped, WeightsError> {
+        let io = |source| WeightsError::Io { path: path.to_path_buf(), source };
+        let file = File::open(path).map_err(io)?;
+        // SAFETY: model files are not written to in place while they are open here; every tool
+        // that fetches or saves them renames a finished file. Who truncates one all the same ends
+        // this process with SIGBUS, as with every reader of mapped weights.
+        let map = unsafe { Mmap::map(&file) }.map_err(io)?;
+        Ok(Mapped { path: path.to_path_buf(), format, map })
+    }
+
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.map
+    }
+
+    pub(super) fn bad(&self, reason: impl Into<String>) -> WeightsError {
+        WeightsError::BadFile {
+            file: self.path.clone(),
+            format: self.format,
+            reason: reason.into(),
+        }
+    }
+
+    /// The error for a file that should have `needed` bytes.
+    pub(super) fn truncated(&self, needed: u64) -> WeightsError {
+        WeightsError::Truncated { file: self.path.clone(), needed, actual: self.map.len() as u64 }
+    }
+
+    /// Lets the system take the pages of `range` back, so that a model being loaded does not
+    /// count twice in this process's resident memory.
+    pub(super) fn release(&self, range: Range<usize>) {
+        if range.len() < RELEASE_FROM_BYTES {
+            return;
+        }
+        // SAFETY: the map is read-only and backed by a file: a page that is dropped is read again
+        // from the file, with the same content, when somebody touches it.
+        let result = unsafe {
+            self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, range.start, range.len())
+        };
+        if let Err(error) = result {
+            tracing::debug!(file = %self.path.display(), %error, "pages not released");
+        }
+    }
+}
