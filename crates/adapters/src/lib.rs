@@ -27,7 +27,6 @@ pub mod peft;
 mod set;
 mod spec;
 
-pub use init::random_unit;
 pub use optimizer::AdamW;
 pub use set::{AdapterSet, AdapterState};
 pub use spec::{LoraSpec, Site};

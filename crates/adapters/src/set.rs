@@ -1,0 +1,362 @@
+use crate::init::init_a;
+use crate::optimizer::Buffers;
+use crate::{AdamW, AdapterError, LoraSpec, Site};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use std::collections::HashMap;
+use tch::{Device, Tensor};
+
+/// One adapter being trained: its LoRA matrices, gradients and AdamW moments as four flat float32
+/// buffers of P elements on one device. For each site A `[r, d_in]` is followed by B `[d_out, r]`.
+pub struct AdapterSet {
+    spec: LoraSpec,
+    sites: Vec<Site>,
+    /// Site by path.
+    index: HashMap<String, usize>,
+    /// Where each site's A begins in the flat buffers.
+    offsets: Vec<i64>,
+    parameters: Tensor,
+    gradients: Tensor,
+    first_moments: Tensor,
+    second_moments: Tensor,
+    n_steps: u64,
+}
+
+impl AdapterSet {
+    /// A fresh adapter as PEFT begins one: A uniform, B zero, so that it changes nothing yet.
+    pub fn init(
+        spec: LoraSpec,
+        sites: Vec<Site>,
+        seed: u64,
+        device: Device,
+    ) -> Result<Self, AdapterError> {
+        spec.validate()?;
+        let mut parameters = Vec::new();
+        for site in &sites {
+            parameters.extend(init_a(seed, site, spec.r));
+            parameters.resize(parameters.len() + spec.r * site.d_out as usize, 0.0);
+        }
+        let zeros = vec![0.0; parameters.len()];
+        let state = AdapterState {
+            gradients: zeros.clone(),
+            first_moments: zeros.clone(),
+            second_moments: zeros,
+            parameters,
+            n_steps: 0,
+        };
+        Self::from_state(spec, sites, state, device)
+    }
+
+    /// An adapter as [`AdapterSet::to_state`] left it.
+    pub fn from_state(
+        spec: LoraSpec,
+        sites: Vec<Site>,
+        state: AdapterState,
+        device: Device,
+    ) -> Result<Self, AdapterError> {
+        spec.validate()?;
+        let mut offsets = Vec::with_capacity(sites.len());
+        let mut n_parameters = 0;
+        for site in &sites {
+            offsets.push(n_parameters);
+            n_parameters += spec.r as i64 * (site.d_in + site.d_out);
+        }
+        let upload = |name: &str, values: &[f32]| {
+            if values.len() as i64 != n_parameters {
+                return Err(AdapterError::Shape {
+                    origin: "adapter state".into(),
+                    name: name.into(),
+                    found: vec![values.len() as i64],
+                    expected: vec![n_parameters],
+                });
+            }
+            Ok(Tensor::from_slice(values).to_device(device))
+        };
+        Ok(AdapterSet {
+            parameters: upload("parameters", &state.parameters)?,
+            gradients: upload("gradients", &state.gradients)?,
+            first_moments: upload("first_moments", &state.first_moments)?,
+            second_moments: upload("second_moments", &state.second_moments)?,
+            n_steps: state.n_steps,
+            index: sites.iter().enumerate().map(|(i, site)| (site.path.clone(), i)).collect(),
+            spec,
+            sites,
+            offsets,
+        })
+    }
+
+    /// Everything that changes while training, copied to the host.
+    pub fn to_state(&self) -> AdapterState {
+        AdapterState {
+            parameters: to_host(&self.parameters),
+            gradients: to_host(&self.gradients),
+            first_moments: to_host(&self.first_moments),
+            second_moments: to_host(&self.second_moments),
+            n_steps: self.n_steps,
+        }
+    }
+
+    pub fn spec(&self) -> &LoraSpec {
+        &self.spec
+    }
+
+    pub fn sites(&self) -> &[Site] {
+        &self.sites
+    }
+
+    /// P, the number of trained values.
+    pub fn n_parameters(&self) -> i64 {
+        self.parameters.numel() as i64
+    }
+
+    /// Optimizer steps taken.
+    pub fn n_steps(&self) -> u64 {
+        self.n_steps
+    }
+
+    /// Bytes on the device: parameters, gradients and both moments.
+    pub fn bytes(&self) -> u64 {
+        4 * 4 * self.n_parameters() as u64
+    }
+
+    pub fn device(&self) -> Device {
+        self.parameters.device()
+    }
+
+    /// The index of the site at a full module path, if that module carries LoRA.
+    pub fn site_index(&self, path: &str) -> Option<usize> {
+        self.index.get(path).copied()
+    }
+
+    /// A `[r, d_in]` and B `[d_out, r]` of a site, as views.
+    pub fn matrices(&self, site: usize) -> (Tensor, Tensor) {
+        self.views(&self.parameters, site)
+    }
+
+    /// The places of A `[r, d_in]` and B `[d_out, r]` of a site in a flat `[P]` buffer, as views.
+    pub fn views(&self, flat: &Tensor, site: usize) -> (Tensor, Tensor) {
+        let (r, offset) = (self.spec.r as i64, self.offsets[site]);
+        let Site { d_in, d_out, .. } = self.sites[site];
+        let a = flat.narrow(0, offset, r * d_in).view([r, d_in]);
+        let b = flat.narrow(0, offset + r * d_in, d_out * r).view([d_out, r]);
+        (a, b)
+    }
+
+    /// A `[P]` float32 buffer of zeros for one backward to write into.
+    pub fn new_gradient(&self) -> Tensor {
+        self.parameters.zeros_like()
+    }
+
+    /// Adds a flat `[P]` gradient to what earlier backwards left.
+    pub fn accumulate(&mut self, gradient: &Tensor) {
+        let _ = self.gradients.g_add_(gradient);
+    }
+
+    /// The accumulated gradient `[P]`, a view.
+    pub fn gradients(&self) -> &Tensor {
+        &self.gradients
+    }
+
+    /// Sum of squares of the accumulated gradients.
+    pub fn grad_norm_squared(&self) -> f64 {
+        self.gradients.dot(&self.gradients).double_value(&[])
+    }
+
+    /// One AdamW step on the accumulated gradients times `clip_factor`; then they are zero.
+    pub fn step(&mut self, optimizer: &AdamW, learning_rate: f64, clip_factor: f64) {
+        self.n_steps += 1;
+        let buffers = Buffers {
+            parameters: &mut self.parameters,
+            gradients: &mut self.gradients,
+            first_moments: &mut self.first_moments,
+            second_moments: &mut self.second_moments,
+        };
+        optimizer.apply(buffers, self.n_steps, learning_rate, clip_factor);
+        let _ = self.gradients.zero_();
+    }
+
+    /// Every LoRA matrix as a float32 host tensor under its name in a PEFT file.
+    pub fn named_tensors(&self) -> Vec<(String, Tensor)> {
+        self.named(&self.parameters)
+    }
+
+    /// The accumulated gradients in the same form.
+    pub fn named_gradients(&self) -> Vec<(String, Tensor)> {
+        self.named(&self.gradients)
+    }
+
+    fn named(&self, flat: &Tensor) -> Vec<(String, Tensor)> {
+        // `copy` detaches the values from the buffer, which training goes on to change.
+        let host = flat.to_device(Device::Cpu).copy();
+        let of_site = |(i, site): (usize, &Site)| {
+            let (a, b) = self.views(&host, i);
+            let [name_a, name_b] = site.peft_names();
+            [(name_a, a), (name_b, b)]
+        };
+        self.sites.iter().enumerate().flat_map(of_site).collect()
+    }
+
+    /// Sets the parameters from PEFT's tensors. All of this set's must be there; others, of layers
+    /// that are trained elsewhere, are passed over. Nothing changes if one does not fit.
+    pub fn load_named(&mut self, tensors: &[(String, Tensor)]) -> Result<(), AdapterError> {
+        let by_name: HashMap<&str, &Tensor> = tensors.iter().map(|(n, t)| (n.as_str(), t)).collect();
+        let loaded = self.parameters.zeros_like();
+        for (i, site) in self.sites.iter().enumerate() {
+            let (a, b) = self.views(&loaded, i);
+            for (name, mut place) in site.peft_names().into_iter().zip([a, b]) {
+                let value = by_name.get(name.as_str()).ok_or_else(|| missing(&name, tensors))?;
+                if value.size() != place.size() {
+                    return Err(AdapterError::Shape {
+                        origin: "adapter".into(),
+                        name,
+                        found: value.size(),
+                        expected: place.size(),
+                    });
+                }
+                place.copy_(value);
+            }
+        }
+        self.parameters = loaded;
+        Ok(())
+    }
+}
+
+fn missing(name: &str, tensors: &[(String, Tensor)]) -> AdapterError {
+    AdapterError::MissingTensor {
+        origin: "adapter".into(),
+        name: name.into(),
+        hint: match tensors.first() {
+            Some((first, _)) => format!(
+                "it holds {} tensors such as \"{first}\"; was it made for the same model, layers and targets?",
+                tensors.len()
+            ),
+            None => "it holds no tensors at all".into(),
+        },
+    }
+}
+
+fn to_host(tensor: &Tensor) -> Vec<f32> {
+    let mut values = vec![0.0; tensor.numel()];
+    tensor.to_device(Device::Cpu).copy_data(&mut values, tensor.numel());
+    values
+}
+
+/// What changes in an [`AdapterSet`] while it trains, on the host: four vectors of P values.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AdapterState {
+    pub parameters: Vec<f32>,
+    /// Accumulated and not yet used by a step.
+    pub gradients: Vec<f32>,
+    pub first_moments: Vec<f32>,
+    pub second_moments: Vec<f32>,
+    pub n_steps: u64,
+}
+
+const STATE_TENSORS: [&str; 4] = ["parameters", "gradients", "first_moments", "second_moments"];
+
+impl AdapterState {
+    /// One safetensors file.
+    pub fn to_safetensors(&self) -> Vec<u8> {
+        let buffers =
+            [&self.parameters, &self.gradients, &self.first_moments, &self.second_moments].map(
+                |values| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>(),
+            );
+        let views = STATE_TENSORS.iter().zip(&buffers).map(|(name, bytes)| {
+            let view = TensorView::new(Dtype::F32, vec![bytes.len() / 4], bytes)
+                .expect("four bytes for each value");
+            (*name, view)
+        });
+        let metadata = HashMap::from([("n_steps".to_string(), self.n_steps.to_string())]);
+        safetensors::serialize(views, Some(metadata)).expect("four flat tensors can be serialised")
+    }
+
+    pub fn from_safetensors(bytes: &[u8]) -> Result<Self, AdapterError> {
+        let wrong = |problem: String| AdapterError::File { path: "adapter state".into(), problem };
+        let (_, header) = SafeTensors::read_metadata(bytes)
+            .map_err(|e| wrong(format!("not a safetensors file ({e}); was it cut off?")))?;
+        let n_steps = header
+            .metadata()
+            .as_ref()
+            .and_then(|m| m.get("n_steps")?.parse().ok())
+            .ok_or_else(|| wrong("its metadata has no number n_steps".into()))?;
+        let file = SafeTensors::deserialize(bytes).map_err(|e| wrong(e.to_string()))?;
+        let [parameters, gradients, first_moments, second_moments] =
+            STATE_TENSORS.map(|name| match file.tensor(name) {
+                Ok(view) if view.dtype() == Dtype::F32 => Ok(f32_values(view.data())),
+                Ok(view) => Err(wrong(format!("{name} is {:?}, expected F32", view.dtype()))),
+                Err(_) => Err(wrong(format!("tensor \"{name}\" is missing"))),
+            });
+        Ok(AdapterState {
+            parameters: parameters?,
+            gradients: gradients?,
+            first_moments: first_moments?,
+            second_moments: second_moments?,
+            n_steps,
+        })
+    }
+}
+
+fn f32_values(bytes: &[u8]) -> Vec<f32> {
+    let (values, _) = bytes.as_chunks::<4>();
+    values.iter().map(|v| f32::from_le_bytes(*v)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::Kind;
+
+    fn set() -> AdapterSet {
+        let sites = vec![
+            Site::new(0, "mlp.up_proj", "model.layers.0.mlp.up_proj", 5, 3),
+            Site::new(2, "mlp.up_proj", "model.layers.2.mlp.up_proj", 4, 7),
+        ];
+        let spec = LoraSpec { r: 2, ..LoraSpec::default() };
+        AdapterSet::init(spec, sites, 11, Device::Cpu).unwrap()
+    }
+
+    #[test]
+    fn a_module_starts_the_same_wherever_the_model_is_cut() {
+        let whole = set();
+        let part = AdapterSet::init(
+            whole.spec().clone(),
+            vec![whole.sites()[1].clone()],
+            11,
+            Device::Cpu,
+        )
+        .unwrap();
+        assert!(whole.matrices(1).0.equal(&part.matrices(0).0));
+        assert!(!whole.matrices(0).0.equal(&whole.matrices(0).0.zeros_like()));
+        assert!(whole.matrices(1).1.equal(&whole.matrices(1).1.zeros_like()));
+    }
+
+    #[test]
+    fn state_survives_its_file() {
+        let mut set = set();
+        let gradient = Tensor::arange(set.n_parameters(), (Kind::Float, Device::Cpu));
+        set.accumulate(&gradient);
+        set.step(&AdamW::default(), 0.1, 0.5);
+        set.accumulate(&gradient);
+        let state = set.to_state();
+        assert_eq!(state.n_steps, 1);
+        assert_eq!(AdapterState::from_safetensors(&state.to_safetensors()).unwrap(), state);
+        let cut = &state.to_safetensors()[..100];
+        assert!(AdapterState::from_safetensors(cut).is_err());
+    }
+
+    #[test]
+    fn a_set_loads_its_own_tensors_and_no_others() {
+        let mut set = set();
+        let mut tensors = set.named_tensors();
+        for (_, tensor) in &mut tensors {
+            let _ = tensor.fill_(0.25);
+        }
+        set.load_named(&tensors).unwrap();
+        assert_eq!(set.to_state().parameters, vec![0.25; set.n_parameters() as usize]);
+
+        let error = set.load_named(&tensors[1..]).unwrap_err().to_string();
+        assert!(error.contains("model.layers.0.mlp.up_proj.lora_A.weight"), "{error}");
+        tensors[0].1 = Tensor::zeros([2, 6], (Kind::Float, Device::Cpu));
+        let error = set.load_named(&tensors).unwrap_err().to_string();
+        assert!(error.contains("[2, 6]") && error.contains("[2, 5]"), "{error}");
+    }
+}

@@ -1,0 +1,145 @@
+use crate::Segment;
+use tch::{Kind, Tensor};
+
+/// A frozen linear layer that may carry one LoRA pair for each segment:
+/// `y = x W^T + b + s B A dropout(x)` (arXiv 2106.09685).
+///
+/// W and b never get gradients. A and B are float32 in the adapter and are rounded to the dtype of
+/// `x` for the products.
+pub(crate) struct Linear {
+    /// Full module path, such as `model.layers.3.self_attn.q_proj`.
+    pub path: String,
+    /// `[out, in]`, a transposed view for weights stored `[in, out]`.
+    pub weight: Tensor,
+    /// `[out]`.
+    pub bias: Option<Tensor>,
+}
+
+/// What the backward of a [`Linear`] needs besides its input: for each segment
+/// `h = A dropout(x)`, `[n, r]`, where the segment has LoRA here.
+pub(crate) struct LoraTape(Vec<Option<Tensor>>);
+
+impl LoraTape {
+    pub fn bytes(&self) -> u64 {
+        self.0.iter().flatten().map(crate::tape::bytes_of).sum()
+    }
+}
+
+/// One flat float32 gradient `[P]` for each segment with an adapter.
+pub(crate) type LoraGradients = Vec<Option<Tensor>>;
+
+/// A segment's LoRA pair at one linear layer.
+struct Pair {
+    /// Index of the site in the adapter set.
+    site: usize,
+    /// `[r, in]`.
+    a: Tensor,
+    /// `[out, r]`, times the scaling.
+    scaled_b: Tensor,
+}
+
+impl Linear {
+    pub fn d_in(&self) -> i64 {
+        self.weight.size()[1]
+    }
+
+    pub fn d_out(&self) -> i64 {
+        self.weight.size()[0]
+    }
+
+    fn pair(&self, segment: &Segment, kind: Kind) -> Option<Pair> {
+        let adapter = segment.adapter?;
+        let site = adapter.site_index(&self.path)?;
+        let (a, b) = adapter.matrices(site);
+        let scaled_b = (b * adapter.spec().scaling()).to_kind(kind);
+        Some(Pair { site, a: a.to_kind(kind), scaled_b })
+    }
+
+    /// The mask `[n, in]` of a segment's rows, if it drops anything.
+    fn mask(&self, segment: &Segment, x: &Tensor) -> Option<Tensor> {
+        let p = segment.adapter?.spec().lora_dropout;
+        let key = segment.dropout?;
+        (p > 0.0).then(|| key.mask(&self.path, [segment.n_rows(), self.d_in()], p, x))
+    }
+
+    /// `[N, in] -> [N, out]`.
+    pub fn forward(&self, x: &Tensor, segments: &[Segment]) -> (Tensor, LoraTape) {
+        let y = x.linear(&self.weight, self.bias.as_ref());
+        let lora = segments.iter().map(|segment| {
+            let pair = self.pair(segment, x.kind())?;
+            let mut x = segment.of(x);
+            if let Some(mask) = self.mask(segment, &x) {
+                x = x * mask;
+            }
+            let h = x.matmul(&pair.a.tr()); // [n, r]
+            let _ = segment.of(&y).addmm_(&h, &pair.scaled_b.tr());
+            Some(h)
+        });
+        let tape = LoraTape(lora.collect());
+        (y, tape)
+    }
+
+    /// Writes the LoRA gradients of every segment into `gradients` and returns the gradient by `x`.
+    ///
+    /// `x` `[N, in]` as the forward saw it, `grad` `[N, out]`.
+    pub fn backward(
+        &self,
+        x: &Tensor,
+        grad: &Tensor,
+        tape: &LoraTape,
+        segments: &[Segment],
+        gradients: &LoraGradients,
+    ) -> Tensor {
+        let mut grad_x = grad.matmul(&self.weight);
+        self.backward_lora(x, grad, tape, segments, gradients, Some(&mut grad_x));
+        grad_x
+    }
+
+    /// The same, adding the gradient by `x` to `grad_x`.
+    pub fn backward_into(
+        &self,
+        x: &Tensor,
+        grad: &Tensor,
+        tape: &LoraTape,
+        segments: &[Segment],
+        gradients: &LoraGradients,
+        grad_x: &mut Tensor,
+    ) {
+        let _ = grad_x.addmm_(grad, &self.weight);
+        self.backward_lora(x, grad, tape, segments, gradients, Some(grad_x));
+    }
+
+    /// The same without a gradient by `x`: LoRA gradients only.
+    pub fn backward_lora(
+        &self,
+        x: &Tensor,
+        grad: &Tensor,
+        tape: &LoraTape,
+        segments: &[Segment],
+        gradients: &LoraGradients,
+        mut grad_x: Option<&mut Tensor>,
+    ) {
+        for ((segment, h), flat) in segments.iter().zip(&tape.0).zip(gradients) {
+            let (Some(h), Some(flat), Some(adapter)) = (h, flat, segment.adapter) else { continue };
+            let Some(pair) = self.pair(segment, x.kind()) else { continue };
+            let (x, grad) = (segment.of(x), segment.of(grad));
+            let mask = self.mask(segment, &x);
+            let (mut grad_a, mut grad_b) = adapter.views(flat, pair.site);
+
+            let by_b = grad.tr().matmul(h); // [out, r], without the scaling
+            grad_b.copy_(&(by_b.to_kind(Kind::Float) * adapter.spec().scaling()));
+            let grad_h = grad.matmul(&pair.scaled_b); // [n, r]
+            match &mask {
+                None => grad_a.copy_(&grad_h.tr().matmul(&x)),
+                Some(mask) => grad_a.copy_(&grad_h.tr().matmul(&(x * mask))),
+            }
+            if let Some(grad_x) = &mut grad_x {
+                let mut rows = segment.of(grad_x);
+                let _ = match &mask {
+                    None => rows.addmm_(&grad_h, &pair.a),
+                    Some(mask) => rows.g_add_(&(grad_h.matmul(&pair.a) * mask)),
+                };
+            }
+        }
+    }
+}
