@@ -9,6 +9,9 @@ use std::path::{Path, PathBuf};
 /// Ranges below this size are not given back to the system: the call costs more than they.
 const RELEASE_FROM_BYTES: usize = 1 << 16;
 
+/// How the files of a repository cloned without Git LFS begin.
+const LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/";
+
 /// A file, mapped read-only.
 pub(super) struct Mapped {
     pub(super) path: PathBuf,
@@ -25,7 +28,11 @@ impl Mapped {
         // that fetches or saves them renames a finished file. Who truncates one all the same ends
         // this process with SIGBUS, as with every reader of mapped weights.
         let map = unsafe { Mmap::map(&file) }.map_err(io)?;
-        Ok(Mapped { path: path.to_path_buf(), format, map })
+        let file = Mapped { path: path.to_path_buf(), format, map };
+        if file.bytes().starts_with(LFS_POINTER) {
+            return Err(file.bad("it is a Git LFS pointer; fetch the file itself: git lfs pull"));
+        }
+        Ok(file)
     }
 
     pub(super) fn bytes(&self) -> &[u8] {

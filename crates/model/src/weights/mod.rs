@@ -18,12 +18,16 @@
 
 mod error;
 mod fingerprint;
+mod gguf;
+mod gguf_metadata;
+mod hub;
 mod mapped;
 mod names;
 mod read;
 mod safetensors;
 
 pub use error::WeightsError;
+pub use hub::HubSettings;
 
 use candle_core::quantized::GgmlDType;
 use mapped::Mapped;
@@ -100,16 +104,35 @@ impl Checkpoint {
     /// [`WeightsError::UnknownArchitecture`], [`WeightsError::BadMetadata`] and
     /// [`WeightsError::UnsupportedTensorType`].
     pub fn open(path: &Path) -> Result<Checkpoint, WeightsError> {
-        if !path.is_dir() {
-            return Err(safetensors::not_a_model(path));
-        }
-        let opened = safetensors::open(path)?;
-        Ok(Checkpoint { name: last_part(path), path: path.to_path_buf(), opened })
+        let (name, path) = (last_part(path), locate(path)?);
+        let opened = if path.is_dir() { safetensors::open(&path)? } else { gguf::open(&path)? };
+        Ok(Checkpoint { name, path, opened })
     }
 
-    /// Opens `name`: a path that exists, else a hub name, fetched as the environment says.
+    /// Opens `name`: a path that exists, else a hub name ("HuggingFaceTB/SmolLM2-135M-Instruct"),
+    /// fetched as the environment says ([`HubSettings::from_env`]).
+    ///
+    /// # Errors
+    /// Those of [`Checkpoint::open`]; [`WeightsError::NotFound`], [`WeightsError::NotCached`] and
+    /// the variants whose names begin with Hub.
     pub fn find(name: &str) -> Result<Checkpoint, WeightsError> {
-        Checkpoint::open(Path::new(name))
+        Checkpoint::find_with(name, &HubSettings::from_env())
+    }
+
+    /// [`Checkpoint::find`] with a hub, a cache and a token of one's own.
+    ///
+    /// # Errors
+    /// As for [`Checkpoint::find`].
+    pub fn find_with(name: &str, settings: &HubSettings) -> Result<Checkpoint, WeightsError> {
+        if Path::new(name).exists() {
+            return Checkpoint::open(Path::new(name));
+        }
+        if !hub::is_hub_name(name) {
+            return Err(WeightsError::NotFound { name: name.into() });
+        }
+        let path = hub::fetch(name, settings)?;
+        let checkpoint = Checkpoint::open(&path)?;
+        Ok(Checkpoint { name: name.into(), ..checkpoint })
     }
 
     /// The path's last part, or the hub name.
@@ -211,4 +234,21 @@ fn last_part(path: &Path) -> String {
     let whole = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
     let part = path.file_name().or(whole.file_name());
     part.map_or_else(|| path.display().to_string(), |part| part.to_string_lossy().into_owned())
+}
+
+/// The directory, or the GGUF file that `path` is or holds.
+fn locate(path: &Path) -> Result<PathBuf, WeightsError> {
+    if path.is_file() {
+        let is_gguf = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
+        return if is_gguf { Ok(path.to_path_buf()) } else { Err(safetensors::not_a_model(path)) };
+    }
+    if path.join(safetensors::CONFIG).exists() {
+        return Ok(path.to_path_buf());
+    }
+    let mut files = safetensors::list(path)?;
+    files.retain(|file| file.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf")));
+    match files.as_slice() {
+        [file] => Ok(file.clone()),
+        _ => Err(safetensors::not_a_model(path)),
+    }
 }

@@ -64,8 +64,12 @@ fn lone_files(dir: &Path) -> Result<Vec<PathBuf>, WeightsError> {
     if files.is_empty() { Err(not_a_model(dir)) } else { Ok(files) }
 }
 
-/// The error for a directory without a model, saying what it holds and what would help.
+/// The error for a path without a model, saying what it holds and what would help.
 pub(super) fn not_a_model(dir: &Path) -> WeightsError {
+    if dir.is_file() {
+        let found = "another file; give the directory that holds it".into();
+        return WeightsError::NotAModel { path: dir.to_path_buf(), expected: EXPECTED, found };
+    }
     let names: Vec<String> = list(dir)
         .unwrap_or_default()
         .iter()
