@@ -1,0 +1,54 @@
+use offshoot_adapters::AdapterError;
+use std::path::{Path, PathBuf};
+
+/// Why a run cannot begin or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    /// A line of a data file, or the whole file (`line` is none).
+    #[error("{}: {problem}", place(path, line))]
+    Data { path: PathBuf, line: Option<usize>, problem: String },
+    #[error("no sample to train on in {files}: {problem}")]
+    NoSamples { files: String, problem: String },
+    #[error("tokenizer {origin}: {problem}")]
+    Tokenizer { origin: String, problem: String },
+    #[error(
+        "this model has no chat template, and {wanted_for}. An Instruct model has one (in tokenizer_config.json or chat_template.jinja); for a base model use plain text or prompt and completion"
+    )]
+    NoChatTemplate { wanted_for: &'static str },
+    #[error("the model's chat template: {problem}")]
+    ChatTemplate { problem: String },
+    #[error("--{option} = {value}: {problem}")]
+    Option { option: &'static str, value: String, problem: String },
+    /// Client and server would not compute one model.
+    #[error("the server does not fit: {problem}")]
+    Mismatch { problem: String },
+    #[error("checkpoint {}: {problem}", path.display())]
+    Checkpoint { path: PathBuf, problem: String },
+    #[error("{}: {source}", path.display())]
+    Io { path: PathBuf, source: std::io::Error },
+    #[error("what the server sent does not fit: {problem}")]
+    Answer { problem: String },
+    #[error(
+        "the loss of step {step} is {loss}: training has diverged. Lower --learning-rate, or lengthen --warmup-steps, and go on from the last checkpoint with --resume latest"
+    )]
+    Diverged { step: u64, loss: f64 },
+    #[error(transparent)]
+    Adapter(#[from] AdapterError),
+    #[error(transparent)]
+    Model(#[from] offshoot_model::ModelError),
+}
+
+fn place(path: &Path, line: &Option<usize>) -> String {
+    match line {
+        Some(line) => format!("{}:{line}", path.display()),
+        None => path.display().to_string(),
+    }
+}
+
+impl TrainError {
+    /// For `map_err` around file operations on `path`.
+    pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> TrainError {
+        let path = path.to_path_buf();
+        move |source| TrainError::Io { path, source }
+    }
+}
