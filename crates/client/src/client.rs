@@ -1,0 +1,348 @@
+use crate::driver::Driver;
+use crate::options::{Backoff, ClientOptions, Retry};
+use crate::session::Session;
+use crate::types::{
+    ExportedAdapter, OpenSession, Restored, ServerDescription, SessionId, SessionInfo, missing,
+};
+use crate::{ClientError, status};
+use offshoot_proto::WireDType;
+use offshoot_proto::v1::{self, trunk_service_client::TrunkServiceClient};
+use std::sync::Arc;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Status};
+
+pub(crate) type Rpc = TrunkServiceClient<Channel>;
+
+/// Room for what is no tensor in a message.
+const MARGIN_BYTES: usize = 1 << 20;
+/// For descriptions and lists.
+const CONTROL_BYTES: usize = 16 << 20;
+/// What travels before the receiver has to say that it reads. HTTP/2's own 64 KiB would make every
+/// microbatch wait for several round trips.
+const WINDOW_BYTES: u32 = 8 << 20;
+
+/// A connection to one trunk server. Cloning it is cheap; all clones and all sessions share one
+/// HTTP/2 connection, which is made again by itself when it breaks.
+#[derive(Debug, Clone)]
+pub struct Client {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    endpoint: String,
+    options: ClientOptions,
+    channel: Channel,
+    /// Largest message on a session's stream.
+    frame_bytes: usize,
+    hidden_size: usize,
+}
+
+/// Whether a call may be repeated when it is unknown how far the first one came.
+#[derive(Clone, Copy, PartialEq)]
+enum Repeat {
+    Harmless,
+    /// Only if the first call certainly did nothing.
+    OnlyUnsent,
+}
+
+impl Client {
+    /// Connects to `host:port` or `http://host:port` with the default options, and asks the server
+    /// what it holds.
+    pub async fn connect(endpoint: &str) -> Result<Client, ClientError> {
+        Client::connect_with(endpoint, ClientOptions::default()).await
+    }
+
+    /// Connects with options.
+    pub async fn connect_with(
+        endpoint: &str,
+        options: ClientOptions,
+    ) -> Result<Client, ClientError> {
+        let channel = to_endpoint(endpoint, &options)?.connect_lazy();
+        let patience = Retry { max_elapsed: options.connect_patience, ..options.retry };
+        let mut client = Client {
+            shared: Arc::new(Shared {
+                endpoint: endpoint.to_string(),
+                options: options.clone(),
+                channel: channel.clone(),
+                frame_bytes: MARGIN_BYTES,
+                hidden_size: 0,
+            }),
+        };
+        let server = client.describe_within(patience).await.map_err(|error| match error {
+            ClientError::Refused { message, .. } => {
+                ClientError::NotATrunkServer { endpoint: endpoint.to_string(), cause: message }
+            }
+            other => other,
+        })?;
+        let tokens = server.limits.max_tokens_per_microbatch as usize;
+        client.shared = Arc::new(Shared {
+            endpoint: endpoint.to_string(),
+            options,
+            channel,
+            // Tensors in f32, the widest dtype; per token a position and a length beside them.
+            frame_bytes: tokens
+                .saturating_mul(4 * server.hidden_size + 16)
+                .saturating_add(MARGIN_BYTES),
+            hidden_size: server.hidden_size,
+        });
+        Ok(client)
+    }
+
+    /// What the server holds, and the bytes that it uses now.
+    pub async fn describe(&self) -> Result<ServerDescription, ClientError> {
+        self.describe_within(self.shared.options.retry).await
+    }
+
+    async fn describe_within(&self, retry: Retry) -> Result<ServerDescription, ClientError> {
+        let rpc = self.rpc(CONTROL_BYTES);
+        let answer = self
+            .unary("Describe", Repeat::Harmless, retry, async || {
+                rpc.clone().describe(v1::DescribeRequest {}).await
+            })
+            .await?;
+        ServerDescription::from_proto(answer)
+    }
+
+    /// Starts a new session with a fresh optimizer, at step 0.
+    ///
+    /// Not repeated by itself when the connection breaks in the middle, because the server may have
+    /// opened a session already; [`list_sessions`](Client::list_sessions) tells.
+    pub async fn open(&self, session: OpenSession) -> Result<Session, ClientError> {
+        let wire_dtype = session.wire_dtype;
+        let request = session.into_proto();
+        let rpc = self.rpc(CONTROL_BYTES);
+        let retry = self.shared.options.retry;
+        let answer = self
+            .unary("OpenSession", Repeat::OnlyUnsent, retry, async || {
+                rpc.clone().open_session(request.clone()).await
+            })
+            .await?;
+        self.attach(answer, wire_dtype, 0).await
+    }
+
+    /// Sets a session back to one of its snapshots, the newest if none is named, and takes it up
+    /// from there. Frames after the snapshot are forgotten and open microbatches are discarded; a
+    /// [`Session`] of the same id that still exists somewhere ends.
+    pub async fn restore(
+        &self,
+        id: &SessionId,
+        snapshot_id: Option<&str>,
+    ) -> Result<(Session, Restored), ClientError> {
+        let request = v1::RestoreRequest {
+            session_id: id.to_string(),
+            snapshot_id: snapshot_id.unwrap_or_default().to_string(),
+        };
+        let rpc = self.rpc(CONTROL_BYTES);
+        let retry = self.shared.options.retry;
+        let answer = self
+            .unary("Restore", Repeat::Harmless, retry, async || {
+                rpc.clone().restore(request.clone()).await
+            })
+            .await?;
+        let snapshot = answer.snapshot.ok_or_else(|| missing("Restore", "snapshot"))?;
+        let opened = answer.session.ok_or_else(|| missing("Restore", "session"))?;
+        let restored = Restored {
+            lora: answer.lora.ok_or_else(|| missing("Restore", "lora"))?,
+            wire_dtype: WireDType::from_proto(answer.wire_dtype)
+                .map_err(|source| ClientError::Tensor { call: "Restore", source })?,
+            adapter_parameters: opened.adapter_parameters,
+            adapter_bytes: opened.adapter_bytes,
+            snapshot,
+        };
+        let session = self.attach(opened, restored.wire_dtype, restored.snapshot.sequence).await?;
+        Ok((session, restored))
+    }
+
+    async fn attach(
+        &self,
+        opened: v1::OpenSessionResponse,
+        wire_dtype: WireDType,
+        last_answered: u64,
+    ) -> Result<Session, ClientError> {
+        let id = SessionId::from(opened.session_id);
+        let limits = opened.limits.ok_or_else(|| missing("OpenSession", "limits"))?;
+        let commands = Driver::start(self.clone(), id.clone(), last_answered, &limits).await?;
+        Ok(Session {
+            client: self.clone(),
+            id,
+            limits,
+            wire_dtype,
+            adapter_parameters: opened.adapter_parameters,
+            commands,
+        })
+    }
+
+    /// All sessions that the server knows, live and parked.
+    pub async fn list_sessions(&self) -> Result<Vec<SessionInfo>, ClientError> {
+        let rpc = self.rpc(CONTROL_BYTES);
+        let retry = self.shared.options.retry;
+        let answer = self
+            .unary("ListSessions", Repeat::Harmless, retry, async || {
+                rpc.clone().list_sessions(v1::ListSessionsRequest {}).await
+            })
+            .await?;
+        Ok(answer.sessions.into_iter().map(SessionInfo::from_proto).collect())
+    }
+
+    /// Parks a session, whoever uses it: it is made durable and leaves the device. With `forget` it
+    /// is deleted with all its snapshots. Gives the snapshot taken.
+    pub async fn close_session(
+        &self,
+        id: &SessionId,
+        forget: bool,
+    ) -> Result<Option<v1::SnapshotInfo>, ClientError> {
+        let request = v1::CloseSessionRequest { session_id: id.to_string(), forget };
+        let rpc = self.rpc(CONTROL_BYTES);
+        let retry = self.shared.options.retry;
+        let answer = self
+            .unary("CloseSession", Repeat::Harmless, retry, async || {
+                rpc.clone().close_session(request.clone()).await
+            })
+            .await?;
+        Ok(answer.snapshot)
+    }
+
+    pub(crate) async fn snapshot(
+        &self,
+        id: &SessionId,
+        after_sequence: u64,
+    ) -> Result<v1::SnapshotInfo, ClientError> {
+        let request = v1::SnapshotRequest { session_id: id.to_string(), after_sequence };
+        let rpc = self.rpc(CONTROL_BYTES);
+        let retry = self.shared.options.retry;
+        let answer = self
+            .unary("Snapshot", Repeat::Harmless, retry, async || {
+                rpc.clone().snapshot(request.clone()).await
+            })
+            .await?;
+        answer.snapshot.ok_or_else(|| missing("Snapshot", "snapshot"))
+    }
+
+    pub(crate) async fn export(
+        &self,
+        id: &SessionId,
+        adapter_parameters: u64,
+    ) -> Result<ExportedAdapter, ClientError> {
+        let request = v1::ExportAdapterRequest { session_id: id.to_string() };
+        let bytes = usize::try_from(adapter_parameters).unwrap_or(usize::MAX).saturating_mul(4);
+        // Names and shapes are in the control part.
+        let rpc = self.rpc(bytes.saturating_add(CONTROL_BYTES));
+        let retry = self.shared.options.retry;
+        let answer = self
+            .unary("ExportAdapter", Repeat::Harmless, retry, async || {
+                rpc.clone().export_adapter(request.clone()).await
+            })
+            .await?;
+        ExportedAdapter::from_proto(answer)
+    }
+
+    /// Makes a unary call, again with backoff while the server is away.
+    async fn unary<T>(
+        &self,
+        name: &'static str,
+        repeat: Repeat,
+        retry: Retry,
+        call: impl AsyncFn() -> Result<tonic::Response<T>, Status>,
+    ) -> Result<T, ClientError> {
+        let mut backoff = Backoff::new(retry);
+        let mut cause = String::new();
+        while backoff.attempt().await {
+            let status = match call().await {
+                Ok(response) => return Ok(response.into_inner()),
+                Err(status) => status,
+            };
+            let undone = status::is_unsent(&status) || status::is_pushed_back(&status);
+            let passing = status::is_transport(&status) || status.code() == Code::Unavailable;
+            if !(undone || passing && repeat == Repeat::Harmless) {
+                return Err(ClientError::refused(name, &status));
+            }
+            cause = status::text(&status);
+            tracing::debug!(call = name, cause, "no answer, will try again");
+        }
+        Err(ClientError::Unreachable {
+            endpoint: self.shared.endpoint.clone(),
+            waited: backoff.elapsed(),
+            attempts: backoff.attempts(),
+            cause,
+        })
+    }
+
+    fn rpc(&self, answer_bytes: usize) -> Rpc {
+        TrunkServiceClient::new(self.shared.channel.clone()).max_decoding_message_size(answer_bytes)
+    }
+
+    /// For a session's stream.
+    pub(crate) fn stream_rpc(&self) -> Rpc {
+        self.rpc(self.shared.frame_bytes).max_encoding_message_size(self.shared.frame_bytes)
+    }
+
+    /// The most bytes that a frame's tensor may have.
+    pub(crate) fn tensor_bytes(&self, limits: &v1::Limits) -> usize {
+        let tokens = limits.max_tokens_per_microbatch as usize;
+        let bytes = tokens.saturating_mul(4 * self.shared.hidden_size);
+        bytes.min(self.shared.frame_bytes - MARGIN_BYTES)
+    }
+
+    pub(crate) fn options(&self) -> &ClientOptions {
+        &self.shared.options
+    }
+
+    pub(crate) fn endpoint(&self) -> &str {
+        &self.shared.endpoint
+    }
+}
+
+fn to_endpoint(text: &str, options: &ClientOptions) -> Result<Endpoint, ClientError> {
+    let bad = |reason: &str| ClientError::BadEndpoint {
+        endpoint: text.to_string(),
+        reason: reason.to_string(),
+    };
+    let uri = match text.split_once("://") {
+        None => format!("http://{text}"),
+        Some(("http", _)) => text.to_string(),
+        Some(("https", _)) => return Err(bad("this version speaks no TLS")),
+        Some(_) => return Err(bad("the scheme is not http")),
+    };
+    let endpoint = Endpoint::from_shared(uri).map_err(|e| bad(&e.to_string()))?;
+    let parts = endpoint.uri();
+    if parts.port_u16().is_none() {
+        return Err(bad("the port is missing"));
+    }
+    if !matches!(parts.path(), "" | "/") || parts.query().is_some() {
+        return Err(bad("there is something behind the port"));
+    }
+    Ok(endpoint
+        .connect_timeout(options.connect_timeout)
+        .tcp_nodelay(true)
+        .initial_stream_window_size(WINDOW_BYTES)
+        .initial_connection_window_size(2 * WINDOW_BYTES)
+        .http2_keep_alive_interval(options.keepalive_interval)
+        .keep_alive_timeout(options.keepalive_timeout)
+        .keep_alive_while_idle(true))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_with_and_without_a_scheme() {
+        let options = ClientOptions::default();
+        for fine in ["127.0.0.1:50051", "http://[::1]:7", "http://trunk.local:50051/", "a:1"] {
+            assert!(to_endpoint(fine, &options).is_ok(), "{fine}");
+        }
+        for (text, reason) in [
+            ("trunk.local", "port"),
+            ("http://trunk.local", "port"),
+            ("https://trunk.local:1", "TLS"),
+            ("ftp://trunk.local:1", "scheme"),
+            ("a:1/model", "behind the port"),
+            ("", ""),
+            ("two words:1", ""),
+        ] {
+            let error = to_endpoint(text, &options).unwrap_err().to_string();
+            assert!(error.contains(reason) && error.contains("host:port"), "{text}: {error}");
+        }
+    }
+}

@@ -1,0 +1,390 @@
+//! The task that owns a session's stream. It hands frames to the wire in the order in which they
+//! come, gives each answer to its caller, and takes the stream up again after a break. All decisions
+//! about numbers and order are in `window.rs`.
+
+use crate::ClientError;
+use crate::client::Client;
+use crate::options::Backoff;
+use crate::types::SessionId;
+use crate::window::{Cause, Entry, Gone, Outcome, Request, Window};
+use crate::wire::{self, Failed, Wire};
+use offshoot_proto::v1::{self, server_frame};
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+
+/// What a session can ask of its task.
+pub(crate) enum Command {
+    Send {
+        request: Request,
+        reply: oneshot::Sender<Result<Answer, ClientError>>,
+    },
+    /// Answered with the last number once no frame is without an answer.
+    Settle {
+        reply: oneshot::Sender<Result<u64, ClientError>>,
+    },
+}
+
+/// An answer with the microbatch of the frame and the time that it took.
+pub(crate) struct Answer {
+    pub(crate) body: server_frame::Body,
+    pub(crate) microbatch: u64,
+    pub(crate) round_trip: Duration,
+}
+
+// Tensors stay out of logs.
+impl std::fmt::Debug for Answer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Answer").field("microbatch", &self.microbatch).finish_non_exhaustive()
+    }
+}
+
+struct Reply {
+    to: oneshot::Sender<Result<Answer, ClientError>>,
+    since: Instant,
+}
+
+/// Why a stream ended.
+enum End {
+    Broken(String),
+    Fatal(ClientError),
+    /// The session was dropped and everything is answered.
+    Done,
+}
+
+pub(crate) struct Driver {
+    client: Client,
+    id: SessionId,
+    window: Window<Reply>,
+    commands: mpsc::Receiver<Command>,
+    /// Nothing more is taken in until everything is answered.
+    settling: Option<oneshot::Sender<Result<u64, ClientError>>>,
+    /// The error of the refused frame, while those behind it come back.
+    refusal: Option<ClientError>,
+    /// A refusal that nobody waited for: the next call gets it.
+    unreported: Option<ClientError>,
+    /// From the first failure until an answer arrives again.
+    outage: Option<Backoff>,
+    /// Since the first refusal with a retry hint after the last answer.
+    refused_since: Option<Instant>,
+    /// When held frames are sent again.
+    retry_at: Option<Instant>,
+}
+
+impl Driver {
+    /// Attaches and starts the task. `last_answered` is 0 for a new session and the snapshot's
+    /// number for a restored one.
+    pub(crate) async fn start(
+        client: Client,
+        id: SessionId,
+        last_answered: u64,
+        limits: &v1::Limits,
+    ) -> Result<mpsc::Sender<Command>, ClientError> {
+        let (sender, commands) = mpsc::channel(1);
+        let mut driver = Driver {
+            client,
+            id,
+            window: Window::new(last_answered, limits),
+            commands,
+            settling: None,
+            refusal: None,
+            unreported: None,
+            outage: None,
+            refused_since: None,
+            retry_at: None,
+        };
+        let wire = driver.attach_with_backoff(None).await?;
+        tokio::spawn(driver.run(wire));
+        Ok(sender)
+    }
+
+    async fn run(mut self, mut wire: Wire) {
+        loop {
+            let since = Instant::now();
+            let why = match self.pump(wire).await {
+                End::Done => return,
+                End::Fatal(error) => return self.end(error).await,
+                End::Broken(why) => why,
+            };
+            // A stream that breaks at once again is one outage with the one before.
+            if since.elapsed() > self.client.options().retry.max_delay {
+                self.outage = None;
+            }
+            self.retry_at = None;
+            for entry in self.window.disconnected() {
+                self.abort(entry);
+            }
+            if self.is_over() {
+                return;
+            }
+            match self.attach_with_backoff(Some(&why)).await {
+                Ok(again) => wire = again,
+                Err(error) => return self.end(error).await,
+            }
+        }
+    }
+
+    /// Nobody can ask for anything any more, and nothing is left to be answered.
+    fn is_over(&self) -> bool {
+        self.commands.is_closed() && self.commands.is_empty() && self.window.is_empty()
+    }
+
+    /// Attaches, again and again until the options' patience ends. `broken` says why it has to be
+    /// done again.
+    async fn attach_with_backoff(&mut self, broken: Option<&str>) -> Result<Wire, ClientError> {
+        let retry = self.client.options().retry;
+        let mut backoff = self.outage.take().unwrap_or_else(|| Backoff::new(retry));
+        let mut cause = broken.unwrap_or_default().to_string();
+        while backoff.attempt().await {
+            if self.is_over() {
+                return Err(ClientError::Closed);
+            }
+            let (answered, capacity) = (self.window.answered(), self.window.capacity());
+            match wire::attach(&self.client, &self.id, answered, capacity).await {
+                Ok(wire) => {
+                    self.check(&wire.attached)?;
+                    if let Some(why) = broken {
+                        tracing::info!(
+                            session = %self.id, why, attempts = backoff.attempts(),
+                            outage_seconds = backoff.elapsed().as_secs_f64(),
+                            last_applied = wire.attached.last_applied,
+                            "reconnected; frames without an answer are sent again"
+                        );
+                    }
+                    self.outage = Some(backoff);
+                    return Ok(wire);
+                }
+                Err(Failed::Refused(error)) => return Err(error),
+                Err(Failed::Broken(why)) => cause = why,
+            }
+            tracing::debug!(session = %self.id, cause, "cannot attach, will try again");
+        }
+        Err(ClientError::Unreachable {
+            endpoint: self.client.endpoint().to_string(),
+            waited: backoff.elapsed(),
+            attempts: backoff.attempts(),
+            cause,
+        })
+    }
+
+    /// Whether the session can go on from where the server stands.
+    fn check(&mut self, attached: &v1::Attached) -> Result<(), ClientError> {
+        if let Some(limits) = &attached.limits {
+            self.window.set_limits(limits);
+        }
+        let (last_applied, answered) = (attached.last_applied, self.window.answered());
+        match self.window.attached(last_applied, &attached.open_microbatches) {
+            Ok(()) => Ok(()),
+            Err(Gone::RolledBack { lost_microbatches }) => Err(ClientError::RolledBack {
+                last_applied,
+                answered,
+                lost_microbatches,
+                durable: attached.durable.clone(),
+            }),
+            Err(Gone::Ahead) => Err(ClientError::TakenOver {
+                session: self.id.clone(),
+                message: format!(
+                    "the server stands at frame {last_applied}, which was not sent from here"
+                ),
+            }),
+        }
+    }
+
+    /// Serves one stream until it ends.
+    async fn pump(&mut self, mut wire: Wire) -> End {
+        loop {
+            while let Some(frame) = self.window.take_unsent() {
+                // There is room for a full window. An error means that the stream is gone; then
+                // the answers say why.
+                if wire.out.try_send(frame).is_err() {
+                    break;
+                }
+            }
+            if self.window.is_empty() {
+                self.settled();
+            }
+            if self.is_over() {
+                return End::Done;
+            }
+            if self.window.may_leave() {
+                return End::Broken("the server drains".to_string());
+            }
+            let listens = self.settling.is_none()
+                && self.window.has_room()
+                && !(self.commands.is_closed() && self.commands.is_empty());
+            let retry_at = self.retry_at;
+            tokio::select! {
+                answer = wire.answers.message() => match answer {
+                    Ok(Some(frame)) => if let Err(end) = self.take_answer(frame) {
+                        return end;
+                    },
+                    Ok(None) => return End::Broken("the server ended the stream".to_string()),
+                    Err(status) => return wire::judge(&self.id, &status).into(),
+                },
+                command = self.commands.recv(), if listens => if let Some(command) = command {
+                    self.take_command(command);
+                },
+                () = sleep_until(retry_at), if !self.window.is_returning() => {
+                    self.retry_at = None;
+                    self.window.release();
+                }
+            }
+        }
+    }
+
+    fn take_command(&mut self, command: Command) {
+        match command {
+            Command::Send { request, reply } => match self.unreported.take() {
+                Some(earlier) => {
+                    let _ = reply.send(Err(aborted(request.call(), earlier)));
+                }
+                None => self.window.push(request, Reply { to: reply, since: Instant::now() }),
+            },
+            Command::Settle { reply } => self.settling = Some(reply),
+        }
+    }
+
+    /// Everything is answered.
+    fn settled(&mut self) {
+        if let Some(reply) = self.settling.take() {
+            let _ = reply.send(match self.unreported.take() {
+                Some(earlier) => Err(aborted("waiting for the last answers", earlier)),
+                None => Ok(self.window.answered()),
+            });
+        }
+    }
+
+    fn take_answer(&mut self, frame: v1::ServerFrame) -> Result<(), End> {
+        let sequence = frame.sequence;
+        let error = match frame.body {
+            None => return Err(protocol(format!("the answer to frame {sequence} is empty"))),
+            Some(server_frame::Body::Error(error)) => error,
+            Some(body) => return self.applied(sequence, body),
+        };
+        if sequence == 0 || error.code() == v1::ErrorCode::TakenOver {
+            return Err(wire::judge_error(&self.id, error).into());
+        }
+        self.refused(sequence, error)
+    }
+
+    fn applied(&mut self, sequence: u64, body: server_frame::Body) -> Result<(), End> {
+        self.outage = None;
+        self.refused_since = None;
+        match self.window.applied(sequence) {
+            Outcome::Answered(entry) => {
+                let microbatch = entry.microbatch();
+                let round_trip = entry.reply.since.elapsed();
+                // Nobody may be waiting, as after a step.
+                let _ = entry.reply.to.send(Ok(Answer { body, microbatch, round_trip }));
+                Ok(())
+            }
+            Outcome::Unexpected { due } => Err(unexpected(sequence, due)),
+            Outcome::Refused(_) | Outcome::Aborted(_) | Outcome::Kept => {
+                Err(protocol(format!("frame {sequence} was applied behind a refused one")))
+            }
+        }
+    }
+
+    fn refused(&mut self, sequence: u64, error: v1::FrameError) -> Result<(), End> {
+        let cause = match error.code() {
+            // Those behind a refused frame share its fate.
+            _ if self.window.is_returning() => Cause::Final,
+            v1::ErrorCode::Draining => Cause::Drain,
+            _ if self.will_wait(error.retry_after_millis) => Cause::Retry,
+            _ => Cause::Final,
+        };
+        match self.window.refused(sequence, cause) {
+            Outcome::Refused(entry) => {
+                let (call, code) = (entry.call(), error.code());
+                let refusal = ClientError::Refused { call, code, message: error.message };
+                self.refusal = Some(refusal.clone());
+                if entry.reply.to.send(Err(refusal)).is_err() {
+                    self.unreported = self.refusal.clone();
+                }
+            }
+            Outcome::Aborted(entry) => self.abort(entry),
+            Outcome::Kept => {}
+            Outcome::Answered(_) => return Err(unexpected(sequence, None)),
+            Outcome::Unexpected { due } => return Err(unexpected(sequence, due)),
+        }
+        for entry in self.window.settle() {
+            self.abort(entry);
+        }
+        Ok(())
+    }
+
+    /// Whether a refusal with this hint is waited out; if so, sets the time to try again.
+    fn will_wait(&mut self, retry_after_millis: u32) -> bool {
+        if retry_after_millis == 0 {
+            return false;
+        }
+        let now = Instant::now();
+        let retry_at = now + Duration::from_millis(retry_after_millis.into());
+        let since = *self.refused_since.get_or_insert(now);
+        let waits = retry_at - since <= self.client.options().retry.max_elapsed;
+        if waits {
+            self.retry_at = Some(retry_at);
+        }
+        waits
+    }
+
+    /// Tells the caller that an earlier frame was refused.
+    fn abort(&mut self, entry: Entry<Reply>) {
+        let earlier = self.refusal.clone().unwrap_or(ClientError::Closed);
+        let error = aborted(entry.call(), earlier);
+        if entry.reply.to.send(Err(error)).is_ok() {
+            self.unreported = None;
+        }
+    }
+
+    /// The session cannot go on: every call gets the error, until nobody can call any more.
+    async fn end(mut self, error: ClientError) {
+        if !matches!(error, ClientError::Closed) {
+            tracing::warn!(session = %self.id, %error, "the session has ended");
+        }
+        for entry in self.window.drain() {
+            let _ = entry.reply.to.send(Err(error.clone()));
+        }
+        if let Some(reply) = self.settling.take() {
+            let _ = reply.send(Err(error.clone()));
+        }
+        while let Some(command) = self.commands.recv().await {
+            let _ = match command {
+                Command::Send { reply, .. } => reply.send(Err(error.clone())).is_err(),
+                Command::Settle { reply } => reply.send(Err(error.clone())).is_err(),
+            };
+        }
+    }
+}
+
+impl From<Failed> for End {
+    fn from(failed: Failed) -> Self {
+        match failed {
+            Failed::Broken(why) => End::Broken(why),
+            Failed::Refused(error) => End::Fatal(error),
+        }
+    }
+}
+
+/// Never, without a time.
+async fn sleep_until(time: Option<Instant>) {
+    match time {
+        Some(time) => tokio::time::sleep_until(time).await,
+        None => std::future::pending().await,
+    }
+}
+
+fn aborted(call: &'static str, earlier: ClientError) -> ClientError {
+    ClientError::Aborted { call, earlier: Box::new(earlier) }
+}
+
+fn protocol(what: String) -> End {
+    End::Fatal(ClientError::Protocol { what })
+}
+
+fn unexpected(sequence: u64, due: Option<u64>) -> End {
+    protocol(match due {
+        Some(due) => format!("the answer to frame {due} was due, one to {sequence} came"),
+        None => format!("an answer to frame {sequence} came, and no frame waits for one"),
+    })
+}

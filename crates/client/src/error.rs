@@ -1,0 +1,210 @@
+use crate::types::{SessionId, SnapshotInfo};
+use offshoot_proto::{TensorError, v1};
+use std::time::Duration;
+
+/// Everything that can go wrong. Cheap enough to clone: a session that has ended gives the same
+/// error to every later call.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum ClientError {
+    /// The text given to `connect` is no address.
+    #[error(
+        "{endpoint:?} is no server address ({reason}); expected host:port or http://host:port, \
+         such as 127.0.0.1:50051"
+    )]
+    BadEndpoint {
+        /// What was given.
+        endpoint: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Nobody answers at the address, for as long as the options allow.
+    #[error(
+        "no answer from {endpoint} after {attempts} attempts in {:.1} s; last error: {cause}; is \
+         the server running there (offshoot serve), and is the address right?", waited.as_secs_f64()
+    )]
+    Unreachable {
+        /// The address.
+        endpoint: String,
+        /// Time from the first failure to giving up.
+        waited: Duration,
+        /// How often it was tried.
+        attempts: u32,
+        /// What the last attempt died of.
+        cause: String,
+    },
+    /// Something listens, but it is no trunk server or one of another protocol version.
+    #[error(
+        "{endpoint} answers, but not as an Offshoot trunk server: {cause}; is this the right port, \
+         and does the server speak offshoot.v1?"
+    )]
+    NotATrunkServer {
+        /// The address.
+        endpoint: String,
+        /// What came.
+        cause: String,
+    },
+    /// The server refused a call or a frame; it changed nothing. The session goes on.
+    #[error("{call} was refused ({}): {message}", code_name(*code))]
+    Refused {
+        /// Name of the call or frame.
+        call: &'static str,
+        /// The server's reason.
+        code: v1::ErrorCode,
+        /// The server's text.
+        message: String,
+    },
+    /// This frame was not applied because one sent before it was refused. The session goes on; send
+    /// it again if it still makes sense.
+    #[error(
+        "{call} was not applied, because a frame sent before it was refused: {earlier}; send it \
+         again if it still makes sense"
+    )]
+    Aborted {
+        /// Name of the call or frame.
+        call: &'static str,
+        /// The error of the earlier frame.
+        earlier: Box<ClientError>,
+    },
+    /// The server came back in an older state, or without activations that this session needs.
+    /// The session has ended; go back to a snapshot with
+    /// [`Client::restore`](crate::Client::restore) and replay from there.
+    #[error(
+        "the server came back without part of this session: {}; restore the session from a \
+         snapshot ({}) and replay from there",
+        lost(*last_applied, *answered, lost_microbatches),
+        newest(durable.as_ref())
+    )]
+    RolledBack {
+        /// The last frame that the server has.
+        last_applied: u64,
+        /// The last frame whose answer had arrived here.
+        answered: u64,
+        /// Open microbatches whose activations the server no longer has.
+        lost_microbatches: Vec<u64>,
+        /// The newest snapshot, if there is one.
+        durable: Option<SnapshotInfo>,
+    },
+    /// Another client attached to this session, or restored or closed it. This one has ended.
+    #[error(
+        "session {session} was taken over by another client: {message}; only one client can train \
+         a session at a time"
+    )]
+    TakenOver {
+        /// The session.
+        session: SessionId,
+        /// The server's text.
+        message: String,
+    },
+    /// The server no longer takes this session's stream. The session has ended.
+    #[error(
+        "the server does not take session {session} back ({}): {message}", code_name(*code)
+    )]
+    NotTakenBack {
+        /// The session.
+        session: SessionId,
+        /// The server's reason.
+        code: v1::ErrorCode,
+        /// The server's text.
+        message: String,
+    },
+    /// The session was closed here, or its task ended with the tokio runtime.
+    #[error("the session is closed; open or restore one to go on")]
+    Closed,
+    /// A frame too large for the server.
+    #[error(
+        "{call} has {found} bytes, the server takes {limit} ({max_tokens} tokens in one \
+         microbatch); send fewer tokens at once"
+    )]
+    TooLarge {
+        /// Name of the frame.
+        call: &'static str,
+        /// Bytes of its tensor.
+        found: usize,
+        /// Bytes that the server takes.
+        limit: usize,
+        /// The server's limit in tokens.
+        max_tokens: u32,
+    },
+    /// A tensor in an answer does not fit its own shape.
+    #[error("{call} brought a broken tensor: {source}")]
+    Tensor {
+        /// Name of the call or frame.
+        call: &'static str,
+        /// What is wrong with it.
+        source: TensorError,
+    },
+    /// The server broke the protocol.
+    #[error("the server broke the protocol: {what}; this is a bug, please report it")]
+    Protocol {
+        /// What was expected and what came.
+        what: String,
+    },
+}
+
+/// The code in words, as in `trunk.proto`.
+fn code_name(code: v1::ErrorCode) -> &'static str {
+    match code {
+        v1::ErrorCode::Unspecified => "unspecified",
+        v1::ErrorCode::Invalid => "invalid",
+        v1::ErrorCode::Sequence => "sequence",
+        v1::ErrorCode::Microbatch => "microbatch",
+        v1::ErrorCode::Exhausted => "exhausted",
+        v1::ErrorCode::Draining => "draining",
+        v1::ErrorCode::NotFound => "not found",
+        v1::ErrorCode::TakenOver => "taken over",
+        v1::ErrorCode::Internal => "internal",
+    }
+}
+
+fn lost(last_applied: u64, answered: u64, microbatches: &[u64]) -> String {
+    if last_applied < answered {
+        format!("it stands at frame {last_applied}, and answers up to {answered} had arrived")
+    } else {
+        format!("it no longer holds the activations of microbatches {microbatches:?}")
+    }
+}
+
+fn newest(durable: Option<&SnapshotInfo>) -> String {
+    match durable {
+        Some(s) => format!("the newest is {}, step {}", s.snapshot_id, s.step),
+        None => "it has none: open a new session".to_string(),
+    }
+}
+
+impl ClientError {
+    /// From the status of a unary call that the server answered.
+    pub(crate) fn refused(call: &'static str, status: &tonic::Status) -> Self {
+        let code = crate::status::error_code(status.code());
+        ClientError::Refused { call, code, message: status.message().to_string() }
+    }
+
+    /// The server's reason, if it refused this or what this depended on.
+    pub fn code(&self) -> Option<v1::ErrorCode> {
+        match self {
+            ClientError::Refused { code, .. } | ClientError::NotTakenBack { code, .. } => {
+                Some(*code)
+            }
+            ClientError::TakenOver { .. } => Some(v1::ErrorCode::TakenOver),
+            ClientError::Aborted { earlier, .. } => earlier.code(),
+            _ => None,
+        }
+    }
+
+    /// Whether the session can still be used after this error.
+    pub fn ends_session(&self) -> bool {
+        match self {
+            ClientError::Refused { .. }
+            | ClientError::Aborted { .. }
+            | ClientError::TooLarge { .. }
+            | ClientError::Tensor { .. } => false,
+            ClientError::BadEndpoint { .. }
+            | ClientError::Unreachable { .. }
+            | ClientError::NotATrunkServer { .. }
+            | ClientError::RolledBack { .. }
+            | ClientError::TakenOver { .. }
+            | ClientError::NotTakenBack { .. }
+            | ClientError::Closed
+            | ClientError::Protocol { .. } => true,
+        }
+    }
+}

@@ -1,0 +1,122 @@
+use std::time::Duration;
+
+/// How a [`Client`](crate::Client) reaches its server and how long it keeps trying.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ClientOptions {
+    /// For one attempt: the connection itself, and the wait for the server's first answer on a
+    /// session's stream.
+    pub connect_timeout: Duration,
+    /// How long [`Client::connect`](crate::Client::connect) keeps trying when nobody listens.
+    /// Short, because a wrong address is more likely than a server that is about to start.
+    pub connect_patience: Duration,
+    /// For everything after the first connection.
+    pub retry: Retry,
+    /// A connection without traffic for so long is asked for a sign of life.
+    pub keepalive_interval: Duration,
+    /// Without a sign of life for so long the connection counts as broken.
+    pub keepalive_timeout: Duration,
+}
+
+impl Default for ClientOptions {
+    fn default() -> Self {
+        ClientOptions {
+            connect_timeout: Duration::from_secs(10),
+            connect_patience: Duration::from_secs(3),
+            retry: Retry::default(),
+            keepalive_interval: Duration::from_secs(20),
+            keepalive_timeout: Duration::from_secs(20),
+        }
+    }
+}
+
+/// Exponential backoff: each delay is twice the one before, up to `max_delay`, and a random half of
+/// it is taken off so that many clients of one server do not come back in the same moment.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Retry {
+    /// Before the second attempt. The first one is made at once.
+    pub first_delay: Duration,
+    /// No delay is longer.
+    pub max_delay: Duration,
+    /// From the first failure on. Then the error goes to the caller.
+    pub max_elapsed: Duration,
+}
+
+impl Default for Retry {
+    fn default() -> Self {
+        Retry {
+            first_delay: Duration::from_millis(100),
+            max_delay: Duration::from_secs(5),
+            max_elapsed: Duration::from_secs(60),
+        }
+    }
+}
+
+impl Retry {
+    /// The delay after failed attempt number `attempt` (0, 1, 2, ...), or nothing once `elapsed`
+    /// since the first failure is too long. `jitter` is in [0, 1).
+    pub(crate) fn delay(&self, attempt: u32, elapsed: Duration, jitter: f64) -> Option<Duration> {
+        if elapsed >= self.max_elapsed {
+            return None;
+        }
+        let doubled = self.first_delay.saturating_mul(2u32.saturating_pow(attempt));
+        let delay = doubled.min(self.max_delay).mul_f64(1.0 - jitter / 2.0);
+        Some(delay.min(self.max_elapsed - elapsed))
+    }
+}
+
+/// Counts the attempts of one outage.
+#[derive(Debug)]
+pub(crate) struct Backoff {
+    retry: Retry,
+    started: tokio::time::Instant,
+    attempts: u32,
+}
+
+impl Backoff {
+    pub(crate) fn new(retry: Retry) -> Self {
+        Backoff { retry, started: tokio::time::Instant::now(), attempts: 0 }
+    }
+
+    pub(crate) fn elapsed(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// Attempts let through so far.
+    pub(crate) fn attempts(&self) -> u32 {
+        self.attempts
+    }
+
+    /// Waits for the time of the next attempt: none before the first one. False if it is time to
+    /// give up.
+    pub(crate) async fn attempt(&mut self) -> bool {
+        if let Some(failed) = self.attempts.checked_sub(1) {
+            match self.retry.delay(failed, self.elapsed(), rand::random()) {
+                Some(delay) => tokio::time::sleep(delay).await,
+                None => return false,
+            }
+        }
+        self.attempts = self.attempts.saturating_add(1);
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn delays_double_stay_bounded_and_end() {
+        let retry = Retry {
+            first_delay: Duration::from_millis(100),
+            max_delay: Duration::from_millis(500),
+            max_elapsed: Duration::from_secs(2),
+        };
+        let at = |attempt| retry.delay(attempt, Duration::ZERO, 0.0).unwrap().as_millis();
+        assert_eq!([at(0), at(1), at(2), at(3), at(40)], [100, 200, 400, 500, 500]);
+        assert_eq!(retry.delay(0, Duration::ZERO, 0.5).unwrap().as_millis(), 75);
+        // The last delay ends with the patience, not after it.
+        let late = retry.delay(9, Duration::from_millis(1900), 0.0).unwrap();
+        assert_eq!(late.as_millis(), 100);
+        assert_eq!(retry.delay(9, Duration::from_secs(2), 0.0), None);
+    }
+}

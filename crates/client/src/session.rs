@@ -1,0 +1,349 @@
+use crate::ClientError;
+use crate::client::Client;
+use crate::driver::{Answer, Command};
+use crate::types::{ExportedAdapter, FrameReport, Limits, SessionId, SnapshotInfo};
+use crate::window::{Claim, Request};
+use offshoot_proto::v1::server_frame::Body;
+use offshoot_proto::{HostTensor, WireDType, v1};
+use std::future::IntoFuture;
+use std::pin::Pin;
+use std::sync::Arc;
+use tokio::sync::{mpsc, oneshot};
+
+/// One adapter being trained. Frames go out in the order of the calls, on one stream; the answers
+/// come in the same order.
+///
+/// The stream is taken up again by itself after a break: see the
+/// [crate documentation](crate#what-happens-when) for what can be relied on.
+///
+/// Dropping a session ends its stream after the last answer; the server keeps the adapter.
+#[derive(Debug)]
+pub struct Session {
+    pub(crate) client: Client,
+    pub(crate) id: SessionId,
+    pub(crate) limits: Limits,
+    pub(crate) wire_dtype: WireDType,
+    pub(crate) adapter_parameters: u64,
+    pub(crate) commands: mpsc::Sender<Command>,
+}
+
+/// One microbatch on its way into the trunk.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ForwardInput {
+    /// `[N, H]` in the session's wire dtype: the input of layer `split_point_1`, sequence after
+    /// sequence, only real tokens.
+    pub hidden: HostTensor,
+    /// Lengths of the packed sequences; they sum to N.
+    pub seq_lens: Vec<u32>,
+    /// One position for each token; empty: 0, 1, 2, ... within each sequence.
+    pub position_ids: Vec<u32>,
+    /// Whether the backward is to give the gradient by `hidden`. False when nothing below the trunk
+    /// is trained: then it is neither computed nor sent. Ignored by evaluation.
+    pub want_input_grad: bool,
+}
+
+/// What a backward gives.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Gradients {
+    /// `[N, H]`: gradient of the loss by the `hidden` that was sent, if it was wanted.
+    pub input: Option<HostTensor>,
+    /// Sum of squares of the trunk's accumulated LoRA gradients, for the global norm.
+    pub norm_squared: f64,
+    /// Where the time went.
+    pub report: FrameReport,
+}
+
+impl Session {
+    /// The session's id, for [`Client::restore`].
+    pub fn id(&self) -> &SessionId {
+        &self.id
+    }
+
+    /// What the server allows this session.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// dtype of hidden states and gradients, both ways.
+    pub fn wire_dtype(&self) -> WireDType {
+        self.wire_dtype
+    }
+
+    /// Trainable numbers in the trunk.
+    pub fn adapter_parameters(&self) -> u64 {
+        self.adapter_parameters
+    }
+
+    /// Runs the trunk over one microbatch in training mode: dropout is on, and the server keeps
+    /// what the backward needs. Gives the output of layer `split_point_2 - 1`, `[N, H]`.
+    pub async fn forward(
+        &self,
+        input: ForwardInput,
+    ) -> Result<(HostTensor, Microbatch, FrameReport), ClientError> {
+        self.send_forward(input).await?.await
+    }
+
+    /// Like [`forward`](Session::forward), but only sends: several microbatches can be on their way
+    /// at once. Waits while `limits().max_frames_in_flight` frames are without an answer.
+    pub async fn send_forward(&self, input: ForwardInput) -> Result<PendingForward, ClientError> {
+        let claim = Claim::default();
+        let interest = Arc::downgrade(&claim);
+        let forward = to_proto(input, v1::Mode::Train);
+        let answer = self.send(Request::Forward { forward, interest }).await?;
+        Ok(PendingForward { answer, claim, sender: self.sender() })
+    }
+
+    /// Runs the trunk without dropout and keeps nothing.
+    pub async fn evaluate(&self, input: ForwardInput) -> Result<HostTensor, ClientError> {
+        self.send_evaluate(input).await?.await
+    }
+
+    /// Like [`evaluate`](Session::evaluate), but only sends.
+    pub async fn send_evaluate(&self, input: ForwardInput) -> Result<PendingEvaluate, ClientError> {
+        let interest = Default::default();
+        let forward = to_proto(input, v1::Mode::Eval);
+        Ok(PendingEvaluate { answer: self.send(Request::Forward { forward, interest }).await? })
+    }
+
+    /// Applies AdamW once to the gradients accumulated since the last step, each multiplied by
+    /// `clip_factor` first. Sent and not waited for: the next forward may follow at once, and runs
+    /// with the new weights. If the step is refused and nobody awaits the [`PendingStep`], the next
+    /// call of the session says so.
+    ///
+    /// Every open microbatch needs its backward before the step.
+    pub async fn step(
+        &self,
+        learning_rate: f64,
+        clip_factor: f64,
+    ) -> Result<PendingStep, ClientError> {
+        let answer = self.send(Request::Step(v1::Step { learning_rate, clip_factor })).await?;
+        Ok(PendingStep { answer })
+    }
+
+    /// Waits for all outstanding answers, then makes the session durable as it is.
+    pub async fn snapshot(&self) -> Result<SnapshotInfo, ClientError> {
+        let after = self.settle().await?;
+        self.client.snapshot(&self.id, after).await
+    }
+
+    /// Waits for all outstanding answers, then fetches the adapter.
+    pub async fn export(&self) -> Result<ExportedAdapter, ClientError> {
+        self.settle().await?;
+        self.client.export(&self.id, self.adapter_parameters).await
+    }
+
+    /// Waits for all outstanding answers, then parks the session on the server: it is made durable
+    /// and leaves the device. With `forget` it is deleted with all its snapshots. Gives the
+    /// snapshot taken.
+    pub async fn close(self, forget: bool) -> Result<Option<SnapshotInfo>, ClientError> {
+        self.settle().await?;
+        let Session { client, id, commands, .. } = self;
+        // The stream ends first, so that the server's end of it is no surprise.
+        drop(commands);
+        client.close_session(&id, forget).await
+    }
+
+    /// Waits until every frame sent so far is answered. Gives the number of the last one.
+    pub async fn settle(&self) -> Result<u64, ClientError> {
+        let (reply, answer) = oneshot::channel();
+        let command = Command::Settle { reply };
+        self.commands.send(command).await.map_err(|_| ClientError::Closed)?;
+        answer.await.map_err(|_| ClientError::Closed)?
+    }
+
+    fn sender(&self) -> Sender {
+        Sender {
+            commands: self.commands.clone(),
+            tensor_bytes: self.client.tensor_bytes(&self.limits),
+            max_tokens: self.limits.max_tokens_per_microbatch,
+        }
+    }
+
+    async fn send(&self, request: Request) -> Result<Waiting, ClientError> {
+        self.sender().send(request).await
+    }
+}
+
+fn to_proto(input: ForwardInput, mode: v1::Mode) -> v1::Forward {
+    v1::Forward {
+        microbatch: 0,
+        hidden: Some(input.hidden.into_proto()),
+        seq_lens: input.seq_lens,
+        position_ids: input.position_ids,
+        mode: mode as i32,
+        want_input_grad: input.want_input_grad && mode == v1::Mode::Train,
+    }
+}
+
+/// The way to the session's task.
+#[derive(Debug)]
+struct Sender {
+    commands: mpsc::Sender<Command>,
+    tensor_bytes: usize,
+    max_tokens: u32,
+}
+
+impl Sender {
+    async fn send(&self, request: Request) -> Result<Waiting, ClientError> {
+        let call = request.call();
+        // The server would end the whole stream over a message that is too large.
+        let (found, limit) = (request.size(), self.tensor_bytes);
+        if found > limit {
+            return Err(ClientError::TooLarge { call, found, limit, max_tokens: self.max_tokens });
+        }
+        let (reply, receiver) = oneshot::channel();
+        let command = Command::Send { request, reply };
+        self.commands.send(command).await.map_err(|_| ClientError::Closed)?;
+        Ok(Waiting { call, receiver })
+    }
+}
+
+#[derive(Debug)]
+struct Waiting {
+    call: &'static str,
+    receiver: oneshot::Receiver<Result<Answer, ClientError>>,
+}
+
+impl Waiting {
+    async fn answer(self) -> Result<Answer, ClientError> {
+        self.receiver.await.unwrap_or(Err(ClientError::Closed))
+    }
+}
+
+fn tensor(call: &'static str, tensor: Option<v1::Tensor>) -> Result<HostTensor, ClientError> {
+    HostTensor::from_proto(tensor).map_err(|source| ClientError::Tensor { call, source })
+}
+
+fn wrong_answer<T>(call: &'static str) -> Result<T, ClientError> {
+    Err(ClientError::Protocol { what: format!("{call} was answered as another kind of frame") })
+}
+
+/// The server holds this microbatch's activations. Its one use is
+/// [`backward`](Microbatch::backward), which uses it up.
+///
+/// Without its backward a microbatch stays open on the server, counts there, and stands in the way
+/// of the next step; for a forward without a backward use [`Session::evaluate`].
+#[derive(Debug)]
+#[must_use = "a microbatch without its backward stays open on the server"]
+pub struct Microbatch {
+    id: u64,
+    claim: Claim,
+    sender: Sender,
+}
+
+impl Microbatch {
+    /// The microbatch's number in its session.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Runs the trunk's backward. `grad` is `[N, H]` in the session's wire dtype: the gradient of
+    /// the loss by what [`Session::forward`] gave. LoRA gradients accumulate on the server until the
+    /// next step.
+    pub async fn backward(self, grad: HostTensor) -> Result<Gradients, ClientError> {
+        self.send_backward(grad).await?.await
+    }
+
+    /// Like [`backward`](Microbatch::backward), but only sends.
+    pub async fn send_backward(self, grad: HostTensor) -> Result<PendingBackward, ClientError> {
+        let Microbatch { id, claim, sender } = self;
+        let backward = v1::Backward { microbatch: id, grad: Some(grad.into_proto()) };
+        Ok(PendingBackward { answer: sender.send(Request::Backward { backward, claim }).await? })
+    }
+}
+
+/// A forward that was sent. Await it for the trunk's output.
+#[derive(Debug)]
+#[must_use = "await it for the answer"]
+pub struct PendingForward {
+    answer: Waiting,
+    claim: Claim,
+    sender: Sender,
+}
+
+impl PendingForward {
+    async fn done(self) -> Result<(HostTensor, Microbatch, FrameReport), ClientError> {
+        let call = self.answer.call;
+        let answer = self.answer.answer().await?;
+        let Body::Forward(done) = answer.body else { return wrong_answer(call) };
+        let report = FrameReport::new(answer.round_trip, done.timing, done.tape_bytes);
+        let microbatch =
+            Microbatch { id: answer.microbatch, claim: self.claim, sender: self.sender };
+        Ok((tensor(call, done.hidden)?, microbatch, report))
+    }
+}
+
+/// An evaluation that was sent. Await it for the trunk's output.
+#[derive(Debug)]
+#[must_use = "await it for the answer"]
+pub struct PendingEvaluate {
+    answer: Waiting,
+}
+
+impl PendingEvaluate {
+    async fn done(self) -> Result<HostTensor, ClientError> {
+        let call = self.answer.call;
+        match self.answer.answer().await?.body {
+            Body::Forward(done) => tensor(call, done.hidden),
+            _ => wrong_answer(call),
+        }
+    }
+}
+
+/// A backward that was sent. Await it for the gradients.
+#[derive(Debug)]
+#[must_use = "await it for the answer"]
+pub struct PendingBackward {
+    answer: Waiting,
+}
+
+impl PendingBackward {
+    async fn done(self) -> Result<Gradients, ClientError> {
+        let call = self.answer.call;
+        let answer = self.answer.answer().await?;
+        let Body::Backward(done) = answer.body else { return wrong_answer(call) };
+        Ok(Gradients {
+            report: FrameReport::new(answer.round_trip, done.timing, 0),
+            norm_squared: done.grad_norm_squared,
+            input: match done.grad {
+                Some(grad) => Some(tensor(call, Some(grad))?),
+                None => None,
+            },
+        })
+    }
+}
+
+/// A step that was sent. It takes place whether this is awaited or not; awaiting it gives the number
+/// of steps taken so far.
+#[derive(Debug)]
+pub struct PendingStep {
+    answer: Waiting,
+}
+
+impl PendingStep {
+    async fn done(self) -> Result<u64, ClientError> {
+        let call = self.answer.call;
+        match self.answer.answer().await?.body {
+            Body::Step(done) => Ok(done.step),
+            _ => wrong_answer(call),
+        }
+    }
+}
+
+macro_rules! awaitable {
+    ($pending:ty => $output:ty) => {
+        impl IntoFuture for $pending {
+            type Output = Result<$output, ClientError>;
+            type IntoFuture = Pin<Box<dyn Future<Output = Self::Output> + Send>>;
+
+            fn into_future(self) -> Self::IntoFuture {
+                Box::pin(self.done())
+            }
+        }
+    };
+}
+
+awaitable!(PendingForward => (HostTensor, Microbatch, FrameReport));
+awaitable!(PendingEvaluate => HostTensor);
+awaitable!(PendingBackward => Gradients);
+awaitable!(PendingStep => u64);

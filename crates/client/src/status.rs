@@ -1,0 +1,90 @@
+//! What a gRPC status says about trying again.
+
+use offshoot_proto::v1::ErrorCode;
+use std::error::Error;
+use tonic::{Code, Status};
+
+/// The connection broke or could not be made; the server did not say this itself.
+pub(crate) fn is_transport(status: &Status) -> bool {
+    // tonic keeps the cause of what it made up itself; a status that came over the wire has none.
+    status.source().is_some()
+}
+
+/// No connection could be made, so that nothing can have been sent.
+pub(crate) fn is_unsent(status: &Status) -> bool {
+    let mut cause = status.source();
+    while let Some(error) = cause {
+        if error.is::<tonic::ConnectError>() {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
+}
+
+/// The server did nothing yet and asks to be called again later.
+pub(crate) fn is_pushed_back(status: &Status) -> bool {
+    status.metadata().contains_key("grpc-retry-pushback-ms")
+}
+
+/// Trying again may help: the connection is broken, or the server is full, draining or starting.
+pub(crate) fn is_passing(status: &Status) -> bool {
+    if is_transport(status) {
+        return true;
+    }
+    match status.code() {
+        Code::Unavailable
+        | Code::Unknown
+        | Code::Internal
+        | Code::Cancelled
+        | Code::DeadlineExceeded
+        | Code::ResourceExhausted
+        | Code::Ok => true,
+        Code::InvalidArgument
+        | Code::NotFound
+        | Code::AlreadyExists
+        | Code::PermissionDenied
+        | Code::FailedPrecondition
+        | Code::Aborted
+        | Code::OutOfRange
+        | Code::Unimplemented
+        | Code::DataLoss
+        | Code::Unauthenticated => false,
+    }
+}
+
+/// The reason in the protocol's own words.
+pub(crate) fn error_code(code: Code) -> ErrorCode {
+    match code {
+        // What is asked for does not fit what is there: another model, another split, another point
+        // in the session.
+        Code::FailedPrecondition => ErrorCode::Invalid,
+        Code::InvalidArgument | Code::OutOfRange | Code::AlreadyExists => ErrorCode::Invalid,
+        Code::NotFound | Code::PermissionDenied | Code::Unauthenticated => ErrorCode::NotFound,
+        Code::ResourceExhausted => ErrorCode::Exhausted,
+        Code::Unavailable => ErrorCode::Draining,
+        Code::Aborted => ErrorCode::TakenOver,
+        Code::Ok
+        | Code::Cancelled
+        | Code::Unknown
+        | Code::DeadlineExceeded
+        | Code::Unimplemented
+        | Code::Internal
+        | Code::DataLoss => ErrorCode::Internal,
+    }
+}
+
+/// The status with its innermost cause, which is what tells people something.
+pub(crate) fn text(status: &Status) -> String {
+    let mut innermost: Option<&(dyn Error + 'static)> = status.source();
+    while let Some(next) = innermost.and_then(Error::source) {
+        innermost = Some(next);
+    }
+    match innermost {
+        Some(cause) if !status.message().contains(&cause.to_string()) => {
+            format!("{}: {cause}", status.message())
+        }
+        _ if status.message().is_empty() => status.code().description().to_string(),
+        _ => status.message().to_string(),
+    }
+}

@@ -1,0 +1,93 @@
+//! One attached stream: how it comes to be, and what the server's refusals of it mean.
+
+use crate::client::Client;
+use crate::types::SessionId;
+use crate::{ClientError, status};
+use offshoot_proto::v1::{self, client_frame, server_frame};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+
+pub(crate) struct Wire {
+    pub(crate) out: mpsc::Sender<v1::ClientFrame>,
+    pub(crate) answers: tonic::Streaming<v1::ServerFrame>,
+    pub(crate) attached: v1::Attached,
+}
+
+/// Why there is no stream.
+pub(crate) enum Failed {
+    /// Worth another attempt.
+    Broken(String),
+    /// The server said no.
+    Refused(ClientError),
+}
+
+/// One attempt: opens a stream, says Hello, waits for the answer. `capacity` is the most frames that
+/// will be without an answer.
+pub(crate) async fn attach(
+    client: &Client,
+    id: &SessionId,
+    last_answered: u64,
+    capacity: usize,
+) -> Result<Wire, Failed> {
+    let patience = client.options().connect_timeout;
+    match tokio::time::timeout(patience, say_hello(client, id, last_answered, capacity)).await {
+        Ok(result) => result,
+        Err(_) => Err(Failed::Broken(format!("no answer to Hello within {patience:?}"))),
+    }
+}
+
+async fn say_hello(
+    client: &Client,
+    id: &SessionId,
+    last_answered: u64,
+    capacity: usize,
+) -> Result<Wire, Failed> {
+    // Hello beside a full window: the driver never has to wait for room.
+    let (out, frames) = mpsc::channel(capacity + 1);
+    let hello = v1::Hello { session_id: id.to_string(), last_answered };
+    let frame = v1::ClientFrame {
+        sequence: 0,
+        acknowledged: last_answered,
+        body: Some(client_frame::Body::Hello(hello)),
+    };
+    if out.try_send(frame).is_err() {
+        return Err(Failed::Broken("the stream closed at once".to_string()));
+    }
+    let judge = |status| judge(id, &status);
+    let mut rpc = client.stream_rpc();
+    let mut answers = rpc.train(ReceiverStream::new(frames)).await.map_err(judge)?.into_inner();
+    let answer = answers.message().await.map_err(judge)?;
+    match answer.and_then(|frame| frame.body) {
+        Some(server_frame::Body::Attached(attached)) => Ok(Wire { out, answers, attached }),
+        Some(server_frame::Body::Error(error)) => Err(judge_error(id, error)),
+        None => Err(Failed::Broken("the stream ended before the answer to Hello".to_string())),
+        Some(_) => Err(Failed::Refused(ClientError::Protocol {
+            what: "the first answer on a stream was not the one to Hello".to_string(),
+        })),
+    }
+}
+
+/// A status that ended the stream.
+pub(crate) fn judge(id: &SessionId, status: &tonic::Status) -> Failed {
+    if status::is_passing(status) {
+        return Failed::Broken(status::text(status));
+    }
+    let (session, message) = (id.clone(), status.message().to_string());
+    Failed::Refused(match status::error_code(status.code()) {
+        v1::ErrorCode::TakenOver => ClientError::TakenOver { session, message },
+        code => ClientError::NotTakenBack { session, code, message },
+    })
+}
+
+/// An error about the session as a whole.
+pub(crate) fn judge_error(id: &SessionId, error: v1::FrameError) -> Failed {
+    let code = error.code();
+    if code == v1::ErrorCode::Draining || error.retry_after_millis > 0 {
+        return Failed::Broken(error.message);
+    }
+    let (session, message) = (id.clone(), error.message);
+    Failed::Refused(match code {
+        v1::ErrorCode::TakenOver => ClientError::TakenOver { session, message },
+        _ => ClientError::NotTakenBack { session, code, message },
+    })
+}
