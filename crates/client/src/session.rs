@@ -129,7 +129,13 @@ impl Session {
     /// Waits for all outstanding answers, then fetches the adapter.
     pub async fn export(&self) -> Result<ExportedAdapter, ClientError> {
         self.settle().await?;
-        self.client.export(&self.id, self.adapter_parameters).await
+        self.client.export(&self.id, self.adapter_parameters, false).await
+    }
+
+    /// Like [`export`](Session::export), with the gradients accumulated since the last step.
+    pub async fn export_with_gradients(&self) -> Result<ExportedAdapter, ClientError> {
+        self.settle().await?;
+        self.client.export(&self.id, self.adapter_parameters, true).await
     }
 
     /// Waits for all outstanding answers, then parks the session on the server: it is made durable

@@ -200,20 +200,25 @@ pub struct ExportedAdapter {
     pub lora: LoraConfig,
     /// PEFT name and value.
     pub tensors: Vec<(String, HostTensor)>,
+    /// Accumulated gradients under the same names; empty unless asked for.
+    pub gradients: Vec<(String, HostTensor)>,
     /// Optimizer steps taken.
     pub step: u64,
 }
 
 impl ExportedAdapter {
     pub(crate) fn from_proto(e: v1::ExportAdapterResponse) -> Result<Self, ClientError> {
-        let tensor = |source| ClientError::Tensor { call: "ExportAdapter", source };
+        let checked = |tensors: Vec<v1::NamedTensor>| {
+            let wrong = |source| ClientError::Tensor { call: "ExportAdapter", source };
+            let named = |t: v1::NamedTensor| {
+                Ok((t.name, HostTensor::from_proto(t.tensor).map_err(wrong)?))
+            };
+            tensors.into_iter().map(named).collect::<Result<_, ClientError>>()
+        };
         Ok(ExportedAdapter {
             lora: e.lora.ok_or_else(|| missing("ExportAdapter", "lora"))?,
-            tensors: e
-                .tensors
-                .into_iter()
-                .map(|t| Ok((t.name, HostTensor::from_proto(t.tensor).map_err(tensor)?)))
-                .collect::<Result<_, ClientError>>()?,
+            tensors: checked(e.tensors)?,
+            gradients: checked(e.gradients)?,
             step: e.step,
         })
     }

@@ -143,3 +143,70 @@ impl Linear {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::DropoutKey;
+    use offshoot_adapters::{AdapterSet, LoraSpec, Site};
+    use tch::Device;
+
+    /// Two segments with other ranks, one with dropout, against autograd on the formula.
+    #[test]
+    fn backward_equals_autograd_with_dropout_on() {
+        tch::manual_seed(1);
+        let random = |shape: [i64; 2]| Tensor::randn(shape, (Kind::Float, Device::Cpu));
+        let linear = Linear {
+            path: "layer".into(),
+            weight: random([5, 7]),
+            bias: Some(random([1, 5]).squeeze()),
+        };
+        let adapter = |r, lora_dropout| {
+            let spec = LoraSpec { r, lora_dropout, ..LoraSpec::default() };
+            let site = Site::new(0, "layer", "layer", 7, 5);
+            let set = AdapterSet::init(spec, vec![site], 3, Device::Cpu).unwrap();
+            let (_, mut b) = set.matrices(0);
+            b.copy_(&random([5, r as i64]));
+            set
+        };
+        let (first, second) = (adapter(2, 0.0), adapter(3, 0.4));
+        let key = DropoutKey { seed: 1, microbatch: 2 };
+        let segments = [
+            Segment { rows: 0..4, adapter: Some(&first), dropout: Some(key) },
+            Segment { rows: 4..10, adapter: Some(&second), dropout: Some(key) },
+        ];
+        let (x, grad) = (random([10, 7]), random([10, 5]));
+        let (y, tape) = linear.forward(&x, &segments);
+        let gradients: LoraGradients =
+            segments.iter().map(|s| s.adapter.map(AdapterSet::new_gradient)).collect();
+        let by_x = linear.backward(&x, &grad, &tape, &segments, &gradients);
+
+        let x = x.set_requires_grad(true);
+        let mut leaves = vec![x.shallow_clone()];
+        let outputs = segments.iter().map(|segment| {
+            let set = segment.adapter.unwrap();
+            let (a, b) = set.matrices(0);
+            let (a, b) = (a.copy().set_requires_grad(true), b.copy().set_requires_grad(true));
+            leaves.extend([a.shallow_clone(), b.shallow_clone()]);
+            let rows = segment.of(&x);
+            let dropped = match linear.mask(segment, &rows) {
+                Some(mask) => &rows * mask,
+                None => rows.shallow_clone(),
+            };
+            let base = rows.matmul(&linear.weight.tr()) + linear.bias.as_ref().unwrap();
+            base + dropped.matmul(&a.tr()).matmul(&b.tr()) * set.spec().scaling()
+        });
+        let expected = Tensor::cat(&outputs.collect::<Vec<_>>(), 0);
+        (&expected * &grad).sum(Kind::Float).backward();
+        let close = |a: &Tensor, b: &Tensor| assert!(a.allclose(b, 1e-5, 1e-5, false), "{a} {b}");
+        close(&y, &expected);
+        close(&by_x, &leaves[0].grad());
+        for (i, segment) in segments.iter().enumerate() {
+            let (a, b) = segment.adapter.unwrap().views(gradients[i].as_ref().unwrap(), 0);
+            close(&a, &leaves[1 + 2 * i].grad());
+            close(&b, &leaves[2 + 2 * i].grad());
+        }
+        let (dropped, undropped) = (linear.mask(&segments[1], &leaves[0]), segments[0].dropout);
+        assert!(dropped.is_some() && undropped.is_some());
+    }
+}
