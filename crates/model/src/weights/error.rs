@@ -109,7 +109,7 @@ pub enum WeightsError {
     },
     /// The hub knows no such model or file.
     #[error(
-        "{name}: the hub at {endpoint} has no file {file} of this model (404); is the name right? HF_ENDPOINT chooses the hub"
+        "{name}: no such path, and the hub at {endpoint} has no file {file} of this model (404); is the name right? HF_ENDPOINT chooses the hub"
     )]
     HubNotFound {
         /// OWNER/NAME.
@@ -121,7 +121,7 @@ pub enum WeightsError {
     },
     /// The hub refuses this caller. It also answers so for names that do not exist.
     #[error(
-        "{name}: the hub at {endpoint} refused access ({status}); the name is wrong, or the model is private or gated: {}",
+        "{name}: no such path, and the hub at {endpoint} refused access ({status}); the name is wrong, or the model is private or gated: {}",
         if *with_token { "ask its owner for access, or check the token in HF_TOKEN" } else { "set HF_TOKEN" }
     )]
     HubDenied {
@@ -136,7 +136,7 @@ pub enum WeightsError {
     },
     /// No answer from the hub.
     #[error(
-        "{name}: cannot reach the hub at {endpoint}: {reason}; check the network and HF_ENDPOINT, or set HF_HUB_OFFLINE=1 to use only what is cached, or give a path"
+        "{name}: no such path, and cannot reach the hub at {endpoint}: {reason}; check the network and HF_ENDPOINT, or set HF_HUB_OFFLINE=1 to use only what is cached, or give a path"
     )]
     HubUnreachable {
         /// OWNER/NAME.

@@ -63,6 +63,9 @@ pub(super) fn fingerprint(
             update(&mut hasher, &bytes[start..bytes.len().min(start + SAMPLE_BYTES)]);
         }
     }
+    for file in files {
+        file.release(0..file.bytes().len());
+    }
     hasher.finalize().to_hex().to_string()
 }
 

@@ -6,9 +6,9 @@ use candle_core::{CpuStorage, quantized::QuantizedType};
 use std::borrow::Cow;
 use tch::{Device, Kind, TchError, Tensor};
 
-/// Elements dequantised at a time (4 MiB as f32), so that a large embedding never lies in memory
-/// in two forms.
-const CHUNK_ELEMENTS: usize = 1 << 20;
+/// Elements dequantised at a time (256 KiB as f32), so that a large embedding never lies in memory
+/// in two forms, and the passing buffers leave no large holes between the tensors that stay.
+const CHUNK_ELEMENTS: usize = 1 << 16;
 
 /// The tensor of `entry`, shape as stored, in `kind` on `device`.
 pub(super) fn tensor(
@@ -33,7 +33,9 @@ pub(super) fn tensor(
             }
             plain(bytes, *stored, entry, kind).map_err(failed)?
         }
-        Stored::Quantised(dtype) => quantised(bytes, *dtype, entry, kind).map_err(failed)?,
+        Stored::Quantised(dtype) => {
+            quantised(bytes, *dtype, entry, kind, CHUNK_ELEMENTS).map_err(failed)?
+        }
         Stored::Other { found, known } => {
             return Err(WeightsError::UnsupportedTensorType {
                 file: file.path.clone(),
@@ -70,6 +72,7 @@ fn quantised(
     dtype: GgmlDType,
     entry: &Entry,
     kind: Kind,
+    chunk_elements: usize,
 ) -> Result<Tensor, TchError> {
     let target = Tensor::f_empty(&entry.shape, (kind, Device::Cpu))?;
     if bytes.is_empty() {
@@ -80,13 +83,18 @@ fn quantised(
         _ => (1, entry.elements()),
     };
     let flat = target.f_view([rows as i64, row_elements as i64])?;
-    let group = entry.heads.map_or(1, |heads| rows / heads as usize);
-    let chunk = (CHUNK_ELEMENTS / (group * row_elements)).max(1) * group;
+    let group = entry.heads.map_or(1, |heads| (rows / heads as usize).max(1));
+    let chunk = (chunk_elements / (group * row_elements)).max(1) * group;
     let row_bytes = row_elements / dtype.block_size() * dtype.type_size();
     for first in (0..rows).step_by(chunk) {
         let n = chunk.min(rows - first);
         let values = dequantise(dtype, &bytes[first * row_bytes..(first + n) * row_bytes])?;
-        let source = Tensor::from_slice(&values).f_view([n as i64, row_elements as i64])?;
+        let size = [n as i64, row_elements as i64];
+        // SAFETY: `dequantise` gave one value for each element of these rows; the view is read
+        // once, before `values` goes.
+        let source = unsafe {
+            Tensor::f_from_blob(values.as_ptr().cast(), &size, &[], Kind::Float, Device::Cpu)?
+        };
         let heads = entry.heads.map(|_| (n / group) as i64);
         write(&flat.f_narrow(0, first as i64, n as i64)?, &source, heads)?;
     }
@@ -119,4 +127,26 @@ fn write(target: &Tensor, source: &Tensor, heads: Option<i64>) -> Result<(), Tch
         }
     };
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    /// In one piece, row by row (head by head), and with a last piece that is smaller.
+    #[test]
+    fn chunks_do_not_change_what_is_dequantised() {
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/gguf");
+        let opened = super::super::gguf::open(&fixtures.join("llama.gguf")).unwrap();
+        for entry in opened.entries.values() {
+            let Stored::Quantised(dtype) = entry.stored else { continue };
+            let bytes = &opened.files[0].bytes()[entry.bytes.clone()];
+            let load = |chunk| quantised(bytes, dtype, entry, Kind::Float, chunk).unwrap();
+            let whole = load(usize::MAX);
+            for chunk in [1, 3 * 8 * 256] {
+                assert_eq!(load(chunk), whole, "{} by {chunk}", entry.name);
+            }
+        }
+    }
 }
