@@ -225,8 +225,7 @@ impl Client {
         adapter_parameters: u64,
         include_gradients: bool,
     ) -> Result<ExportedAdapter, ClientError> {
-        let request =
-            v1::ExportAdapterRequest { session_id: id.to_string(), include_gradients };
+        let request = v1::ExportAdapterRequest { session_id: id.to_string(), include_gradients };
         let each = if include_gradients { 8 } else { 4 };
         let bytes = usize::try_from(adapter_parameters).unwrap_or(usize::MAX).saturating_mul(each);
         // Names and shapes are in the control part.

@@ -10,7 +10,8 @@ use crate::window::{Cause, Entry, Gone, Outcome, Request, Window};
 use crate::wire::{self, Failed, Wire};
 use offshoot_proto::v1::{self, server_frame};
 use std::time::Duration;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc::{self, error::TrySendError};
+use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 /// What a session can ask of its task.
@@ -194,10 +195,13 @@ impl Driver {
     async fn pump(&mut self, mut wire: Wire) -> End {
         loop {
             while let Some(frame) = self.window.take_unsent() {
-                // There is room for a full window. An error means that the stream is gone; then
-                // the answers say why.
-                if wire.out.try_send(frame).is_err() {
-                    break;
+                match wire.out.try_send(frame) {
+                    Ok(()) => {}
+                    // The stream is gone; its answers say why.
+                    Err(TrySendError::Closed(_)) => break,
+                    Err(TrySendError::Full(_)) => {
+                        return End::Broken("the server allows more frames now".to_string());
+                    }
                 }
             }
             if self.window.is_empty() {

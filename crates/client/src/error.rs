@@ -69,8 +69,8 @@ pub enum ClientError {
     /// The session has ended; go back to a snapshot with
     /// [`Client::restore`](crate::Client::restore) and replay from there.
     #[error(
-        "the server came back without part of this session: {}; restore the session from a \
-         snapshot ({}) and replay from there",
+        "the server came back without part of this session: {}; restore the snapshot of your last \
+         checkpoint and replay from there ({})",
         lost(*last_applied, *answered, lost_microbatches),
         newest(durable.as_ref())
     )]
@@ -166,8 +166,8 @@ fn lost(last_applied: u64, answered: u64, microbatches: &[u64]) -> String {
 
 fn newest(durable: Option<&SnapshotInfo>) -> String {
     match durable {
-        Some(s) => format!("the newest is {}, step {}", s.snapshot_id, s.step),
-        None => "it has none: open a new session".to_string(),
+        Some(s) => format!("the server's newest is {}, step {}", s.snapshot_id, s.step),
+        None => "the server has none: open a new session".to_string(),
     }
 }
 

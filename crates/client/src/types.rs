@@ -210,9 +210,8 @@ impl ExportedAdapter {
     pub(crate) fn from_proto(e: v1::ExportAdapterResponse) -> Result<Self, ClientError> {
         let checked = |tensors: Vec<v1::NamedTensor>| {
             let wrong = |source| ClientError::Tensor { call: "ExportAdapter", source };
-            let named = |t: v1::NamedTensor| {
-                Ok((t.name, HostTensor::from_proto(t.tensor).map_err(wrong)?))
-            };
+            let named =
+                |t: v1::NamedTensor| Ok((t.name, HostTensor::from_proto(t.tensor).map_err(wrong)?));
             tensors.into_iter().map(named).collect::<Result<_, ClientError>>()
         };
         Ok(ExportedAdapter {
