@@ -36,6 +36,8 @@ pub enum TrainError {
     Adapter(#[from] AdapterError),
     #[error(transparent)]
     Model(#[from] offshoot_model::ModelError),
+    #[error(transparent)]
+    Client(#[from] offshoot_client::ClientError),
 }
 
 fn place(path: &Path, line: &Option<usize>) -> String {

@@ -1,6 +1,37 @@
-//! The client's half of a training run.
+//! The client's half of a training run: text becomes packed samples, bottom and top run around a
+//! session that stands for the trunk, checkpoints name the server's snapshots, and a run that was
+//! stopped goes on as if it had not been.
+//!
+//! It sits between `offshoot-client`, which moves tensors and keeps the order, and the command
+//! line. It opens no socket of its own and knows nothing of how the server works.
+//!
+//! ```no_run
+//! use offshoot_trainer::{CancelToken, TrainOptions, train};
+//!
+//! let options = TrainOptions::new("gpt2", "127.0.0.1:50051", "texts.jsonl".into(), "run".into());
+//! // The trainer computes on this thread; the connection's tasks run on the runtime's own.
+//! let runtime = tokio::runtime::Runtime::new()?;
+//! let summary = runtime.block_on(train(options, CancelToken::default()))?;
+//! println!("{} steps, adapter in {:?}", summary.step, summary.adapter);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+pub mod checkpoint;
 pub mod data;
 mod error;
-pub mod schedule;
+mod options;
+mod report;
+mod resume;
+pub mod sample;
+mod schedule;
+mod setup;
+mod split;
 pub mod tokenizer;
+mod train;
+
 pub use error::TrainError;
+pub use options::{CancelToken, TrainOptions};
+pub use report::{DoneEvent, Event, StepEvent};
+pub use schedule::Schedule;
+pub use split::{ClientState, MicrobatchResult, SplitModel, SplitOptions, clip_factor};
+pub use train::{Summary, train};

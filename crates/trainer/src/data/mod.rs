@@ -244,7 +244,8 @@ fn plain_completion(
     completion: &str,
     tokenizer: &Tokenizer,
 ) -> Result<Sample, TrainError> {
-    let apart = prompt.ends_with(char::is_whitespace) || completion.starts_with(char::is_whitespace);
+    let apart =
+        prompt.ends_with(char::is_whitespace) || completion.starts_with(char::is_whitespace);
     let prompt = if apart { prompt.to_string() } else { format!("{prompt}\n") };
     // Each for itself, so that the prompt's tokens are those that generation will begin with.
     let prompt = tokenizer.encode(&prompt)?;

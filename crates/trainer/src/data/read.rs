@@ -73,11 +73,8 @@ pub(super) fn data_files(paths: &[PathBuf]) -> Result<Vec<PathBuf>, TrainError> 
 
 /// The records of one file: JSONL by its name, anything else is text.
 pub(super) fn records(path: &Path) -> Result<Vec<(Source, Record)>, TrainError> {
-    let wrong = |problem: &str| TrainError::Data {
-        path: path.into(),
-        line: None,
-        problem: problem.into(),
-    };
+    let wrong =
+        |problem: &str| TrainError::Data { path: path.into(), line: None, problem: problem.into() };
     let bytes = fs::read(path).map_err(TrainError::io(path))?;
     let text = String::from_utf8(bytes)
         .map_err(|_| wrong("not UTF-8 text; is it a compressed or binary file?"))?;
@@ -134,10 +131,9 @@ fn record(object: &Map<String, Value>) -> Result<Record, String> {
         return chat(messages).map(Record::Chat);
     }
     match (object.contains_key("prompt"), object.contains_key("completion")) {
-        (true, true) => Ok(Record::Completion {
-            prompt: string("prompt")?,
-            completion: string("completion")?,
-        }),
+        (true, true) => {
+            Ok(Record::Completion { prompt: string("prompt")?, completion: string("completion")? })
+        }
         (false, false) if object.contains_key("text") => string("text").map(Record::Text),
         _ => {
             let found: Vec<_> = object.keys().map(|k| format!("\"{k}\"")).collect();

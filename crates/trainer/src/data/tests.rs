@@ -85,7 +85,10 @@ fn only_the_assistants_turns_are_learned() {
 #[test]
 fn errors_name_file_and_line() {
     let cases = [
-        ("{\"text\": \"a\"}\n\n{\"text\": 3}", "a.jsonl:3: \"text\" is a number, expected a string"),
+        (
+            "{\"text\": \"a\"}\n\n{\"text\": 3}",
+            "a.jsonl:3: \"text\" is a number, expected a string",
+        ),
         ("{\"text\": \"a\"}\n{\"text\":", "a.jsonl:2: not a JSON object"),
         ("[1]", "a.jsonl:1: not a JSON object"),
         ("{\"prompt\": \"a\"}", "the fields are \"prompt\""),
@@ -122,7 +125,8 @@ fn a_folder_is_its_data_files_in_order() {
 
 #[test]
 fn what_has_nothing_to_predict_is_passed_over_and_counted() {
-    let lines = "{\"prompt\": \"a very long prompt\", \"completion\": \"b\"}\n{\"text\": \"words\"}";
+    let lines =
+        "{\"prompt\": \"a very long prompt\", \"completion\": \"b\"}\n{\"text\": \"words\"}";
     let data = load("a.jsonl", lines, &options(3)).unwrap();
     assert_eq!(data.n_skipped, 1);
     let only = "{\"prompt\": \"a very long prompt\", \"completion\": \"b\"}";
@@ -153,8 +157,7 @@ fn batches_are_packed_and_labels_shifted_within_each_sequence() {
 
 #[test]
 fn a_batch_too_large_for_the_server_is_split() {
-    let data =
-        DataSet { samples: (0..5).map(|_| sample(&[1, 2, 3])).collect(), n_skipped: 0 };
+    let data = DataSet { samples: (0..5).map(|_| sample(&[1, 2, 3])).collect(), n_skipped: 0 };
     let lens = |batch_size, max_tokens| -> Vec<usize> {
         let batches = data.batches(&[0, 1, 2, 3, 4], batch_size, max_tokens);
         batches.iter().map(|b| b.seq_lens.len()).collect()
@@ -166,9 +169,7 @@ fn a_batch_too_large_for_the_server_is_split() {
 
 #[test]
 fn the_fingerprint_tells_data_sets_apart() {
-    let of = |samples: &[Sample]| {
-        DataSet { samples: samples.to_vec(), n_skipped: 0 }.fingerprint()
-    };
+    let of = |samples: &[Sample]| DataSet { samples: samples.to_vec(), n_skipped: 0 }.fingerprint();
     assert_eq!(of(&[sample(&[1, 2])]), of(&[sample(&[1, 2])]));
     assert_ne!(of(&[sample(&[1, 2]), sample(&[3])]), of(&[sample(&[1]), sample(&[2, 3])]));
     let masked = Sample { ids: vec![1, 2], learn: vec![true, false] };

@@ -18,7 +18,8 @@ impl ChatTemplate {
         let mut environment = Environment::new();
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment
+            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
         // minijinja's own escapes for HTML, which Transformers' does not.
@@ -85,8 +86,10 @@ mod tests {
     #[test]
     fn renders_what_pythons_jinja_renders() {
         let source = "{{ bos_token }}{% for m in messages %}\n    {% if m['role'] == 'user' %}\n[{{ m.content.strip() }}]{% else %}\n{{ m['content'] }}{{ eos_token }}{% endif %}\n{% endfor %}\n{% if add_generation_prompt %}>{% endif %}";
-        let messages =
-            [json!({"role": "user", "content": " Hi "}), json!({"role": "assistant", "content": "Yes"})];
+        let messages = [
+            json!({"role": "user", "content": " Hi "}),
+            json!({"role": "assistant", "content": "Yes"}),
+        ];
         let chat = template(source);
         // What jinja2 3.1 gives with trim_blocks and lstrip_blocks.
         assert_eq!(chat.render(&messages, false).unwrap(), "<s>[Hi]Yes</s>");

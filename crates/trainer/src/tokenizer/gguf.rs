@@ -29,9 +29,8 @@ enum PreTokenizer {
     Qwen2,
 }
 
-const BY_NAME: [(&str, PreTokenizer); 13] = [
-    // Files older than the field, and files that say so.
-    ("", PreTokenizer::Gpt2),
+const BY_NAME: [(&str, PreTokenizer); 12] = [
+    // Also what files without the field mean.
     ("default", PreTokenizer::Gpt2),
     ("gpt-2", PreTokenizer::Gpt2),
     ("olmo", PreTokenizer::Gpt2),
@@ -84,7 +83,7 @@ pub(super) fn build(metadata: &GgufTokenizer, origin: &str) -> Result<Tokenizer,
     }
     let name = metadata.pre.as_str();
     let pre = PreTokenizer::by_name(name).ok_or_else(|| {
-        let known: Vec<&str> = BY_NAME[1..].iter().map(|(name, _)| *name).collect();
+        let known: Vec<&str> = BY_NAME.iter().map(|(name, _)| *name).collect();
         wrong(format!(
             "tokenizer.ggml.pre is \"{name}\"; known are {}. Use the model's Hugging Face directory, which has a tokenizer.json",
             known.join(", ")

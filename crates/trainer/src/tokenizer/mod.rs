@@ -51,7 +51,8 @@ impl Tokenizer {
                 "no such file; a model directory needs one. Transformers writes it: AutoTokenizer.from_pretrained(...).save_pretrained(...)".into(),
             ));
         }
-        let mut inner = tokenizers::Tokenizer::from_file(&path).map_err(|e| wrong(e.to_string()))?;
+        let mut inner =
+            tokenizers::Tokenizer::from_file(&path).map_err(|e| wrong(e.to_string()))?;
         // Lengths are the trainer's business: a file saved after padded training would pad here.
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|e| wrong(e.to_string()))?;
@@ -67,11 +68,9 @@ impl Tokenizer {
         };
         let chat = match chat_source(dir, &settings)? {
             None => None,
-            Some(source) => Some(ChatTemplate::new(
-                source,
-                bos.unwrap_or_default(),
-                eos.unwrap_or_default(),
-            )?),
+            Some(source) => {
+                Some(ChatTemplate::new(source, bos.unwrap_or_default(), eos.unwrap_or_default())?)
+            }
         };
         Ok(Tokenizer { inner, origin, eos_id, chat })
     }

@@ -1,0 +1,362 @@
+//! The client's directories for single steps. Each names the server's snapshot of the same step.
+//!
+//! ```text
+//! OUTPUT_DIR/checkpoint_step_500/
+//!   training_state.json                  step, data position, seeds, session, snapshot, settings
+//!   {bottom,trunk,top}/metadata.json     layers, model, fingerprint
+//!   {bottom,trunk,top}/lora_adapters/    a PEFT directory each, where layers carry LoRA
+//!   {bottom,top}/optimizer.safetensors   parameters, moments; the trunk's are in the snapshot
+//! ```
+//!
+//! A checkpoint is written under another name, synced and renamed: what has its name is whole.
+
+mod state;
+
+pub use state::{Best, RunSettings, TrainingState};
+
+use crate::TrainError;
+use crate::split::ClientState;
+use offshoot_adapters::AdapterState;
+use offshoot_adapters::peft::{self, PeftConfig};
+use serde_json::{Value, json};
+use state::FORMAT;
+use std::fs;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use tch::Tensor;
+
+/// How many checkpoints stay, beside the best one.
+pub const CHECKPOINTS_KEPT: usize = 5;
+
+const PREFIX: &str = "checkpoint_step_";
+const STATE_FILE: &str = "training_state.json";
+
+/// What goes into a checkpoint's directory.
+pub struct Contents<'a> {
+    /// Step, settings, names.
+    pub state: &'a TrainingState,
+    /// Layers of the whole model.
+    pub n_layers: usize,
+    /// Of the model's family, for PEFT.
+    pub fan_in_fan_out: bool,
+    /// Parameters and moments of bottom and top.
+    pub client: &'a ClientState,
+    /// PEFT tensors of bottom, trunk and top.
+    pub tensors: [Vec<(String, Tensor)>; 3],
+}
+
+const PARTS: [&str; 3] = ["bottom", "trunk", "top"];
+
+/// Writes `output_dir/checkpoint_step_N`, in place of one of the same step.
+pub fn write(output_dir: &Path, contents: &Contents<'_>) -> Result<PathBuf, TrainError> {
+    let name = format!("{PREFIX}{}", contents.state.step);
+    let path = output_dir.join(&name);
+    let (fresh, old) =
+        (output_dir.join(format!(".{name}.new")), output_dir.join(format!(".{name}.old")));
+    remove(&fresh)?;
+    fs::create_dir_all(&fresh).map_err(TrainError::io(&fresh))?;
+    write_parts(&fresh, contents)?;
+    let state = serde_json::to_string_pretty(contents.state).expect("plain fields can be written");
+    let file = fresh.join(STATE_FILE);
+    fs::write(&file, state + "\n").map_err(TrainError::io(&file))?;
+    sync_tree(&fresh)?;
+
+    remove(&old)?;
+    if path.exists() {
+        fs::rename(&path, &old).map_err(TrainError::io(&path))?;
+    }
+    fs::rename(&fresh, &path).map_err(TrainError::io(&path))?;
+    sync(output_dir)?;
+    remove(&old)?;
+    Ok(path)
+}
+
+fn write_parts(dir: &Path, contents: &Contents<'_>) -> Result<(), TrainError> {
+    let settings = &contents.state.settings;
+    let (s1, s2) = (settings.split_point_1, settings.split_point_2);
+    let layers: [Range<usize>; 3] = [0..s1, s1..s2, s2..contents.n_layers];
+    let states = [&contents.client.bottom, &None, &contents.client.top];
+    for (((part, layers), tensors), state) in
+        PARTS.iter().zip(layers).zip(&contents.tensors).zip(states)
+    {
+        let dir = dir.join(part);
+        fs::create_dir_all(&dir).map_err(TrainError::io(&dir))?;
+        let metadata = json!({
+            "part": part,
+            "first_layer": layers.start,
+            "end_layer": layers.end,
+            "n_layers": contents.n_layers,
+            "model_name": settings.model_name,
+            "fingerprint": settings.fingerprint,
+            "step": contents.state.step,
+            "n_lora_tensors": tensors.len(),
+        });
+        let file = dir.join("metadata.json");
+        let text = serde_json::to_string_pretty(&metadata).expect("a JSON value can be written");
+        fs::write(&file, text + "\n").map_err(TrainError::io(&file))?;
+        if !tensors.is_empty() {
+            let config = peft_config(settings, contents.fan_in_fan_out);
+            peft::write_dir(&dir.join("lora_adapters"), &config, tensors)?;
+        }
+        if let Some(state) = state {
+            let file = dir.join("optimizer.safetensors");
+            fs::write(&file, state.to_safetensors()).map_err(TrainError::io(&file))?;
+        }
+    }
+    Ok(())
+}
+
+/// For PEFT directories of a run.
+pub fn peft_config(settings: &RunSettings, fan_in_fan_out: bool) -> PeftConfig<'_> {
+    PeftConfig { spec: &settings.lora, base_model: &settings.model_name, fan_in_fan_out }
+}
+
+/// A checkpoint on disk, its state read.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Saved {
+    /// The directory.
+    pub path: PathBuf,
+    /// What `training_state.json` says.
+    pub state: TrainingState,
+}
+
+impl Saved {
+    /// Reads a checkpoint's directory.
+    pub fn read(path: &Path) -> Result<Self, TrainError> {
+        let file = path.join(STATE_FILE);
+        let wrong = |problem| TrainError::Checkpoint { path: path.into(), problem };
+        let text = fs::read_to_string(&file).map_err(|e| {
+            wrong(format!("{STATE_FILE} cannot be read ({e}); expected a {PREFIX}N directory"))
+        })?;
+        let value: Value = serde_json::from_str(&text)
+            .map_err(|e| wrong(format!("{STATE_FILE} is not JSON: {e}")))?;
+        if value["format"] != FORMAT {
+            return Err(wrong(format!(
+                "its format is {}, this version reads {FORMAT}; was it written by another version?",
+                value["format"]
+            )));
+        }
+        let state =
+            serde_json::from_value(value).map_err(|e| wrong(format!("{STATE_FILE}: {e}")))?;
+        Ok(Saved { path: path.into(), state })
+    }
+
+    /// Parameters and moments of bottom and top.
+    pub fn client_state(&self) -> Result<ClientState, TrainError> {
+        let part = |part: &str| -> Result<Option<AdapterState>, TrainError> {
+            let file = self.path.join(part).join("optimizer.safetensors");
+            if !file.is_file() {
+                return Ok(None);
+            }
+            let bytes = fs::read(&file).map_err(TrainError::io(&file))?;
+            Ok(Some(AdapterState::from_safetensors(&bytes)?))
+        };
+        Ok(ClientState { bottom: part("bottom")?, top: part("top")? })
+    }
+}
+
+/// The checkpoints of a run, lowest step first. Directories that are no whole checkpoint are passed
+/// over.
+pub fn list(output_dir: &Path) -> Result<Vec<Saved>, TrainError> {
+    if !output_dir.exists() {
+        return Ok(Vec::new());
+    }
+    let mut saved = Vec::new();
+    for entry in fs::read_dir(output_dir).map_err(TrainError::io(output_dir))? {
+        let path = entry.map_err(TrainError::io(output_dir))?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if name.strip_prefix(PREFIX).is_some_and(|step| step.parse::<u64>().is_ok()) {
+            saved.extend(Saved::read(&path).ok());
+        }
+    }
+    saved.sort_by_key(|s| s.state.step);
+    Ok(saved)
+}
+
+/// The checkpoint that `--resume` means: `latest` in the output directory, a checkpoint, or the
+/// latest one in another run's directory.
+pub fn find(resume: &str, output_dir: &Path) -> Result<Saved, TrainError> {
+    let dir = if resume == "latest" { output_dir } else { Path::new(resume) };
+    if dir.join(STATE_FILE).exists() {
+        return Saved::read(dir);
+    }
+    list(dir)?.pop().ok_or_else(|| TrainError::Checkpoint {
+        path: dir.into(),
+        problem: format!(
+            "there is no {PREFIX}N directory with a {STATE_FILE} in it to resume from"
+        ),
+    })
+}
+
+/// The checkpoint with the lowest evaluation loss.
+pub fn best(saved: &[Saved]) -> Option<&Saved> {
+    let evaluated = saved.iter().filter(|s| s.state.eval_loss.is_some());
+    evaluated
+        .min_by(|a, b| a.state.eval_loss.partial_cmp(&b.state.eval_loss).expect("both are finite"))
+}
+
+/// Removes all but the last [`CHECKPOINTS_KEPT`] and the best.
+pub fn prune(output_dir: &Path) -> Result<(), TrainError> {
+    let saved = list(output_dir)?;
+    let best = best(&saved).map(|s| s.path.clone());
+    for old in saved.iter().rev().skip(CHECKPOINTS_KEPT) {
+        if Some(&old.path) != best.as_ref() {
+            remove(&old.path)?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes the checkpoints of later steps.
+pub(crate) fn remove_after(output_dir: &Path, step: u64) -> Result<(), TrainError> {
+    for saved in list(output_dir)?.iter().filter(|saved| saved.state.step > step) {
+        remove(&saved.path)?;
+    }
+    Ok(())
+}
+
+fn remove(path: &Path) -> Result<(), TrainError> {
+    if path.exists() {
+        fs::remove_dir_all(path).map_err(TrainError::io(path))?;
+    }
+    Ok(())
+}
+
+fn sync_tree(path: &Path) -> Result<(), TrainError> {
+    if path.is_dir() {
+        for entry in fs::read_dir(path).map_err(TrainError::io(path))? {
+            sync_tree(&entry.map_err(TrainError::io(path))?.path())?;
+        }
+    }
+    sync(path)
+}
+
+fn sync(path: &Path) -> Result<(), TrainError> {
+    fs::File::open(path).and_then(|file| file.sync_all()).map_err(TrainError::io(path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::Place;
+    use offshoot_adapters::LoraSpec;
+    use tch::{Device, Kind};
+
+    fn settings() -> RunSettings {
+        RunSettings {
+            model_name: "tiny".into(),
+            fingerprint: "abc".into(),
+            split_point_1: 0,
+            split_point_2: 2,
+            lora: LoraSpec { target_modules: vec!["q_proj".into()], ..LoraSpec::default() },
+            seed: 1,
+            data_fingerprint: "d".into(),
+            batch_size: 4,
+            gradient_accumulation_steps: 1,
+            n_steps: 10,
+            learning_rate: 1e-4,
+            weight_decay: 0.01,
+            warmup_steps: 1,
+            max_grad_norm: 1.0,
+            dtype: "f32".into(),
+            wire_dtype: "f32".into(),
+        }
+    }
+
+    fn state(step: u64, eval_loss: Option<f64>) -> TrainingState {
+        let place = Place { epoch: 1, sample: 8 };
+        let names = ("s".to_string(), format!("snapshot {step}"));
+        TrainingState { eval_loss, ..TrainingState::new(step, place, names, settings()) }
+    }
+
+    fn client() -> ClientState {
+        let values = vec![1.0, 2.5];
+        let top = AdapterState {
+            parameters: values.clone(),
+            gradients: vec![0.0; 2],
+            first_moments: values.clone(),
+            second_moments: values,
+            n_steps: 3,
+        };
+        ClientState { bottom: None, top: Some(top) }
+    }
+
+    fn save(dir: &Path, step: u64, eval_loss: Option<f64>) -> PathBuf {
+        let name = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight";
+        let tensor = || (name.to_string(), Tensor::ones([8, 4], (Kind::Float, Device::Cpu)));
+        let contents = Contents {
+            state: &state(step, eval_loss),
+            n_layers: 3,
+            fan_in_fan_out: false,
+            client: &client(),
+            tensors: [vec![], vec![tensor()], vec![tensor()]],
+        };
+        write(dir, &contents).unwrap()
+    }
+
+    fn steps(dir: &Path) -> Vec<u64> {
+        list(dir).unwrap().iter().map(|s| s.state.step).collect()
+    }
+
+    #[test]
+    fn a_checkpoint_comes_back_as_it_was() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = save(dir.path(), 7, Some(1.5));
+        assert_eq!(path.file_name().unwrap(), "checkpoint_step_7");
+        let saved = find("latest", dir.path()).unwrap();
+        assert_eq!(saved.state, state(7, Some(1.5)));
+        assert_eq!(saved.client_state().unwrap(), client());
+        let adapter = peft::read_dir(&path.join("trunk/lora_adapters")).unwrap();
+        assert_eq!(adapter.spec, settings().lora);
+        assert!(!path.join("bottom/lora_adapters").exists());
+        let metadata = fs::read_to_string(path.join("top/metadata.json")).unwrap();
+        assert!(metadata.contains("\"first_layer\": 2") && metadata.contains("\"end_layer\": 3"));
+        // Written again: the new one is there, nothing else is left behind.
+        save(dir.path(), 7, None);
+        assert_eq!(find("latest", dir.path()).unwrap().state, state(7, None));
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn the_last_five_and_the_best_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        for (step, loss) in [(10, 3.0), (20, 1.0), (30, 2.0), (100, 1.5), (110, 1.6), (120, 1.7)] {
+            save(dir.path(), step, Some(loss));
+        }
+        save(dir.path(), 130, None);
+        prune(dir.path()).unwrap();
+        assert_eq!(steps(dir.path()), [20, 30, 100, 110, 120, 130]);
+        prune(dir.path()).unwrap();
+        assert_eq!(steps(dir.path()), [20, 30, 100, 110, 120, 130]);
+        assert_eq!(best(&list(dir.path()).unwrap()).unwrap().state.step, 20);
+    }
+
+    #[test]
+    fn half_a_checkpoint_is_no_checkpoint() {
+        let dir = tempfile::tempdir().unwrap();
+        save(dir.path(), 3, None);
+        fs::create_dir(dir.path().join("checkpoint_step_9")).unwrap();
+        assert_eq!(steps(dir.path()), [3]);
+        let nine = dir.path().join("checkpoint_step_9");
+        assert!(
+            find(nine.to_str().unwrap(), dir.path())
+                .unwrap_err()
+                .to_string()
+                .contains("no checkpoint_step_N")
+        );
+        fs::write(nine.join(STATE_FILE), "{\"format\": 99}").unwrap();
+        let error = find(nine.to_str().unwrap(), dir.path()).unwrap_err().to_string();
+        assert!(error.contains("its format is 99"), "{error}");
+    }
+
+    #[test]
+    fn another_model_is_refused_and_other_settings_are_named() {
+        let was = settings();
+        let mut now = RunSettings { model_name: "elsewhere/tiny".into(), ..settings() };
+        assert_eq!(was.differences(&now), Ok(vec![]));
+        now.batch_size = 8;
+        assert_eq!(was.differences(&now), Ok(vec!["batch_size was 4, is 8".to_string()]));
+        now.split_point_2 = 1;
+        assert_eq!(was.differences(&now), Err(vec!["split_point_2 was 2, is 1".to_string()]));
+    }
+}

@@ -1,0 +1,131 @@
+use crate::TrainError;
+use crate::checkpoint::{self, Saved};
+use crate::options::TrainOptions;
+use crate::setup::{self, Prepared};
+use crate::train::Run;
+use offshoot_client::{ClientError, Session, SessionId};
+
+impl Run {
+    /// Client, step and losses as a checkpoint has them.
+    pub fn set_state(&mut self, saved: &Saved) -> Result<(), TrainError> {
+        self.prepared.split.set_state(saved.client_state()?)?;
+        self.step = saved.state.step;
+        self.eval_loss = saved.state.eval_loss;
+        self.best = saved.state.best;
+        self.saved = Some((self.step, saved.path.clone()));
+        Ok(())
+    }
+
+    /// After the server came back in an older state: back to the newest checkpoint whose snapshot it
+    /// still has, or to the beginning. The steps after that are replayed exactly.
+    pub async fn go_back(&mut self, cause: &ClientError) -> Result<(), TrainError> {
+        tracing::warn!(%cause, "the server rolled back");
+        let own = self.session.id().to_string();
+        let mut refused = Vec::new();
+        let mut known = checkpoint::list(&self.options.output_dir)?;
+        known.splice(0..0, self.resumed.clone());
+        known.retain(|saved| saved.state.session_id == own);
+        for saved in known.into_iter().rev() {
+            match restore(&self.prepared, &saved).await {
+                Ok(session) => {
+                    self.session = session;
+                    self.set_state(&saved)?;
+                    // Their snapshots are gone; the replay writes them again.
+                    checkpoint::remove_after(&self.options.output_dir, self.step)?;
+                    return self.replay_from(&format!("checkpoint {}", saved.path.display()));
+                }
+                Err(TrainError::Checkpoint { problem, .. }) => refused.push(problem),
+                Err(error) => return Err(error),
+            }
+        }
+        if let Some(problem) = refused.pop() {
+            return Err(TrainError::Checkpoint {
+                path: self.options.output_dir.clone(),
+                problem: format!(
+                    "the server lost the session's newer state, and no checkpoint can be restored: {problem}"
+                ),
+            });
+        }
+        // No checkpoint yet. Step 0 is a function of the seed.
+        let old = self.session.id().clone();
+        let session = setup::open(&self.prepared.client, &self.options, &self.prepared.settings);
+        self.session = session.await?;
+        // Only tidiness: the server may not know it any more.
+        let _ = self.prepared.client.close_session(&old, true).await;
+        self.prepared.split.reset()?;
+        (self.step, self.eval_loss, self.best, self.saved) = (0, None, None, None);
+        self.replay_from("the beginning, in a new session")
+    }
+
+    fn replay_from(&mut self, from: &str) -> Result<(), TrainError> {
+        let step = self.step;
+        self.losses.retain(|(s, _)| *s <= step);
+        // A checkpoint comes after the evaluation of its step; the beginning is evaluated again.
+        self.evaluations.retain(|e| e.step <= step && step > 0);
+        self.report.rewind(step)?;
+        self.report.line(&format!(
+            "the server came back in an older state; going on at step {step} from {from}"
+        ));
+        Ok(())
+    }
+}
+
+/// Checkpoints of another run, or of steps yet to come, would be taken for this run's.
+pub(crate) fn check_output_dir(
+    options: &TrainOptions,
+    resumed: Option<&Saved>,
+) -> Result<(), TrainError> {
+    let Some(last) = checkpoint::list(&options.output_dir)?.pop() else { return Ok(()) };
+    let problem = match resumed {
+        None => format!(
+            "it holds checkpoints of another run, up to step {}; go on with it by --resume latest, or name another folder",
+            last.state.step
+        ),
+        Some(saved) if saved.state.step < last.state.step => format!(
+            "it holds checkpoints up to step {}, and the run is to go on from step {}; name another folder for the new branch, or move the later checkpoints away",
+            last.state.step, saved.state.step
+        ),
+        Some(_) => return Ok(()),
+    };
+    let value = options.output_dir.display().to_string();
+    Err(TrainError::Option { option: "output-dir", value, problem })
+}
+
+pub(crate) fn check_settings(
+    saved: &Saved,
+    prepared: &Prepared,
+) -> Result<Vec<String>, TrainError> {
+    saved.state.settings.differences(&prepared.settings).map_err(|differences| {
+        TrainError::Checkpoint {
+            path: saved.path.clone(),
+            problem: format!(
+                "it belongs to another model, cut or adapter: {}; use the options that it was made with, or start a new run in another --output-dir",
+                differences.join("; ")
+            ),
+        }
+    })
+}
+
+/// The server's side of a checkpoint.
+pub(crate) async fn restore(prepared: &Prepared, saved: &Saved) -> Result<Session, TrainError> {
+    let state = &saved.state;
+    let id = SessionId::from(state.session_id.clone());
+    match prepared.client.restore(&id, Some(&state.snapshot_id)).await {
+        Ok((session, restored)) if restored.snapshot.step == state.step => Ok(session),
+        Ok((_, restored)) => Err(TrainError::Checkpoint {
+            path: saved.path.clone(),
+            problem: format!(
+                "it is of step {}, the server's snapshot {} is of step {}; are they of one run?",
+                state.step, state.snapshot_id, restored.snapshot.step
+            ),
+        }),
+        Err(error @ ClientError::Refused { .. }) => Err(TrainError::Checkpoint {
+            path: saved.path.clone(),
+            problem: format!(
+                "the server cannot restore snapshot {} of session {}: {error}. It keeps the last few snapshots of a session (store.snapshots_kept) in its --store-dir; take a later checkpoint, or start the server with the store that the run used",
+                state.snapshot_id, state.session_id
+            ),
+        }),
+        Err(error) => Err(error.into()),
+    }
+}

@@ -1,0 +1,258 @@
+use crate::TrainError;
+use crate::checkpoint::RunSettings;
+use crate::data::{DataOptions, DataSet, Order};
+use crate::options::TrainOptions;
+use crate::schedule::Schedule;
+use crate::split::{SplitModel, SplitOptions};
+use crate::tokenizer::Tokenizer;
+use offshoot_adapters::LoraSpec;
+use offshoot_client::{AdamWConfig, Client, LoraConfig, OpenSession, ServerDescription, Session};
+use offshoot_model::weights::Checkpoint;
+use offshoot_model::{ModelConfig, SplitPoints};
+use tch::Kind;
+
+/// Everything of a run that does not change while it trains.
+pub(crate) struct Prepared {
+    pub client: Client,
+    pub server: ServerDescription,
+    pub config: ModelConfig,
+    pub settings: RunSettings,
+    pub tokenizer: Tokenizer,
+    pub data: DataSet,
+    pub eval: Option<DataSet>,
+    pub order: Order,
+    pub schedule: Schedule,
+    pub split: SplitModel,
+}
+
+/// Connects, checks that both sides hold one model, reads the data and loads bottom and top. The
+/// cheap checks come first.
+pub(crate) async fn prepare(options: &TrainOptions) -> Result<Prepared, TrainError> {
+    options.validate()?;
+    let client = Client::connect_with(&options.server, options.client.clone()).await?;
+    let server = client.describe().await?;
+    check_split_points(options, &server)?;
+    check_wire_dtype(options, &server)?;
+
+    let checkpoint =
+        Checkpoint::find(&options.model_name).map_err(offshoot_model::ModelError::from)?;
+    let config = ModelConfig::from_json(checkpoint.config())?;
+    let fingerprint = checkpoint.fingerprint();
+    check_model(options, &server, &config, &fingerprint)?;
+
+    let tokenizer = Tokenizer::load(&checkpoint)?;
+    check_lengths(options, &server, &config)?;
+    let data = DataSet::load(&options.train_files, &options.data, &tokenizer)?;
+    check_vocabulary(&data, &tokenizer, &config)?;
+    let eval = if options.eval_files.is_empty() {
+        None
+    } else {
+        let of_eval = DataOptions { max_samples: None, ..options.data.clone() };
+        let eval = DataSet::load(&options.eval_files, &of_eval, &tokenizer)?;
+        check_vocabulary(&eval, &tokenizer, &config)?;
+        Some(eval)
+    };
+
+    let per_step = options.batch_size * options.gradient_accumulation_steps;
+    let order = Order::new(data.samples.len(), per_step, options.seed);
+    let n_steps = options.max_steps.unwrap_or(options.num_epochs * order.steps_per_epoch());
+    let schedule = Schedule::new(options.learning_rate, options.warmup_steps, n_steps);
+    let lora = resolve_targets(&options.lora, &server, &config);
+    let settings = settings(options, &server, fingerprint, lora, &data, n_steps, &schedule);
+    let s1 = server.split_point_1 as usize;
+    let split = SplitModel::load(
+        &checkpoint,
+        &config,
+        &SplitOptions {
+            split: SplitPoints::new(s1, server.split_point_2 as usize, config.n_layers)?,
+            lora: settings.lora.clone(),
+            adamw: options.adamw.clone(),
+            seed: options.seed,
+            kind: options.kind,
+            device: options.device,
+        },
+    )?;
+    Ok(Prepared { client, server, config, settings, tokenizer, data, eval, order, schedule, split })
+}
+
+/// A fresh session as the settings say.
+pub(crate) async fn open(
+    client: &Client,
+    options: &TrainOptions,
+    settings: &RunSettings,
+) -> Result<Session, TrainError> {
+    let LoraSpec { r, lora_alpha, lora_dropout, use_rslora, target_modules } =
+        settings.lora.clone();
+    let adamw = &options.adamw;
+    let session = client.open(OpenSession {
+        name: options.session_name.clone(),
+        fingerprint: settings.fingerprint.clone(),
+        split_point_1: settings.split_point_1 as u32,
+        split_point_2: settings.split_point_2 as u32,
+        lora: LoraConfig { r: r as u32, lora_alpha, lora_dropout, use_rslora, target_modules },
+        adamw: AdamWConfig {
+            beta1: adamw.beta1,
+            beta2: adamw.beta2,
+            eps: adamw.eps,
+            weight_decay: adamw.weight_decay,
+        },
+        seed: options.seed,
+        wire_dtype: options.wire_dtype,
+        initial_adapter: Vec::new(),
+    });
+    Ok(session.await?)
+}
+
+fn mismatch<T>(problem: String) -> Result<T, TrainError> {
+    Err(TrainError::Mismatch { problem })
+}
+
+fn check_split_points(
+    options: &TrainOptions,
+    server: &ServerDescription,
+) -> Result<(), TrainError> {
+    for (name, wanted, has) in [
+        ("--split-point-1", options.split_point_1, server.split_point_1 as usize),
+        ("--split-point-2", options.split_point_2, server.split_point_2 as usize),
+    ] {
+        if wanted.is_some_and(|wanted| wanted != has) {
+            let wanted = wanted.unwrap_or_default();
+            return mismatch(format!(
+                "{name} is {wanted} here and {has} at the server {}, whose trunk is the layers {} to {} of {}; leave {name} out to take the server's, or start the server with {name} {wanted}",
+                options.server, server.split_point_1, server.split_point_2, server.n_layers,
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn check_wire_dtype(options: &TrainOptions, server: &ServerDescription) -> Result<(), TrainError> {
+    if server.wire_dtypes.contains(&options.wire_dtype) {
+        return Ok(());
+    }
+    let known: Vec<_> = server.wire_dtypes.iter().map(|dtype| dtype.name()).collect();
+    mismatch(format!(
+        "--wire-dtype is {}, the server takes {}",
+        options.wire_dtype.name(),
+        known.join(", ")
+    ))
+}
+
+fn check_model(
+    options: &TrainOptions,
+    server: &ServerDescription,
+    config: &ModelConfig,
+    fingerprint: &str,
+) -> Result<(), TrainError> {
+    let family = config.family.name();
+    if let Some(wanted) = options.model_type.as_deref().filter(|wanted| *wanted != family) {
+        return Err(TrainError::Option {
+            option: "model-type",
+            value: wanted.into(),
+            problem: format!(
+                "{} is of type {family}; leave the option out, or name another model",
+                options.model_name
+            ),
+        });
+    }
+    if server.fingerprint == fingerprint {
+        return Ok(());
+    }
+    mismatch(format!(
+        "the models differ. The server holds {} ({}, {} layers, fingerprint {}); this client loaded {} ({family}, {} layers, fingerprint {fingerprint}). Use the same files, revision and quantisation on both sides",
+        server.model_name,
+        server.model_type,
+        server.n_layers,
+        server.fingerprint,
+        options.model_name,
+        config.n_layers,
+    ))
+}
+
+fn check_lengths(
+    options: &TrainOptions,
+    server: &ServerDescription,
+    config: &ModelConfig,
+) -> Result<(), TrainError> {
+    let length = options.data.max_seq_length;
+    let wrong = |problem| {
+        Err(TrainError::Option { option: "max-seq-length", value: length.to_string(), problem })
+    };
+    let limit = server.limits.max_tokens_per_microbatch as usize;
+    if length > limit {
+        return wrong(format!(
+            "the server takes at most {limit} tokens at once; lower it, or raise the server's limits.max_tokens_per_microbatch"
+        ));
+    }
+    if length > config.max_positions {
+        if config.rope.is_none() {
+            return wrong(format!("this model has {} learned positions", config.max_positions));
+        }
+        tracing::warn!(
+            length,
+            "sequences are longer than the {} of the model",
+            config.max_positions
+        );
+    }
+    Ok(())
+}
+
+fn check_vocabulary(
+    data: &DataSet,
+    tokenizer: &Tokenizer,
+    config: &ModelConfig,
+) -> Result<(), TrainError> {
+    let highest = data.samples.iter().flat_map(|s| &s.ids).max().copied().unwrap_or_default();
+    if highest < config.vocab_size {
+        return Ok(());
+    }
+    mismatch(format!(
+        "tokenizer and model do not belong together: the text has token {highest} (the tokenizer knows {}), the model has {} tokens; was a token added to the tokenizer only?",
+        tokenizer.vocab_size(),
+        config.vocab_size
+    ))
+}
+
+fn resolve_targets(lora: &LoraSpec, server: &ServerDescription, config: &ModelConfig) -> LoraSpec {
+    let mut lora = lora.clone();
+    if lora.target_modules.is_empty() {
+        lora.target_modules = server.default_target_modules.clone();
+    }
+    if lora.target_modules.is_empty() {
+        lora.target_modules = config.default_targets();
+    }
+    lora
+}
+
+fn settings(
+    options: &TrainOptions,
+    server: &ServerDescription,
+    fingerprint: String,
+    lora: LoraSpec,
+    data: &DataSet,
+    n_steps: u64,
+    schedule: &Schedule,
+) -> RunSettings {
+    RunSettings {
+        model_name: options.model_name.clone(),
+        fingerprint,
+        split_point_1: server.split_point_1 as usize,
+        split_point_2: server.split_point_2 as usize,
+        lora,
+        seed: options.seed,
+        data_fingerprint: data.fingerprint(),
+        batch_size: options.batch_size,
+        gradient_accumulation_steps: options.gradient_accumulation_steps,
+        n_steps,
+        learning_rate: options.learning_rate,
+        weight_decay: options.adamw.weight_decay,
+        warmup_steps: schedule.n_warmup(),
+        max_grad_norm: options.max_grad_norm,
+        dtype: match options.kind {
+            Kind::Float => "f32".into(),
+            Kind::BFloat16 => "bf16".into(),
+            other => format!("{other:?}"),
+        },
+        wire_dtype: options.wire_dtype.name().into(),
+    }
+}

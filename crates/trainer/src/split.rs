@@ -1,0 +1,403 @@
+use crate::TrainError;
+use crate::data::Batch;
+use offshoot_adapters::{AdamW, AdapterSet, AdapterState, LoraSpec};
+use offshoot_client::{ForwardInput, HostTensor, Session, WireDType};
+use offshoot_model::weights::Checkpoint;
+use offshoot_model::{DropoutKey, LossOutput, ModelConfig, Part, Rows, Segment, SplitPoints, Tape};
+use tch::{Device, Kind, Tensor};
+
+/// What [`SplitModel::load`] needs beside the checkpoint.
+#[derive(Clone, Debug)]
+pub struct SplitOptions {
+    /// Where the model is cut.
+    pub split: SplitPoints,
+    /// LoRA of all parts; `target_modules` are not empty.
+    pub lora: LoraSpec,
+    /// Optimizer of all parts.
+    pub adamw: AdamW,
+    /// Seeds initial values and dropout, the same as the session's.
+    pub seed: u64,
+    /// dtype of the client's layers.
+    pub kind: Kind,
+    /// Where the client's layers are.
+    pub device: Device,
+}
+
+/// The client's half of a model: bottom and top around a session that stands for the trunk, each
+/// with an adapter if LoRA has a place in its layers.
+///
+/// It computes on the calling thread, between the awaits. Run it where that blocks nobody, such as
+/// in `block_on` of a multi-thread runtime.
+pub struct SplitModel {
+    bottom: Side,
+    top: Side,
+    adamw: AdamW,
+    seed: u64,
+}
+
+struct Side {
+    part: Part,
+    adapter: Option<AdapterSet>,
+}
+
+/// What one microbatch gave.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct MicrobatchResult {
+    /// Sum of the cross-entropy over the predicted tokens, in nats.
+    pub loss_sum: f64,
+    /// Tokens that were predicted.
+    pub n_predicted: i64,
+    /// Sum of squares of all gradients that the trunk has accumulated since the last step.
+    pub trunk_norm_squared: f64,
+    /// What the trunk held for this microbatch.
+    pub tape_bytes: u64,
+}
+
+/// Host copies of what trains on the client, for checkpoints.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ClientState {
+    /// None: no layer of the bottom carries LoRA.
+    pub bottom: Option<AdapterState>,
+    /// None: no layer of the top carries LoRA.
+    pub top: Option<AdapterState>,
+}
+
+impl SplitModel {
+    /// Loads bottom and top and gives them fresh adapters.
+    pub fn load(
+        checkpoint: &Checkpoint,
+        config: &ModelConfig,
+        options: &SplitOptions,
+    ) -> Result<Self, TrainError> {
+        let SplitOptions { split, lora, adamw, seed, kind, device } = options;
+        let (bottom, top) = Part::load_bottom_and_top(checkpoint, config, *split, *kind, *device)?;
+        let side = |part: Part| -> Result<Side, TrainError> {
+            let sites = part.sites(&lora.target_modules)?;
+            let adapter = if sites.is_empty() {
+                None
+            } else {
+                Some(AdapterSet::init(lora.clone(), sites, *seed, *device)?)
+            };
+            Ok(Side { part, adapter })
+        };
+        let (bottom, top) = (side(bottom)?, side(top)?);
+        Ok(SplitModel { bottom, top, adamw: adamw.clone(), seed: *seed })
+    }
+
+    /// Values that train on the client.
+    pub fn n_parameters(&self) -> i64 {
+        self.adapters().into_iter().flatten().map(AdapterSet::n_parameters).sum()
+    }
+
+    /// The adapters of bottom and top.
+    pub fn adapters(&self) -> [Option<&AdapterSet>; 2] {
+        [self.bottom.adapter.as_ref(), self.top.adapter.as_ref()]
+    }
+
+    /// Host copies of parameters, moments and gradients.
+    pub fn to_state(&self) -> ClientState {
+        let [bottom, top] = self.adapters().map(|set| set.map(AdapterSet::to_state));
+        ClientState { bottom, top }
+    }
+
+    /// Goes on from a state that [`SplitModel::to_state`] gave for the same model and cut.
+    pub fn set_state(&mut self, state: ClientState) -> Result<(), TrainError> {
+        self.bottom.set_state(state.bottom)?;
+        self.top.set_state(state.top)
+    }
+
+    /// Back to the values that [`SplitModel::load`] began with.
+    pub fn reset(&mut self) -> Result<(), TrainError> {
+        let seed = self.seed;
+        self.bottom.reset(seed)?;
+        self.top.reset(seed)
+    }
+
+    /// Forward and backward of one microbatch through bottom, trunk and top; gradients of
+    /// `scale` times the summed loss are added to what earlier microbatches of the step left.
+    /// `number` names the dropout masks of the client's layers.
+    pub async fn microbatch(
+        &mut self,
+        session: &Session,
+        batch: &Batch,
+        number: u64,
+        scale: f64,
+    ) -> Result<MicrobatchResult, TrainError> {
+        let run = Run::new(self, batch, Some(DropoutKey { seed: self.seed, microbatch: number }));
+        let (hidden, bottom_tape) = self.below(batch, &run);
+        let input = forward_input(batch, &hidden, session, self.bottom.adapter.is_some());
+        let (output, microbatch, report) = session.forward(input).await?;
+
+        let output = self.from_wire(&output, batch)?;
+        let (loss, top_tape) = self.above(&output, batch, &run, scale);
+        let grad = self.top.backward(top_tape, &loss.grad, &run, true).expect("it was wanted");
+        let gradients = microbatch.backward(to_wire(&grad, session.wire_dtype())).await?;
+
+        if self.bottom.adapter.is_some() {
+            let grad = gradients.input.ok_or_else(|| TrainError::Answer {
+                problem: "a backward brought no gradient for the bottom, which asked for one"
+                    .into(),
+            })?;
+            let grad = self.from_wire(&grad, batch)?;
+            self.bottom.backward(bottom_tape, &grad, &run, false);
+        }
+        Ok(MicrobatchResult {
+            loss_sum: loss.loss_sum,
+            n_predicted: loss.n_predicted,
+            trunk_norm_squared: gradients.norm_squared,
+            tape_bytes: report.tape_bytes,
+        })
+    }
+
+    /// The norm of all gradients of the model, given the trunk's sum of squares.
+    pub fn grad_norm(&self, trunk_norm_squared: f64) -> f64 {
+        let _guard = tch::no_grad_guard();
+        let own: f64 =
+            self.adapters().into_iter().flatten().map(AdapterSet::grad_norm_squared).sum();
+        (own + trunk_norm_squared).sqrt()
+    }
+
+    /// One AdamW step of all three parts on gradients times `clip_factor`. The trunk's is sent, not
+    /// waited for.
+    pub async fn step(
+        &mut self,
+        session: &Session,
+        learning_rate: f64,
+        clip_factor: f64,
+    ) -> Result<(), TrainError> {
+        // Sent first: if that fails, no part has moved.
+        session.step(learning_rate, clip_factor).await?;
+        let _guard = tch::no_grad_guard();
+        for side in [&mut self.bottom, &mut self.top] {
+            if let Some(adapter) = &mut side.adapter {
+                adapter.step(&self.adamw, learning_rate, clip_factor);
+            }
+        }
+        Ok(())
+    }
+
+    /// Summed loss and number of predicted tokens, without dropout and gradients.
+    pub async fn evaluate(
+        &self,
+        session: &Session,
+        batch: &Batch,
+    ) -> Result<(f64, i64), TrainError> {
+        let run = Run::new(self, batch, None);
+        let hidden = self.top_output(session, batch, &run).await?;
+        let _guard = tch::no_grad_guard();
+        Ok(self.top.part.loss_eval(&hidden, &run.labels))
+    }
+
+    /// Float32 logits `[n, V]` of the last position of each sequence.
+    pub async fn last_logits(
+        &self,
+        session: &Session,
+        batch: &Batch,
+    ) -> Result<Tensor, TrainError> {
+        let run = Run::new(self, batch, None);
+        let hidden = self.top_output(session, batch, &run).await?;
+        let _guard = tch::no_grad_guard();
+        let ends = batch.seq_lens.iter().scan(0, |sum, &n| {
+            *sum += n as i64;
+            Some(*sum - 1)
+        });
+        let ends = Tensor::from_slice(&ends.collect::<Vec<i64>>()).to_device(hidden.device());
+        Ok(self.top.part.logits(&hidden.index_select(0, &ends)))
+    }
+
+    /// `[N, H]` out of the last block, without dropout.
+    async fn top_output(
+        &self,
+        session: &Session,
+        batch: &Batch,
+        run: &Run,
+    ) -> Result<Tensor, TrainError> {
+        let hidden = {
+            let _guard = tch::no_grad_guard();
+            let hidden = self.bottom.part.embed(&run.ids, &run.rows);
+            self.bottom.part.forward_eval(&hidden, &run.rows, &[run.segment(&self.bottom)])
+        };
+        let input = forward_input(batch, &hidden, session, false);
+        let output = self.from_wire(&session.evaluate(input).await?, batch)?;
+        let _guard = tch::no_grad_guard();
+        Ok(self.top.part.forward_eval(&output, &run.rows, &[run.segment(&self.top)]))
+    }
+
+    fn below(&self, batch: &Batch, run: &Run) -> (Tensor, Tape) {
+        let _guard = tch::no_grad_guard();
+        debug_assert_eq!(run.ids.size(), [batch.n_tokens() as i64]);
+        let hidden = self.bottom.part.embed(&run.ids, &run.rows);
+        self.bottom.part.forward_train(&hidden, &run.rows, &[run.segment(&self.bottom)])
+    }
+
+    fn above(
+        &self,
+        trunk_output: &Tensor,
+        batch: &Batch,
+        run: &Run,
+        scale: f64,
+    ) -> (LossOutput, Tape) {
+        let _guard = tch::no_grad_guard();
+        debug_assert_eq!(run.labels.size(), [batch.n_tokens() as i64]);
+        let segments = [run.segment(&self.top)];
+        let (hidden, tape) = self.top.part.forward_train(trunk_output, &run.rows, &segments);
+        (self.top.part.loss(&hidden, &run.labels, scale), tape)
+    }
+
+    /// Checked to be `[N, H]`, on the client's device in the client's dtype.
+    fn from_wire(&self, tensor: &HostTensor, batch: &Batch) -> Result<Tensor, TrainError> {
+        let expected = [batch.n_tokens(), self.top.part.config().hidden_size as usize];
+        if tensor.shape() != expected {
+            let found = tensor.shape();
+            return Err(TrainError::Answer {
+                problem: format!(
+                    "a tensor of shape {found:?} came, expected {expected:?}; is the server of the same version?"
+                ),
+            });
+        }
+        let shape = expected.map(|n| n as i64);
+        let tensor = Tensor::from_data_size(tensor.data(), &shape, kind_of(tensor.dtype()));
+        Ok(tensor.to_device(self.top.part.device()).to_kind(self.top.part.kind()))
+    }
+}
+
+impl Side {
+    fn set_state(&mut self, state: Option<AdapterState>) -> Result<(), TrainError> {
+        self.adapter = match (self.adapter.take(), state) {
+            (None, None) => None,
+            (Some(old), Some(state)) => {
+                let (spec, sites) = (old.spec().clone(), old.sites().to_vec());
+                Some(AdapterSet::from_state(spec, sites, state, old.device())?)
+            }
+            (old, _) => {
+                let (here, there) = if old.is_some() { ("has", "none") } else { ("has no", "one") };
+                self.adapter = old;
+                return Err(TrainError::Mismatch {
+                    problem: format!(
+                        "layers {:?} {here} LoRA here and the saved state has {there}; were the split points or targets other ones?",
+                        self.part.layers()
+                    ),
+                });
+            }
+        };
+        Ok(())
+    }
+
+    fn reset(&mut self, seed: u64) -> Result<(), TrainError> {
+        if let Some(old) = &self.adapter {
+            let (spec, sites) = (old.spec().clone(), old.sites().to_vec());
+            self.adapter = Some(AdapterSet::init(spec, sites, seed, old.device())?);
+        }
+        Ok(())
+    }
+
+    /// Adds the gradients by LoRA to the adapter's; gives the one by the input, if wanted.
+    fn backward(
+        &mut self,
+        tape: Tape,
+        grad: &Tensor,
+        run: &Run,
+        want_input: bool,
+    ) -> Option<Tensor> {
+        let _guard = tch::no_grad_guard();
+        let back = self.part.backward(tape, grad, &run.rows, &[run.segment(self)], want_input);
+        if let Some(adapter) = &mut self.adapter {
+            adapter.accumulate(&back.lora[0]);
+        }
+        back.input
+    }
+}
+
+/// A batch on the client's device.
+struct Run {
+    ids: Tensor,
+    labels: Tensor,
+    rows: Rows,
+    dropout: Option<DropoutKey>,
+}
+
+impl Run {
+    fn new(model: &SplitModel, batch: &Batch, dropout: Option<DropoutKey>) -> Self {
+        let device = model.bottom.part.device();
+        Run {
+            ids: Tensor::from_slice(&batch.ids).to_device(device),
+            labels: Tensor::from_slice(&batch.labels).to_device(device),
+            rows: Rows::new(&batch.seq_lens, None, device),
+            dropout,
+        }
+    }
+
+    fn segment<'a>(&self, side: &'a Side) -> Segment<'a> {
+        Segment {
+            rows: 0..self.rows.n_tokens(),
+            adapter: side.adapter.as_ref(),
+            dropout: self.dropout,
+        }
+    }
+}
+
+/// The factor of PyTorch's `clip_grad_norm_`; 1 if `max_norm` is 0, which means no clipping.
+pub fn clip_factor(norm: f64, max_norm: f64) -> f64 {
+    if max_norm > 0.0 { (max_norm / (norm + 1e-6)).min(1.0) } else { 1.0 }
+}
+
+fn forward_input(
+    batch: &Batch,
+    hidden: &Tensor,
+    session: &Session,
+    want_input_grad: bool,
+) -> ForwardInput {
+    ForwardInput {
+        hidden: to_wire(hidden, session.wire_dtype()),
+        seq_lens: batch.seq_lens.iter().map(|&n| n as u32).collect(),
+        position_ids: Vec::new(),
+        want_input_grad,
+    }
+}
+
+fn kind_of(dtype: WireDType) -> Kind {
+    match dtype {
+        WireDType::F32 => Kind::Float,
+        WireDType::Bf16 => Kind::BFloat16,
+    }
+}
+
+/// Any tensor as bytes of the host.
+pub(crate) fn to_wire(tensor: &Tensor, dtype: WireDType) -> HostTensor {
+    let _guard = tch::no_grad_guard();
+    let tensor = tensor.to_kind(kind_of(dtype)).to_device(Device::Cpu).contiguous();
+    let mut bytes = vec![0; tensor.numel() * dtype.size()];
+    tensor.copy_data_u8(&mut bytes, tensor.numel());
+    let shape = tensor.size().into_iter().map(|n| n as usize).collect();
+    HostTensor::new(dtype, shape, bytes.into()).expect("bytes were counted from the shape")
+}
+
+/// On the CPU, in the dtype that it travelled in.
+pub(crate) fn host_to_tensor(tensor: &HostTensor) -> Tensor {
+    let shape: Vec<i64> = tensor.shape().iter().map(|&n| n as i64).collect();
+    Tensor::from_data_size(tensor.data(), &shape, kind_of(tensor.dtype()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clips_as_pytorch_does() {
+        assert_eq!(clip_factor(0.5, 1.0), 1.0);
+        assert_eq!(clip_factor(4.0, 1.0), 1.0 / (4.0 + 1e-6));
+        assert_eq!(clip_factor(4.0, 0.0), 1.0);
+        assert_eq!(clip_factor(0.0, 1.0), 1.0);
+    }
+
+    #[test]
+    fn tensors_survive_the_wire() {
+        let tensor = Tensor::from_slice(&[1.0f32, -2.5, 0.0, 3.0, 4.0, 5.5]).view([3, 2]);
+        for dtype in WireDType::ALL {
+            // A transposed view is not contiguous.
+            let sent = to_wire(&tensor.tr(), dtype);
+            assert_eq!(sent.shape(), [2, 3]);
+            assert!(host_to_tensor(&sent).to_kind(Kind::Float).equal(&tensor.tr()));
+        }
+    }
+}

@@ -1,0 +1,377 @@
+use crate::TrainError;
+use crate::checkpoint::{self, Best, Contents, Saved, TrainingState};
+use crate::data::{Batch, DataSet};
+use crate::options::{CancelToken, TrainOptions};
+use crate::report::{DoneEvent, Event, Reporter, StepEvent};
+use crate::resume;
+use crate::sample::generate;
+use crate::setup::{self, Prepared};
+use crate::split::{clip_factor, host_to_tensor};
+use offshoot_adapters::{AdapterSet, peft};
+use offshoot_client::{ClientError, Session, SessionId};
+use std::path::PathBuf;
+use std::time::Instant;
+use tch::Tensor;
+
+/// Rollbacks in a row without a step beyond the ones before: then something is broken for good.
+const MAX_ROLLBACKS: u32 = 5;
+
+/// What a run left.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Summary {
+    /// Optimizer steps taken, those before a resumption included.
+    pub step: u64,
+    /// Stopped by its [`CancelToken`] before the last step.
+    pub interrupted: bool,
+    /// Losses of the steps taken by this call, oldest first.
+    pub losses: Vec<f64>,
+    /// Evaluations of this call: steps taken, and loss.
+    pub evaluations: Vec<Best>,
+    /// The lowest evaluation loss of the whole run.
+    pub best: Option<Best>,
+    /// The newest checkpoint.
+    pub checkpoint: PathBuf,
+    /// The PEFT directory for the uncut model; none if interrupted.
+    pub adapter: Option<PathBuf>,
+    /// The session, parked on the server.
+    pub session: SessionId,
+}
+
+/// Trains. Everything that a run leaves is in its output directory and in the server's store.
+///
+/// It computes on the calling thread, between the awaits: give it the `block_on` of a multi-thread
+/// runtime, so that the connection's tasks run beside it.
+pub async fn train(options: TrainOptions, cancel: CancelToken) -> Result<Summary, TrainError> {
+    let mut run = Run::begin(options).await?;
+    let mut rollbacks = 0;
+    let mut furthest = run.step;
+    loop {
+        match run.go_on(&cancel).await {
+            Ok(()) => break,
+            Err(TrainError::Client(error @ ClientError::RolledBack { .. })) => {
+                rollbacks = if run.step > furthest { 1 } else { rollbacks + 1 };
+                furthest = furthest.max(run.step);
+                if rollbacks > MAX_ROLLBACKS {
+                    return Err(error.into());
+                }
+                run.go_back(&error).await?;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    run.end().await
+}
+
+/// A run in progress.
+pub(crate) struct Run {
+    pub options: TrainOptions,
+    pub prepared: Prepared,
+    pub session: Session,
+    pub report: Reporter,
+    began: Instant,
+    tokens: u64,
+    /// Steps taken.
+    pub step: u64,
+    /// Of the last evaluation, if it was at this step.
+    pub eval_loss: Option<f64>,
+    pub best: Option<Best>,
+    /// The newest checkpoint: its step and directory.
+    pub saved: Option<(u64, PathBuf)>,
+    /// What this call began from.
+    pub resumed: Option<Saved>,
+    /// By step: a replayed one replaces what was there.
+    pub losses: Vec<(u64, f64)>,
+    pub evaluations: Vec<Best>,
+}
+
+impl Run {
+    async fn begin(options: TrainOptions) -> Result<Self, TrainError> {
+        let dir = &options.output_dir;
+        let resumed = match &options.resume {
+            Some(resume) => Some(checkpoint::find(resume, dir)?),
+            None => None,
+        };
+        resume::check_output_dir(&options, resumed.as_ref())?;
+        let prepared = setup::prepare(&options).await?;
+        std::fs::create_dir_all(dir).map_err(TrainError::io(dir))?;
+        let (step, n_steps) =
+            (resumed.as_ref().map_or(0, |s| s.state.step), prepared.settings.n_steps);
+        let report = Reporter::new(dir, step, n_steps, options.log_interval)?;
+        let differences = match &resumed {
+            Some(saved) => resume::check_settings(saved, &prepared)?,
+            None => Vec::new(),
+        };
+        let session = match &resumed {
+            Some(saved) => resume::restore(&prepared, saved).await?,
+            None => setup::open(&prepared.client, &options, &prepared.settings).await?,
+        };
+        let mut run = Run {
+            session,
+            report,
+            prepared,
+            began: Instant::now(),
+            tokens: 0,
+            step: 0,
+            eval_loss: None,
+            best: None,
+            saved: None,
+            resumed: resumed.clone(),
+            losses: Vec::new(),
+            evaluations: Vec::new(),
+            options,
+        };
+        run.describe();
+        if let Some(saved) = resumed {
+            run.set_state(&saved)?;
+            let place = run.prepared.order.place(run.step);
+            run.report.line(&format!(
+                "resumed at step {} (epoch {}, sample {}) from {}",
+                run.step,
+                place.epoch,
+                place.sample,
+                saved.path.display()
+            ));
+            for difference in differences {
+                run.report.line(&format!("not the run as it began: {difference}"));
+            }
+        }
+        Ok(run)
+    }
+
+    fn describe(&self) {
+        let Prepared { server, settings, data, eval, split, schedule, .. } = &self.prepared;
+        let lora = &settings.lora;
+        self.report.line(&format!(
+            "model {} ({}), bottom [0, {}), trunk [{}, {}) at {}, top [{}, {})",
+            settings.model_name,
+            server.model_type,
+            settings.split_point_1,
+            settings.split_point_1,
+            settings.split_point_2,
+            self.options.server,
+            settings.split_point_2,
+            server.n_layers,
+        ));
+        self.report.line(&format!(
+            "LoRA r {}, alpha {}, dropout {} on {}: {} values here, {} in the trunk",
+            lora.r,
+            lora.lora_alpha,
+            lora.lora_dropout,
+            lora.target_modules.join(", "),
+            split.n_parameters(),
+            self.session.adapter_parameters(),
+        ));
+        self.report.line(&format!(
+            "{} samples of {} tokens, {} passed over; {} for evaluation; {} steps, {} of warm-up",
+            data.samples.len(),
+            data.n_tokens(),
+            data.n_skipped,
+            eval.as_ref().map_or(0, |data| data.samples.len()),
+            settings.n_steps,
+            schedule.n_warmup(),
+        ));
+    }
+
+    /// Trains to the last step, or until it is asked to end.
+    async fn go_on(&mut self, cancel: &CancelToken) -> Result<(), TrainError> {
+        if self.step == 0 {
+            self.evaluate().await?;
+            self.sample().await?;
+        }
+        let n_steps = self.prepared.settings.n_steps;
+        while self.step < n_steps && !cancel.is_cancelled() {
+            self.train_step().await?;
+            let at_end = self.step == n_steps;
+            if at_end || self.step.is_multiple_of(self.options.eval_interval) {
+                self.evaluate().await?;
+            }
+            if at_end || self.step.is_multiple_of(self.options.save_interval) {
+                self.save().await?;
+            }
+        }
+        // Asked to end, or nothing was left to do at all.
+        if self.saved.as_ref().is_none_or(|(step, _)| *step != self.step) {
+            self.save().await?;
+        }
+        Ok(())
+    }
+
+    async fn train_step(&mut self) -> Result<(), TrainError> {
+        let began = Instant::now();
+        let Prepared { split, data, order, schedule, server, .. } = &mut self.prepared;
+        let samples = order.samples(self.step);
+        let max_tokens = server.limits.max_tokens_per_microbatch as usize;
+        let batches = data.batches(&samples, self.options.batch_size, max_tokens);
+        let n_predicted: usize = batches.iter().map(Batch::n_predicted).sum();
+        let tokens: usize = batches.iter().map(Batch::n_tokens).sum();
+        let scale = 1.0 / n_predicted as f64;
+
+        let (mut loss, mut trunk_norm_squared, mut tape_bytes) = (0.0, 0.0, 0);
+        for (i, batch) in batches.iter().enumerate() {
+            // Names the dropout masks: the same in a replayed step.
+            let number = (self.step << 16) | i as u64;
+            let result = split.microbatch(&self.session, batch, number, scale).await?;
+            loss += result.loss_sum * scale;
+            trunk_norm_squared = result.trunk_norm_squared;
+            tape_bytes = tape_bytes.max(result.tape_bytes);
+        }
+        let grad_norm = split.grad_norm(trunk_norm_squared);
+        if !(loss.is_finite() && grad_norm.is_finite()) {
+            return Err(TrainError::Diverged { step: self.step + 1, loss });
+        }
+        let learning_rate = schedule.learning_rate(self.step);
+        let clip = clip_factor(grad_norm, self.options.max_grad_norm);
+        split.step(&self.session, learning_rate, clip).await?;
+
+        self.step += 1;
+        self.eval_loss = None;
+        self.tokens += tokens as u64;
+        self.losses.push((self.step, loss));
+        let seconds = began.elapsed().as_secs_f64();
+        self.report.event(&Event::Step(StepEvent {
+            step: self.step,
+            loss,
+            learning_rate,
+            grad_norm,
+            steps_per_second: 1.0 / seconds,
+            tokens_per_second: tokens as f64 / seconds,
+            tokens: tokens as u64,
+            tape_bytes,
+        }))
+    }
+
+    /// Mean loss over the evaluation data, if there are any.
+    async fn evaluate(&mut self) -> Result<(), TrainError> {
+        let Prepared { split, eval: Some(eval), server, .. } = &self.prepared else {
+            return Ok(());
+        };
+        let all: Vec<usize> = (0..eval.samples.len()).collect();
+        let max_tokens = server.limits.max_tokens_per_microbatch as usize;
+        let (mut loss_sum, mut n_predicted) = (0.0, 0);
+        for batch in DataSet::batches(eval, &all, self.options.batch_size, max_tokens) {
+            let (sum, n) = split.evaluate(&self.session, &batch).await?;
+            loss_sum += sum;
+            n_predicted += n;
+        }
+        let loss = loss_sum / n_predicted as f64;
+        let evaluation = Best { step: self.step, loss };
+        if self.best.is_none_or(|best| loss < best.loss) {
+            self.best = Some(evaluation);
+        }
+        self.eval_loss = Some(loss).filter(|loss| loss.is_finite());
+        self.evaluations.push(evaluation);
+        let best = self.best.map_or(loss, |best| best.loss);
+        self.report.event(&Event::Eval { step: self.step, loss, best })
+    }
+
+    async fn sample(&mut self) -> Result<(), TrainError> {
+        use crate::data::PromptFormat;
+        let Prepared { split, tokenizer, .. } = &self.prepared;
+        for prompt in &self.options.sample_prompts {
+            let ids = match self.options.data.prompt_format {
+                PromptFormat::Plain => tokenizer.encode(prompt)?,
+                PromptFormat::Chat => tokenizer.encode_prompt_as_chat(prompt)?,
+            };
+            let text =
+                generate(split, &self.session, tokenizer, &ids, &self.options.sample).await?;
+            self.report.event(&Event::Sample { step: self.step, prompt: prompt.clone(), text })?;
+        }
+        Ok(())
+    }
+
+    /// The trunk's tensors under PEFT's names.
+    async fn trunk_tensors(&self) -> Result<Vec<(String, Tensor)>, TrainError> {
+        let exported = self.session.export().await?;
+        if exported.step != self.step {
+            return Err(TrainError::Answer {
+                problem: format!(
+                    "the trunk's adapter is at step {}, the client's at step {}; does another client train this session?",
+                    exported.step, self.step
+                ),
+            });
+        }
+        let tensors = exported.tensors.iter();
+        Ok(tensors.map(|(name, tensor)| (name.clone(), host_to_tensor(tensor))).collect())
+    }
+
+    async fn tensors(&self) -> Result<[Vec<(String, Tensor)>; 3], TrainError> {
+        let trunk = self.trunk_tensors().await?;
+        let [bottom, top] = self.prepared.split.adapters();
+        let named =
+            |set: Option<&AdapterSet>| set.map(AdapterSet::named_tensors).unwrap_or_default();
+        Ok([named(bottom), trunk, named(top)])
+    }
+
+    async fn save(&mut self) -> Result<(), TrainError> {
+        let snapshot = self.session.snapshot().await?;
+        let tensors = self.tensors().await?;
+        let Prepared { split, order, settings, config, .. } = &self.prepared;
+        let names = (self.session.id().to_string(), snapshot.snapshot_id);
+        let state = TrainingState {
+            eval_loss: self.eval_loss,
+            best: self.best,
+            ..TrainingState::new(self.step, order.place(self.step), names, settings.clone())
+        };
+        let contents = Contents {
+            state: &state,
+            n_layers: config.n_layers,
+            fan_in_fan_out: config.family.fan_in_fan_out(),
+            client: &split.to_state(),
+            tensors,
+        };
+        let path = checkpoint::write(&self.options.output_dir, &contents)?;
+        checkpoint::prune(&self.options.output_dir)?;
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        self.saved = Some((self.step, path));
+        self.report.event(&Event::Checkpoint { step: self.step, name })
+    }
+
+    async fn end(mut self) -> Result<Summary, TrainError> {
+        let interrupted = self.step < self.prepared.settings.n_steps;
+        let (_, saved) = self.saved.clone().expect("a run ends with a checkpoint");
+        let mut adapter = None;
+        if !interrupted {
+            self.sample().await?;
+            let dir = self.options.output_dir.join("adapter");
+            let tensors: Vec<_> = self.tensors().await?.into_iter().flatten().collect();
+            let fan_in_fan_out = self.prepared.config.family.fan_in_fan_out();
+            let config = checkpoint::peft_config(&self.prepared.settings, fan_in_fan_out);
+            peft::write_dir(&dir, &config, &tensors)?;
+            adapter = Some(dir);
+        }
+        self.report.event(&Event::Done(DoneEvent {
+            step: self.step,
+            interrupted,
+            seconds: self.began.elapsed().as_secs_f64(),
+            tokens: self.tokens,
+            best: self.best,
+        }))?;
+        match &adapter {
+            Some(dir) => self.report.line(&format!(
+                "done: step {}; the adapter for the whole model is in {}; PEFT loads it with PeftModel.from_pretrained(model, {:?})",
+                self.step,
+                dir.display(),
+                dir.display().to_string(),
+            )),
+            None => self.report.line(&format!(
+                "stopped at step {} of {}; go on with the same command and --resume latest (checkpoint {})",
+                self.step,
+                self.prepared.settings.n_steps,
+                saved.display()
+            )),
+        }
+        let session = self.session.id().clone();
+        // Gives the device's memory back; the session can be restored.
+        self.session.close(false).await?;
+        Ok(Summary {
+            step: self.step,
+            interrupted,
+            losses: self.losses.into_iter().map(|(_, loss)| loss).collect(),
+            evaluations: self.evaluations,
+            best: self.best,
+            checkpoint: saved,
+            adapter,
+            session,
+        })
+    }
+}
