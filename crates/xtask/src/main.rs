@@ -25,6 +25,8 @@ struct Cli {
 enum Task {
     /// Put libtorch into .libtorch (does nothing when it is there)
     Setup,
+    /// Fetch the demo's model and texts into .demo (does nothing when they are there)
+    Fetch,
     /// Two teams fine-tune one real model through one server, side by side
     Demo(demo::Options),
     /// Run all tests, with everything that they need
@@ -42,6 +44,7 @@ enum Task {
 fn main() -> ExitCode {
     let result = match Cli::parse().task {
         Task::Setup => setup::libtorch(),
+        Task::Fetch => demo::fetch(),
         Task::Demo(options) => demo::run(options),
         Task::Test { args } => checks::test(&args),
         Task::Check => checks::check(),

@@ -42,6 +42,8 @@ fn pip(verb: &[&str], packages: &[&str], folder: &Path, title: &str) -> Result<(
         .args(["--no-deps", "--only-binary=:all:", "--python-version=3.12", "--implementation=cp"])
         .args(packages)
         .env("TMPDIR", &scratch)
+        // Into a folder of ours, root is no danger to the system's packages.
+        .env("PIP_ROOT_USER_ACTION", "ignore")
         .stdin(Stdio::null())
         .spawn()
         .context("cannot start pip")?;

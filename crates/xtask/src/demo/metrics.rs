@@ -13,7 +13,7 @@ use super::report::TeamReport;
 /// One line that matters here.
 #[derive(Clone, Debug)]
 pub enum Event {
-    Step { step: u64, loss: f64, tokens_per_second: f64 },
+    Step { step: u64, loss: f64, tokens: f64, tokens_per_second: f64 },
     Eval { step: u64, loss: f64 },
     Sample { text: String },
     Other,
@@ -57,14 +57,15 @@ impl Metrics {
         // What came between the last look and the end of the process.
         self.read_new()?;
         let mut losses = Vec::new();
-        let mut speeds = Vec::new();
+        let (mut n_tokens, mut seconds) = (0.0, 0.0);
         let mut evals = Vec::new();
         let mut samples = Vec::new();
         for event in self.events {
             match event {
-                Event::Step { loss, tokens_per_second, .. } => {
+                Event::Step { loss, tokens, tokens_per_second, .. } => {
                     losses.push(loss);
-                    speeds.push(tokens_per_second);
+                    n_tokens += tokens;
+                    seconds += tokens / tokens_per_second;
                 }
                 Event::Eval { loss, .. } => evals.push(loss),
                 Event::Sample { text } => samples.push(text),
@@ -72,13 +73,12 @@ impl Metrics {
             }
         }
         let missing = |what| format!("team {} wrote no {what} to metrics.jsonl", team.name);
-        speeds.sort_by(f64::total_cmp);
         Ok(TeamReport {
             team,
             train_loss: ends(&losses).with_context(|| missing("training step"))?,
             eval_loss: ends(&evals).with_context(|| missing("evaluation"))?,
             sample: ends(&samples).with_context(|| missing("sample"))?,
-            tokens_per_second: speeds[speeds.len() / 2],
+            tokens_per_second: n_tokens / seconds,
             adapter,
         })
     }
@@ -98,6 +98,7 @@ fn parse(line: &str) -> Result<Event> {
         Some("step") => Event::Step {
             step: number("step")? as u64,
             loss: number("loss")?,
+            tokens: number("tokens")?,
             tokens_per_second: number("tokens_per_second")?,
         },
         Some("eval") => Event::Eval { step: number("step")? as u64, loss: number("loss")? },
@@ -122,7 +123,8 @@ mod tests {
         assert!(metrics.read_new().unwrap().is_empty());
         write!(file, "{{\"event\":\"eval\",\"step\":0,\"loss\":3.5}}\n{{\"event\":\"st").unwrap();
         assert!(matches!(metrics.read_new().unwrap()[..], [Event::Eval { step: 0, .. }]));
-        writeln!(file, "ep\",\"step\":1,\"loss\":3.25,\"tokens_per_second\":9}}").unwrap();
+        writeln!(file, "ep\",\"step\":1,\"loss\":3.25,\"tokens\":8,\"tokens_per_second\":9}}")
+            .unwrap();
         let new = metrics.read_new().unwrap();
         assert!(matches!(new[..], [Event::Step { step: 1, loss: 3.25, .. }]), "{new:?}");
         assert!(metrics.read_new().unwrap().is_empty());

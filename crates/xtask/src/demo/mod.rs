@@ -87,6 +87,13 @@ pub fn binary() -> PathBuf {
     target_dir().join("release/offshoot")
 }
 
+/// Fetches what the demo runs on and says where it is.
+pub fn fetch() -> Result<()> {
+    let model = data::prepare(&in_root(".demo"), None)?;
+    println!("{model}");
+    Ok(())
+}
+
 /// Runs the demo and prints its report; an error if a team's loss did not fall.
 pub fn run(options: Options) -> Result<()> {
     ensure!(
@@ -152,7 +159,12 @@ fn train(
         );
         metrics.summary(team, format!(".demo/run/{}/adapter", team.name))
     });
-    Ok(Report { teams: teams.collect::<Result<_>>()?, memory, model: model.to_owned() })
+    Ok(Report {
+        teams: teams.collect::<Result<_>>()?,
+        memory,
+        model: model.to_owned(),
+        sample_prompt: options.sample_prompt.clone(),
+    })
 }
 
 fn client_arguments(

@@ -38,7 +38,7 @@ impl Progress {
     pub fn show(&self, team: usize, event: &Event) {
         let (name, bar) = &self.rows[team];
         let message = match event {
-            Event::Step { step, loss, tokens_per_second } => {
+            Event::Step { step, loss, tokens_per_second, .. } => {
                 bar.set_position(*step);
                 format!("loss {loss:.3}  {tokens_per_second:.0} tokens/s")
             }

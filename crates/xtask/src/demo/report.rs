@@ -10,6 +10,7 @@ pub struct Report {
     pub teams: Vec<TeamReport>,
     pub memory: Memory,
     pub model: String,
+    pub sample_prompt: String,
 }
 
 /// Pairs are before and after training.
@@ -70,8 +71,12 @@ impl Report {
         println!("  two sessions, training  {two:>5.0} MB, {:+.0} MB", two - one);
         println!("  highest                 {:>5.0} MB", self.memory.peak as f64 / 1e6);
 
+        println!("\nBoth teams go on from the same prompt");
+        for line in self.sample_prompt.lines() {
+            println!("  | {line}");
+        }
         for team in &self.teams {
-            println!("\nTeam {} goes on from the same prompt", team.team.name);
+            println!("\nTeam {}", team.team.name);
             for (when, text) in ["before", "after"].iter().zip(&team.sample) {
                 println!("  {when}:");
                 for line in wrap(text, 76) {
