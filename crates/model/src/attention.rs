@@ -14,7 +14,13 @@ pub(crate) fn forward(q: &Tensor, k: &Tensor, v: &Tensor, rows: &Rows) -> (Tenso
         let [q, k, v] = [q, k, v].map(|x| sequences(x, group));
         let (output, log_sum) = if q.device() == Device::Cpu {
             Tensor::internal_scaled_dot_product_flash_attention_for_cpu(
-                &q, &k, &v, 0.0, true, None::<&Tensor>, None,
+                &q,
+                &k,
+                &v,
+                0.0,
+                true,
+                None::<&Tensor>,
+                None,
             )
         } else {
             by_scores(&q, &k, &v)
@@ -42,7 +48,16 @@ pub(crate) fn backward(saved: &Saved, grad: &Tensor, rows: &Rows) -> [Tensor; 3]
             [saved.q, saved.k, saved.v, saved.output, grad].map(|x| sequences(x, group));
         let (by_q, by_k, by_v) = if q.device() == Device::Cpu {
             Tensor::internal_scaled_dot_product_flash_attention_for_cpu_backward(
-                &grad, &q, &k, &v, &output, log_sum, 0.0, true, None::<&Tensor>, None,
+                &grad,
+                &q,
+                &k,
+                &v,
+                &output,
+                log_sum,
+                0.0,
+                true,
+                None::<&Tensor>,
+                None,
             )
         } else {
             by_scores_backward(&q, &k, &v, &output, log_sum, &grad)

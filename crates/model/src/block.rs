@@ -60,8 +60,13 @@ impl BlockTape {
     pub fn bytes(&self) -> u64 {
         let raw = self.raw.iter().flat_map(|(q, k)| [q, k]);
         let tensors = [&self.x, &self.q, &self.k, &self.v, &self.attended, &self.x_mid];
-        let saved: u64 =
-            tensors.into_iter().chain(raw).chain(&self.log_sums).chain(&self.mlp).map(bytes_of).sum();
+        let saved: u64 = tensors
+            .into_iter()
+            .chain(raw)
+            .chain(&self.log_sums)
+            .chain(&self.mlp)
+            .map(bytes_of)
+            .sum();
         saved + self.lora.iter().map(LoraTape::bytes).sum::<u64>()
     }
 }

@@ -82,9 +82,10 @@ impl Layout {
         for target in targets {
             // A target may name one layer by its path: the module behind the number must be known.
             let known = target == "all-linear"
-                || self.linears().iter().any(|linear| {
-                    ends_with_name(linear, target) || ends_with_name(target, linear)
-                });
+                || self
+                    .linears()
+                    .iter()
+                    .any(|linear| ends_with_name(linear, target) || ends_with_name(target, linear));
             if !known {
                 return Err(ModelError::UnknownTarget {
                     target: target.clone(),

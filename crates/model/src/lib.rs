@@ -54,7 +54,7 @@ pub use dropout::DropoutKey;
 pub use error::ModelError;
 pub use head::LossOutput;
 pub(crate) use norm::Norm;
-pub use parts::{Backward, Part, PartSpec};
+pub use parts::{Backward, Part, PartSpec, compute_kind};
 pub use rope::Rope;
 pub use rows::{Rows, Segment};
 pub use tape::Tape;

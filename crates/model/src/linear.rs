@@ -9,9 +9,10 @@ use tch::{Kind, Tensor};
 pub(crate) struct Linear {
     /// Full module path, such as `model.layers.3.self_attn.q_proj`.
     pub path: String,
-    /// `[out, in]`, a transposed view for weights stored `[in, out]`.
+    /// `[out, in]`, a transposed view for weights stored `[in, out]`. Widened to the dtype of the
+    /// rows for each product where that is another (see [`crate::compute_kind`]).
     pub weight: Tensor,
-    /// `[out]`.
+    /// `[out]`, in the dtype of the rows.
     pub bias: Option<Tensor>,
 }
 
@@ -64,7 +65,7 @@ impl Linear {
 
     /// `[N, in] -> [N, out]`.
     pub fn forward(&self, x: &Tensor, segments: &[Segment]) -> (Tensor, LoraTape) {
-        let y = x.linear(&self.weight, self.bias.as_ref());
+        let y = x.linear(&self.weight.to_kind(x.kind()), self.bias.as_ref());
         let lora = segments.iter().map(|segment| {
             let pair = self.pair(segment, x.kind())?;
             let mut x = segment.of(x);
@@ -90,7 +91,7 @@ impl Linear {
         segments: &[Segment],
         gradients: &LoraGradients,
     ) -> Tensor {
-        let mut grad_x = grad.matmul(&self.weight);
+        let mut grad_x = grad.matmul(&self.weight.to_kind(grad.kind()));
         self.backward_lora(x, grad, tape, segments, gradients, Some(&mut grad_x));
         grad_x
     }
@@ -105,7 +106,7 @@ impl Linear {
         gradients: &LoraGradients,
         grad_x: &mut Tensor,
     ) {
-        let _ = grad_x.addmm_(grad, &self.weight);
+        let _ = grad_x.addmm_(grad, &self.weight.to_kind(grad.kind()));
         self.backward_lora(x, grad, tape, segments, gradients, Some(grad_x));
     }
 

@@ -1,5 +1,5 @@
-use offshoot_adapters::AdapterSet;
 use crate::dropout::DropoutKey;
+use offshoot_adapters::AdapterSet;
 use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 

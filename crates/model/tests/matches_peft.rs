@@ -136,7 +136,10 @@ fn relative_error(ours: &Tensor, reference: &Tensor) -> f64 {
 #[track_caller]
 fn assert_close(what: &str, ours: &Tensor, reference: &Tensor, bound: f64) {
     let error = relative_error(ours, reference);
-    assert!(error < bound, "{what}: relative error {error:.2e}, bound {bound:.0e}\nours {ours}\nreference {reference}");
+    assert!(
+        error < bound,
+        "{what}: relative error {error:.2e}, bound {bound:.0e}\nours {ours}\nreference {reference}"
+    );
 }
 
 #[test]
@@ -193,7 +196,12 @@ fn five_clipped_steps_match_peft() {
         }
         assert!(clipped > 0, "{family}: the fixture never clips");
         for (name, ours) in chain.adapters.iter().flat_map(AdapterSet::named_tensors) {
-            assert_close(&format!("{family} {name}"), &ours, &reference[&format!("after.{name}")], 1e-4);
+            assert_close(
+                &format!("{family} {name}"),
+                &ours,
+                &reference[&format!("after.{name}")],
+                1e-4,
+            );
         }
     }
 }
