@@ -1,1 +1,42 @@
-//! offshoot-server
+//! The trunk server: it holds the frozen middle layers of one model and trains one LoRA adapter for
+//! each client session.
+//!
+//! A frame's way through it is the order of its files: `grpc` decodes and checks it, the `session`'s
+//! actor puts it in order, `scheduler` decides when it runs, `engine` computes. Beside that way,
+//! `registry` knows which sessions there are and `store` makes them durable. Tokens, labels and
+//! losses never come here.
+//!
+//! ```no_run
+//! use offshoot_server::{Server, ServerConfig};
+//!
+//! # async fn run() -> Result<(), offshoot_server::Error> {
+//! let mut config = ServerConfig::default();
+//! config.model.name = "path/to/model".into();
+//! config.model.split_point_2 = 20;
+//! let server = Server::start(config).await?;
+//! println!("ready on {}", server.local_addr());
+//! server.drain(std::time::Duration::from_secs(20)).await;
+//! # Ok(())
+//! # }
+//! ```
+
+mod config;
+mod engine;
+mod error;
+mod finite;
+mod grpc;
+mod pool;
+mod registry;
+mod scheduler;
+mod server;
+mod session;
+mod store;
+
+pub use config::{
+    ComputeDType, DrainConfig, LimitsConfig, ListenConfig, Mistake, Mistakes, ServerConfig,
+    SessionConfig, StoreConfig, TrunkConfig,
+};
+pub use engine::TrunkInfo;
+pub use error::{Class, Error};
+pub use server::{RunningServer, Server};
+pub use session::SessionId;

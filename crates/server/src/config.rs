@@ -1,0 +1,341 @@
+use crate::error::Error;
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Everything an operator can choose. Each part is moved into its owner at start.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ServerConfig {
+    pub listen: ListenConfig,
+    pub model: TrunkConfig,
+    pub limits: LimitsConfig,
+    pub session: SessionConfig,
+    pub store: StoreConfig,
+    pub drain: DrainConfig,
+}
+
+/// Where clients connect.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ListenConfig {
+    /// An IP address, or `localhost`.
+    pub host: String,
+    /// 0: a free one.
+    pub port: u16,
+    /// There is no authentication yet: whoever reaches a host other than loopback can train,
+    /// export and delete. True says that the network around it keeps strangers out.
+    pub allow_insecure_network: bool,
+}
+
+impl Default for ListenConfig {
+    fn default() -> Self {
+        ListenConfig { host: "127.0.0.1".into(), port: 50051, allow_insecure_network: false }
+    }
+}
+
+/// What the server holds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TrunkConfig {
+    /// A Hugging Face directory, a GGUF file, or a hub name. Required.
+    pub name: String,
+    /// The trunk is the layers `[split_point_1, split_point_2)`.
+    pub split_point_1: usize,
+    /// Required.
+    pub split_point_2: usize,
+    /// `cpu`, `cuda` or `cuda:N`.
+    pub device: String,
+    pub dtype: ComputeDType,
+    /// Threads of one product on the CPU; none: libtorch's choice.
+    pub n_threads: Option<u16>,
+}
+
+impl Default for TrunkConfig {
+    fn default() -> Self {
+        TrunkConfig {
+            name: String::new(),
+            split_point_1: 0,
+            split_point_2: 0,
+            device: "cpu".into(),
+            dtype: ComputeDType::F32,
+            n_threads: None,
+        }
+    }
+}
+
+/// dtype of the trunk's weights and products. Adapters and optimizers are always float32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ComputeDType {
+    F32,
+    Bf16,
+    F16,
+}
+
+impl ComputeDType {
+    /// As the protocol names it.
+    pub fn name(self) -> &'static str {
+        match self {
+            ComputeDType::F32 => "f32",
+            ComputeDType::Bf16 => "bf16",
+            ComputeDType::F16 => "f16",
+        }
+    }
+}
+
+/// What one client may ask for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LimitsConfig {
+    pub max_tokens_per_microbatch: usize,
+    /// Frames sent and not answered; as many answers are recorded.
+    pub max_frames_in_flight: usize,
+    pub max_open_microbatches: usize,
+    pub max_rank: usize,
+    /// Frames of all sessions that wait for the device.
+    pub max_queued_jobs: usize,
+    /// Tokens that one batch may hold.
+    pub max_tokens_per_batch: usize,
+}
+
+impl Default for LimitsConfig {
+    fn default() -> Self {
+        LimitsConfig {
+            max_tokens_per_microbatch: 8192,
+            max_frames_in_flight: 4,
+            max_open_microbatches: 4,
+            max_rank: 256,
+            max_queued_jobs: 1024,
+            max_tokens_per_batch: 16384,
+        }
+    }
+}
+
+/// How sessions live.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SessionConfig {
+    /// A session without a stream for so long is snapshotted and leaves the device.
+    pub lease_seconds: f64,
+    /// Threads that run session actors; they wait, decide and record, and compute nothing.
+    pub n_actor_threads: usize,
+}
+
+impl SessionConfig {
+    /// The lease.
+    pub fn lease(&self) -> Duration {
+        Duration::from_secs_f64(self.lease_seconds)
+    }
+}
+
+impl Default for SessionConfig {
+    fn default() -> Self {
+        SessionConfig { lease_seconds: 300.0, n_actor_threads: 2 }
+    }
+}
+
+/// Where sessions survive.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct StoreConfig {
+    pub dir: PathBuf,
+    /// Snapshots of one session; older ones are deleted.
+    pub snapshots_kept: usize,
+}
+
+impl Default for StoreConfig {
+    fn default() -> Self {
+        StoreConfig { dir: "offshoot-store".into(), snapshots_kept: 3 }
+    }
+}
+
+/// How the server ends.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DrainConfig {
+    /// From the signal to the end, open microbatches and snapshots included.
+    pub timeout_seconds: f64,
+}
+
+impl DrainConfig {
+    /// The bound.
+    pub fn timeout(&self) -> Duration {
+        Duration::from_secs_f64(self.timeout_seconds)
+    }
+}
+
+impl Default for DrainConfig {
+    fn default() -> Self {
+        DrainConfig { timeout_seconds: 20.0 }
+    }
+}
+
+/// One value that cannot be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mistake {
+    /// Such as `limits.max_rank`.
+    pub key: &'static str,
+    pub found: String,
+    pub expected: &'static str,
+}
+
+/// All mistakes of a configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mistakes(pub Vec<Mistake>);
+
+impl fmt::Display for Mistakes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, Mistake { key, found, expected }) in self.0.iter().enumerate() {
+            let line = if i == 0 { "" } else { "\n" };
+            write!(f, "{line}{key} is {found}: expected {expected}")?;
+        }
+        Ok(())
+    }
+}
+
+impl ListenConfig {
+    /// Whether only this machine can connect.
+    pub fn is_loopback(&self) -> bool {
+        self.host == "localhost" || self.host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
+    }
+}
+
+impl ServerConfig {
+    /// All mistakes at once, or none. Mistakes that only the model shows (split points beyond its
+    /// layers, a device that is not there) come when it is loaded.
+    pub fn validate(&self) -> Result<(), Error> {
+        let mut mistakes = Vec::new();
+        let mut check = |key, fine: bool, found: String, expected| {
+            if !fine {
+                mistakes.push(Mistake { key, found: format!("\"{found}\""), expected });
+            }
+        };
+        let ListenConfig { host, allow_insecure_network, .. } = &self.listen;
+        check(
+            "listen.host",
+            host == "localhost" || host.parse::<IpAddr>().is_ok(),
+            host.clone(),
+            "an IP address or localhost",
+        );
+        check(
+            "listen.host",
+            self.listen.is_loopback() || *allow_insecure_network,
+            host.clone(),
+            "a loopback address: there is no authentication yet, so whoever reaches this address \
+             could train, export and delete. Use 127.0.0.1 and a tunnel, or set \
+             listen.allow_insecure_network = true in a network that keeps strangers out",
+        );
+        let model = &self.model;
+        check(
+            "model.name",
+            !model.name.is_empty(),
+            model.name.clone(),
+            "a Hugging Face directory, a GGUF file or a hub name",
+        );
+        check(
+            "model.split_point_2",
+            model.split_point_2 > model.split_point_1,
+            model.split_point_2.to_string(),
+            "a layer behind model.split_point_1",
+        );
+        check(
+            "model.device",
+            crate::engine::parse_device(&model.device).is_some(),
+            model.device.clone(),
+            "cpu, cuda or cuda:N",
+        );
+        check("model.n_threads", model.n_threads != Some(0), "0".into(), "at least 1, or none");
+        let limits = &self.limits;
+        for (key, value) in [
+            ("limits.max_tokens_per_microbatch", limits.max_tokens_per_microbatch),
+            ("limits.max_frames_in_flight", limits.max_frames_in_flight),
+            ("limits.max_open_microbatches", limits.max_open_microbatches),
+            ("limits.max_rank", limits.max_rank),
+            ("limits.max_queued_jobs", limits.max_queued_jobs),
+            ("limits.max_tokens_per_batch", limits.max_tokens_per_batch),
+            ("session.n_actor_threads", self.session.n_actor_threads),
+            ("store.snapshots_kept", self.store.snapshots_kept),
+        ] {
+            check(
+                key,
+                (1..=1 << 30).contains(&value),
+                value.to_string(),
+                "at least 1, at most 2^30",
+            );
+        }
+        for (key, value) in [
+            ("session.lease_seconds", self.session.lease_seconds),
+            ("drain.timeout_seconds", self.drain.timeout_seconds),
+        ] {
+            let fine = value > 0.0 && value <= 1e9;
+            check(key, fine, value.to_string(), "more than 0, at most 10^9 seconds");
+        }
+        if mistakes.is_empty() { Ok(()) } else { Err(Error::Config(Mistakes(mistakes))) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fine() -> ServerConfig {
+        let mut config = ServerConfig::default();
+        config.model.name = "some/model".into();
+        config.model.split_point_2 = 3;
+        config
+    }
+
+    fn mistakes(config: &ServerConfig) -> Vec<&'static str> {
+        match config.validate() {
+            Ok(()) => Vec::new(),
+            Err(Error::Config(Mistakes(all))) => all.iter().map(|m| m.key).collect(),
+            Err(other) => panic!("{other}"),
+        }
+    }
+
+    #[test]
+    fn all_mistakes_come_at_once() {
+        assert!(mistakes(&fine()).is_empty());
+        let mut config = fine();
+        config.model.split_point_1 = 5;
+        config.model.device = "tpu".into();
+        config.limits.max_rank = 0;
+        config.session.lease_seconds = f64::NAN;
+        assert_eq!(
+            mistakes(&config),
+            ["model.split_point_2", "model.device", "limits.max_rank", "session.lease_seconds"]
+        );
+        assert!(config.validate().unwrap_err().to_string().contains("limits.max_rank is \"0\""));
+    }
+
+    #[test]
+    fn only_loopback_without_a_word() {
+        for host in ["127.0.0.1", "::1", "localhost", "127.3.2.1"] {
+            let mut config = fine();
+            config.listen.host = host.into();
+            assert!(mistakes(&config).is_empty(), "{host}");
+        }
+        let mut config = fine();
+        config.listen.host = "0.0.0.0".into();
+        let text = config.validate().unwrap_err().to_string();
+        assert!(text.contains("no authentication yet"), "{text}");
+        assert!(text.contains("allow_insecure_network"), "{text}");
+        config.listen.allow_insecure_network = true;
+        assert!(mistakes(&config).is_empty());
+    }
+
+    #[test]
+    fn unknown_keys_are_errors() {
+        let text = r#"{"limits": {"max_rnk": 3}}"#;
+        let error = serde_json::from_str::<ServerConfig>(text).unwrap_err().to_string();
+        assert!(error.contains("max_rnk"), "{error}");
+        let text = r#"{"model": {"dtype": "bf16"}, "limits": {"max_rank": 3}}"#;
+        let config: ServerConfig = serde_json::from_str(text).unwrap();
+        assert_eq!(config.model.dtype, ComputeDType::Bf16);
+        assert_eq!(config.limits.max_rank, 3);
+        assert_eq!(config.limits.max_tokens_per_microbatch, 8192);
+    }
+}

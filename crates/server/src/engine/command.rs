@@ -1,0 +1,137 @@
+use crate::error::Error;
+use crate::scheduler::Kind;
+use crate::session::{BackwardWork, ForwardWork, StepWork};
+use offshoot_adapters::{AdamW, AdapterState, LoraSpec};
+use offshoot_proto::{HostTensor, WireDType};
+use std::time::Duration;
+use tokio::sync::oneshot;
+
+/// The way home of a result.
+pub type Reply<T> = oneshot::Sender<Result<T, Error>>;
+
+/// One thing for the engine to do, with what its answer needs.
+pub struct Job {
+    pub command: Command,
+    /// The span of the request that asked for it.
+    pub span: tracing::Span,
+}
+
+/// Everything that can happen to the device.
+pub enum Command {
+    /// Makes an adapter set.
+    Admit { plan: Box<Plan>, reply: Reply<Admitted> },
+    /// Drops a session's adapter set and tapes.
+    Release,
+    /// A frame of a session's stream.
+    Frame { sequence: u64, work: FrameWork },
+    /// Copies the adapter set to the host.
+    ToState { reply: Reply<AdapterState> },
+    /// Copies the adapter's matrices to the host, under PEFT's names.
+    Export { gradients: bool, reply: Reply<Exported> },
+}
+
+/// A frame's work with its reply.
+pub enum FrameWork {
+    Forward { work: ForwardWork, reply: Reply<ForwardResult> },
+    Backward { work: BackwardWork, reply: Reply<BackwardResult> },
+    Step { work: StepWork, reply: Reply<StepResult> },
+}
+
+/// How to make an adapter set.
+#[derive(Debug)]
+pub struct Plan {
+    pub lora: LoraSpec,
+    pub adamw: AdamW,
+    /// Of the initial values and of dropout.
+    pub seed: u64,
+    pub wire_dtype: WireDType,
+    pub start: Start,
+}
+
+/// From which values an adapter set begins.
+#[derive(Debug)]
+pub enum Start {
+    /// PEFT's initialisation.
+    Fresh,
+    /// Given ones, float32 under PEFT's names, with a fresh optimizer.
+    Given(Vec<(String, HostTensor)>),
+    /// Where a snapshot left it. The frames up to `applied` are in it.
+    State { state: AdapterState, applied: u64 },
+}
+
+/// An adapter set that is on the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Admitted {
+    pub n_parameters: u64,
+    pub bytes: u64,
+    pub step: u64,
+}
+
+/// Where a frame's time went.
+#[derive(Debug, Clone, Copy)]
+pub struct Times {
+    pub queue: Duration,
+    pub execute: Duration,
+}
+
+/// What a Forward gives.
+#[derive(Debug)]
+pub struct ForwardResult {
+    /// `[N, H]`.
+    pub hidden: HostTensor,
+    /// 0 in evaluation mode.
+    pub tape_bytes: u64,
+    pub times: Times,
+}
+
+/// What a Backward gives. It used up the tape in any case, so a refusal is in here.
+#[derive(Debug)]
+pub enum BackwardResult {
+    Done {
+        /// `[N, H]`, if the Forward wanted it.
+        grad: Option<HostTensor>,
+        /// Of the accumulated gradients.
+        grad_norm_squared: f64,
+        times: Times,
+    },
+    /// Nothing was accumulated, but the tape is gone.
+    Lost(Error),
+}
+
+/// What a Step gives.
+#[derive(Debug)]
+pub struct StepResult {
+    /// Steps taken so far.
+    pub step: u64,
+}
+
+/// An adapter as PEFT names it.
+#[derive(Debug)]
+pub struct Exported {
+    pub tensors: Vec<(String, HostTensor)>,
+    /// Under the same names, or none.
+    pub gradients: Vec<(String, HostTensor)>,
+    pub step: u64,
+}
+
+impl Command {
+    /// What it can share a batch with.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Command::Frame { work: FrameWork::Forward { .. }, .. } => Kind::Forward,
+            Command::Frame { work: FrameWork::Backward { .. }, .. } => Kind::Backward,
+            Command::Frame { work: FrameWork::Step { .. }, .. } => Kind::Control,
+            Command::Admit { .. } | Command::Release => Kind::Control,
+            Command::ToState { .. } | Command::Export { .. } => Kind::Control,
+        }
+    }
+
+    /// Packed tokens of a forward or backward.
+    pub fn n_tokens(&self) -> usize {
+        match self {
+            Command::Frame { work: FrameWork::Forward { work, .. }, .. } => work.hidden.shape()[0],
+            Command::Frame { work: FrameWork::Backward { work, .. }, .. } => work.grad.shape()[0],
+            _ => 0,
+        }
+    }
+}

@@ -1,0 +1,101 @@
+use crate::config::{ComputeDType, TrunkConfig};
+use crate::error::Error;
+use offshoot_model::weights::Checkpoint;
+use offshoot_model::{ModelConfig, ModelError, Part, PartSpec, SplitPoints};
+use std::ops::Range;
+use tch::{Cuda, Device, Kind};
+
+/// What the engine holds, as [`DescribeResponse`](offshoot_proto::v1::DescribeResponse) tells it.
+#[derive(Debug, Clone)]
+pub struct TrunkInfo {
+    pub model_name: String,
+    pub model_type: String,
+    pub fingerprint: String,
+    /// Of the whole model.
+    pub n_layers: usize,
+    /// The trunk's.
+    pub layers: Range<usize>,
+    /// H.
+    pub hidden_size: usize,
+    pub compute_dtype: ComputeDType,
+    pub device: String,
+    pub lora_modules: Vec<String>,
+    pub default_targets: Vec<String>,
+    pub weights_bytes: u64,
+    /// Trained values of an adapter of rank 1 on every linear layer.
+    pub parameters_per_rank: u64,
+}
+
+/// `cpu`, `cuda` or `cuda:N`.
+pub fn parse_device(text: &str) -> Option<Device> {
+    match text {
+        "cpu" => Some(Device::Cpu),
+        "cuda" => Some(Device::Cuda(0)),
+        _ => text.strip_prefix("cuda:")?.parse().ok().map(Device::Cuda),
+    }
+}
+
+fn kind_of(dtype: ComputeDType) -> Kind {
+    match dtype {
+        ComputeDType::F32 => Kind::Float,
+        ComputeDType::Bf16 => Kind::BFloat16,
+        ComputeDType::F16 => Kind::Half,
+    }
+}
+
+/// glibc keeps freed memory of the size of tapes for itself unless it maps each such block: 1.4 GB
+/// stayed after three dropped graphs, 0.3 GB with this threshold.
+pub(super) fn tune_allocator() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    {
+        const MAP_FROM_BYTES: libc::c_int = 262_144;
+        // SAFETY: sets one number inside the allocator, under its own lock.
+        let set = unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, MAP_FROM_BYTES) };
+        if set != 1 {
+            tracing::warn!("the allocator kept its own threshold; memory may not return");
+        }
+    }
+}
+
+fn device(config: &TrunkConfig) -> Result<Device, Error> {
+    let unavailable = |cause| Error::Device { device: config.device.clone(), cause };
+    let device = parse_device(&config.device).ok_or_else(|| unavailable("unknown name"))?;
+    match device {
+        Device::Cuda(_) if !Cuda::is_available() => Err(unavailable("libtorch sees no CUDA")),
+        Device::Cuda(i) if i as i64 >= Cuda::device_count() => Err(unavailable("no such index")),
+        device => Ok(device),
+    }
+}
+
+/// Reads the trunk's layers onto the device.
+pub(super) fn load(config: &TrunkConfig) -> Result<(Part, TrunkInfo), Error> {
+    if let Some(n) = config.n_threads {
+        tch::set_num_threads(n.into());
+    }
+    let device = device(config)?;
+    let checkpoint = Checkpoint::find(&config.name).map_err(ModelError::from)?;
+    let model = ModelConfig::from_json(checkpoint.config())?;
+    let split = SplitPoints::new(config.split_point_1, config.split_point_2, model.n_layers)?;
+    let layers = split.s1..split.s2;
+    let spec = PartSpec { layers: layers.clone(), embed: false, head: false };
+    let part = Part::load(&checkpoint, &model, spec, kind_of(config.dtype), device)?;
+    let sites = part.sites(&["all-linear".to_string()])?;
+    let trunk = TrunkInfo {
+        model_name: checkpoint.name().into(),
+        model_type: model.family.name().into(),
+        fingerprint: checkpoint.fingerprint(),
+        n_layers: model.n_layers,
+        layers,
+        hidden_size: model.hidden_size as usize,
+        compute_dtype: config.dtype,
+        device: match device {
+            Device::Cuda(i) => format!("cuda:{i}"),
+            _ => "cpu".into(),
+        },
+        lora_modules: model.lora_modules().into_iter().map(String::from).collect(),
+        default_targets: model.default_targets(),
+        weights_bytes: part.weights_bytes(),
+        parameters_per_rank: sites.iter().map(|site| (site.d_in + site.d_out) as u64).sum(),
+    };
+    Ok((part, trunk))
+}

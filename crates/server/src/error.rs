@@ -1,0 +1,348 @@
+use crate::config::Mistakes;
+use crate::session::SessionId;
+use offshoot_adapters::AdapterError;
+use offshoot_model::ModelError;
+use offshoot_proto::v1::ErrorCode;
+use offshoot_proto::{TensorError, v1};
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Everything that can go wrong in the server. Each variant has a [`Class`], which decides the gRPC
+/// status and the code of a `FrameError`, and a stable label for metrics.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    // Starting.
+    #[error("{0}")]
+    Config(Mistakes),
+    #[error("cannot listen on {address}: {source}; is another server running there?")]
+    Bind { address: String, source: io::Error },
+    #[error("thread {name} could not be started: {source}")]
+    Thread { name: &'static str, source: io::Error },
+    #[error(
+        "device \"{device}\" is not available: {cause}; use device \"cpu\" or a libtorch with CUDA"
+    )]
+    Device { device: String, cause: &'static str },
+    #[error("gRPC server on {address}: {source}")]
+    Transport { address: SocketAddr, source: tonic::transport::Error },
+    #[error("gRPC reflection: {0}")]
+    Reflection(#[from] tonic_reflection::server::Error),
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    #[error(transparent)]
+    Adapter(#[from] AdapterError),
+
+    // The store.
+    #[error(
+        "the store in {path} is in use by another process; give each server its own store directory"
+    )]
+    StoreLocked { path: PathBuf },
+    #[error(
+        "the store in {path} has format version {found}, this server reads version {expected}; use \
+         the server version that wrote it, or another store directory"
+    )]
+    StoreVersion { path: PathBuf, found: String, expected: u32 },
+    #[error("store file {path}: {source}")]
+    StoreFile { path: PathBuf, source: io::Error },
+    #[error("store records in {path}: {cause}")]
+    StoreRecords { path: PathBuf, cause: String },
+    #[error(
+        "store file {path} is damaged: its content hashes to {found}; restore the session to an \
+         earlier snapshot"
+    )]
+    StoreDamaged { path: PathBuf, found: String },
+
+    // A request.
+    #[error(transparent)]
+    Tensor(#[from] TensorError),
+    #[error("{field} is missing")]
+    Missing { field: &'static str },
+    #[error("{field} is {found}, expected {expected}")]
+    Setting { field: &'static str, found: String, expected: String },
+    #[error("{field} has shape {found:?}, expected {expected}")]
+    Shape { field: &'static str, found: Vec<usize>, expected: String },
+    #[error(
+        "{field} came in {found}, but this session was opened with wire dtype {expected}; open a \
+         new session to change it"
+    )]
+    WireDType { field: &'static str, found: &'static str, expected: &'static str },
+    #[error("seq_lens add up to {sum} tokens, but hidden has {n_tokens} rows")]
+    SequenceLengths { sum: u64, n_tokens: usize },
+    #[error("sequence {index} of seq_lens has length 0; leave empty sequences out")]
+    EmptySequence { index: usize },
+    #[error("position_ids has {found} entries, expected none or one for each of {n_tokens} tokens")]
+    PositionIds { found: usize, n_tokens: usize },
+    #[error(
+        "a microbatch of {found} tokens is over the limit of {limit}; split it into smaller ones"
+    )]
+    TooManyTokens { found: usize, limit: usize },
+    #[error(
+        "{field} has a value that is not finite at index {index}; the client's numbers overflowed"
+    )]
+    NotFinite { field: &'static str, index: usize },
+    #[error(
+        "the trunk's {what} is not finite, nothing was changed; lower the learning rate or compute \
+         in a wider dtype"
+    )]
+    Overflow { what: &'static str },
+    #[error(
+        "the base models differ: this server holds {server_model} with fingerprint {server}, the \
+         client has {client}; load the same checkpoint on both sides"
+    )]
+    Fingerprint { server_model: String, server: String, client: String },
+    #[error(
+        "the split points differ: this server holds layers {server:?}, the client asked for \
+         {client:?}; start the client with the server's split points"
+    )]
+    Split { server: std::ops::Range<usize>, client: std::ops::Range<usize> },
+    #[error(
+        "snapshot {snapshot} of session {session} does not fit this server: its {what} is {theirs}, \
+         the server's is {ours}"
+    )]
+    SnapshotMismatch {
+        session: SessionId,
+        snapshot: String,
+        what: &'static str,
+        theirs: String,
+        ours: String,
+    },
+
+    // Order.
+    #[error(
+        "the first frame of a stream must be Hello with sequence 0, and only the first; {found} came"
+    )]
+    Hello { found: String },
+    #[error("no Hello came within {seconds} s")]
+    HelloTimeout { seconds: u64 },
+    #[error(
+        "frame {found} came where {expected} was expected; an earlier frame was refused or is \
+         missing, send again from {expected}"
+    )]
+    Gap { found: u64, expected: u64 },
+    #[error(
+        "frame {sequence} came before with another payload; a number may be repeated only unchanged"
+    )]
+    Payload { sequence: u64 },
+    #[error(
+        "frame {sequence} was applied and its answer is forgotten; the last applied frame is {applied}"
+    )]
+    Forgotten { sequence: u64, applied: u64 },
+    #[error("answers up to {found} were acknowledged, but only {applied} frames were applied")]
+    Acknowledged { found: u64, applied: u64 },
+    #[error(
+        "the session stands after frame {server}, the client after frame {client}; wait for the \
+         answers of all frames that were sent, then ask again"
+    )]
+    Point { server: u64, client: u64 },
+    #[error(
+        "microbatch {microbatch} has no tape: it was never opened, is used already, or was dropped \
+         while the client was away; run its Forward again under a new frame"
+    )]
+    NoTape { microbatch: u64 },
+    #[error(
+        "microbatch {microbatch} is open already; choose a new number for every training Forward"
+    )]
+    OpenTape { microbatch: u64 },
+    #[error(
+        "Step while microbatch {microbatch} is open: its Backward would meet other weights than its \
+         Forward did; send the Backward first"
+    )]
+    StepWithOpen { microbatch: u64 },
+
+    // Limits.
+    #[error("{limit} frames are in flight already, the limit; wait for an answer")]
+    InFlight { limit: usize },
+    #[error("{limit} microbatches are open already, the limit; send a Backward first")]
+    OpenMicrobatches { limit: usize },
+    #[error("{limit} jobs are waiting for the device, the limit; try again later")]
+    QueueFull { limit: usize },
+
+    // Life and death of a session.
+    #[error("session {0} is not known here; it was forgotten, or it lives on another server")]
+    UnknownSession(String),
+    #[error("session {session} has no snapshot \"{snapshot}\"; it has {known}")]
+    UnknownSnapshot { session: SessionId, snapshot: String, known: String },
+    #[error("another stream attached to this session; this one ends")]
+    TakenOver,
+    #[error("the server is draining and makes its sessions durable; reconnect and go on")]
+    Draining { retry_after: Duration },
+    #[error("the session was closed or set back by another call; this stream ends")]
+    Ended,
+    #[error("the session is in use again")]
+    Busy,
+
+    // Our fault.
+    #[error("the {job} failed inside the server, nothing was changed: {panic}")]
+    Panic { job: &'static str, panic: String },
+    #[error(
+        "an earlier failure left this session's adapter in an unknown state; restore it to a snapshot"
+    )]
+    Poisoned,
+    #[error("the server's {part} is gone")]
+    Gone { part: &'static str },
+}
+
+/// What an error means to a client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Class {
+    /// The request is wrong and will stay wrong.
+    Invalid,
+    /// The request does not fit this server's model.
+    Mismatch,
+    Sequence,
+    Microbatch,
+    Exhausted,
+    Draining,
+    NotFound,
+    TakenOver,
+    /// The request was fine.
+    Internal,
+}
+
+impl Error {
+    /// The class of each error; a new variant must choose.
+    pub fn class(&self) -> Class {
+        use Error::*;
+        match self {
+            Config(_) | Bind { .. } | Thread { .. } | Device { .. } | Transport { .. } => {
+                Class::Internal
+            }
+            Reflection(_) | Gone { .. } | Panic { .. } | Poisoned | Busy => Class::Internal,
+            StoreLocked { .. } | StoreVersion { .. } | StoreFile { .. } => Class::Internal,
+            StoreRecords { .. } | StoreDamaged { .. } => Class::Internal,
+            Model(_) | Adapter(_) | Tensor(_) | Missing { .. } | Setting { .. } => Class::Invalid,
+            Shape { .. } | WireDType { .. } | SequenceLengths { .. } => Class::Invalid,
+            EmptySequence { .. } | PositionIds { .. } | TooManyTokens { .. } => Class::Invalid,
+            NotFinite { .. } | Overflow { .. } => Class::Invalid,
+            Hello { .. } | HelloTimeout { .. } => Class::Invalid,
+            Fingerprint { .. } | Split { .. } | SnapshotMismatch { .. } => Class::Mismatch,
+            Gap { .. } | Payload { .. } | Forgotten { .. } => Class::Sequence,
+            Acknowledged { .. } | Point { .. } => Class::Sequence,
+            NoTape { .. } | OpenTape { .. } | StepWithOpen { .. } => Class::Microbatch,
+            InFlight { .. } | OpenMicrobatches { .. } | QueueFull { .. } => Class::Exhausted,
+            UnknownSession(_) | UnknownSnapshot { .. } | Ended => Class::NotFound,
+            TakenOver => Class::TakenOver,
+            Draining { .. } => Class::Draining,
+        }
+    }
+
+    /// Stable name of the variant, for metrics.
+    pub fn label(&self) -> &'static str {
+        use Error::*;
+        match self {
+            Config(_) => "config",
+            Bind { .. } => "bind",
+            Thread { .. } => "thread",
+            Device { .. } => "device",
+            Transport { .. } => "transport",
+            Reflection(_) => "reflection",
+            Model(_) => "model",
+            Adapter(_) => "adapter",
+            StoreLocked { .. } => "store_locked",
+            StoreVersion { .. } => "store_version",
+            StoreFile { .. } => "store_file",
+            StoreRecords { .. } => "store_records",
+            StoreDamaged { .. } => "store_damaged",
+            Tensor(_) => "tensor",
+            Missing { .. } => "missing",
+            Setting { .. } => "setting",
+            Shape { .. } => "shape",
+            WireDType { .. } => "wire_dtype",
+            SequenceLengths { .. } => "sequence_lengths",
+            EmptySequence { .. } => "empty_sequence",
+            PositionIds { .. } => "position_ids",
+            TooManyTokens { .. } => "too_many_tokens",
+            NotFinite { .. } => "not_finite",
+            Overflow { .. } => "overflow",
+            Fingerprint { .. } => "fingerprint",
+            Split { .. } => "split",
+            SnapshotMismatch { .. } => "snapshot_mismatch",
+            Hello { .. } => "hello",
+            HelloTimeout { .. } => "hello_timeout",
+            Gap { .. } => "gap",
+            Payload { .. } => "payload",
+            Forgotten { .. } => "forgotten",
+            Acknowledged { .. } => "acknowledged",
+            Point { .. } => "point",
+            NoTape { .. } => "no_tape",
+            OpenTape { .. } => "open_tape",
+            StepWithOpen { .. } => "step_with_open",
+            InFlight { .. } => "in_flight",
+            OpenMicrobatches { .. } => "open_microbatches",
+            QueueFull { .. } => "queue_full",
+            UnknownSession(_) => "unknown_session",
+            UnknownSnapshot { .. } => "unknown_snapshot",
+            TakenOver => "taken_over",
+            Draining { .. } => "draining",
+            Ended => "ended",
+            Busy => "busy",
+            Panic { .. } => "panic",
+            Poisoned => "poisoned",
+            Gone { .. } => "gone",
+        }
+    }
+
+    /// When trying again may help.
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Error::Draining { retry_after } => Some(*retry_after),
+            Error::InFlight { .. } | Error::QueueFull { .. } | Error::Busy => {
+                Some(Duration::from_millis(100))
+            }
+            _ => None,
+        }
+    }
+
+    /// The answer to a refused frame.
+    pub fn to_frame(&self, sequence: u64) -> v1::ServerFrame {
+        let retry_after = self.retry_after().unwrap_or_default();
+        let error = v1::FrameError {
+            code: self.class().frame_code() as i32,
+            message: self.to_string(),
+            retry_after_millis: u32::try_from(retry_after.as_millis()).unwrap_or(u32::MAX),
+        };
+        v1::ServerFrame { sequence, body: Some(v1::server_frame::Body::Error(error)) }
+    }
+}
+
+impl Class {
+    fn frame_code(self) -> ErrorCode {
+        match self {
+            Class::Invalid | Class::Mismatch => ErrorCode::Invalid,
+            Class::Sequence => ErrorCode::Sequence,
+            Class::Microbatch => ErrorCode::Microbatch,
+            Class::Exhausted => ErrorCode::Exhausted,
+            Class::Draining => ErrorCode::Draining,
+            Class::NotFound => ErrorCode::NotFound,
+            Class::TakenOver => ErrorCode::TakenOver,
+            Class::Internal => ErrorCode::Internal,
+        }
+    }
+
+    fn grpc_code(self) -> tonic::Code {
+        match self {
+            Class::Invalid => tonic::Code::InvalidArgument,
+            Class::Mismatch | Class::Sequence | Class::Microbatch => {
+                tonic::Code::FailedPrecondition
+            }
+            Class::Exhausted => tonic::Code::ResourceExhausted,
+            Class::Draining => tonic::Code::Unavailable,
+            Class::NotFound => tonic::Code::NotFound,
+            Class::TakenOver => tonic::Code::Aborted,
+            Class::Internal => tonic::Code::Internal,
+        }
+    }
+}
+
+impl From<Error> for tonic::Status {
+    fn from(error: Error) -> Self {
+        let mut status = tonic::Status::new(error.class().grpc_code(), error.to_string());
+        if let Some(after) = error.retry_after() {
+            // gRPC's own name for it.
+            let value = tonic::metadata::MetadataValue::from(after.as_millis() as u64);
+            status.metadata_mut().insert("grpc-retry-pushback-ms", value);
+        }
+        status
+    }
+}

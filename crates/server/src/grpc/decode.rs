@@ -1,0 +1,260 @@
+//! Everything that comes from a client is checked here, once. What leaves is a checked type, or an
+//! error that says what was expected.
+
+use crate::engine::{Plan, Start, TrunkInfo};
+use crate::error::Error;
+use crate::finite::first_bad;
+use crate::registry::Opening;
+use crate::session::{
+    BackwardWork, Digest, ForwardWork, Frame, Head, Mode, SessionId, StepWork, Work,
+};
+use offshoot_adapters::{AdamW, LoraSpec};
+use offshoot_proto::v1::{self, client_frame::Body};
+use offshoot_proto::{HostTensor, WireDType};
+
+/// Longest name of a session.
+const MAX_NAME_BYTES: usize = 256;
+
+/// What the tensors of one session must be like.
+#[derive(Debug, Clone, Copy)]
+pub struct FrameRules {
+    /// H.
+    pub hidden_size: usize,
+    pub wire_dtype: WireDType,
+    pub max_tokens: usize,
+}
+
+/// A session's id, or the answer for one that does not exist.
+pub fn session_id(text: &str) -> Result<SessionId, Error> {
+    SessionId::parse(text).ok_or_else(|| Error::UnknownSession(text.chars().take(64).collect()))
+}
+
+/// The first frame of a stream.
+pub fn hello(frame: Option<v1::ClientFrame>) -> Result<(SessionId, u64), Error> {
+    let found = match frame {
+        Some(v1::ClientFrame { sequence: 0, body: Some(Body::Hello(hello)), .. }) => {
+            return Ok((session_id(&hello.session_id)?, hello.last_answered));
+        }
+        Some(frame) => format!("{} with sequence {}", body_name(&frame.body), frame.sequence),
+        None => "the stream's end".into(),
+    };
+    Err(Error::Hello { found })
+}
+
+fn body_name(body: &Option<Body>) -> &'static str {
+    match body {
+        Some(Body::Hello(_)) => "Hello",
+        Some(Body::Forward(_)) => "Forward",
+        Some(Body::Backward(_)) => "Backward",
+        Some(Body::Step(_)) => "Step",
+        None => "an empty frame",
+    }
+}
+
+/// Any other frame of a stream.
+pub fn frame(frame: v1::ClientFrame, rules: &FrameRules) -> Result<Frame, Error> {
+    let v1::ClientFrame { sequence, acknowledged, body } = frame;
+    let digest = match &body {
+        Some(body) => digest(body),
+        None => return Err(Error::Missing { field: "the frame's body" }),
+    };
+    let work = match body {
+        Some(Body::Forward(forward)) => Work::Forward(self::forward(forward, rules)?),
+        Some(Body::Backward(backward)) => Work::Backward(BackwardWork {
+            microbatch: backward.microbatch,
+            grad: rows("grad", backward.grad, rules)?,
+        }),
+        Some(Body::Step(step)) => Work::Step(self::step(step)?),
+        Some(Body::Hello(_)) | None => return Err(Error::Hello { found: "another".into() }),
+    };
+    let head = Head { sequence, acknowledged, digest, effect: work.effect() };
+    Ok(Frame { head, work })
+}
+
+fn forward(forward: v1::Forward, rules: &FrameRules) -> Result<ForwardWork, Error> {
+    let mode = match forward.mode() {
+        v1::Mode::Train => Mode::Train,
+        v1::Mode::Eval => Mode::Eval,
+        v1::Mode::Unspecified => return Err(Error::Missing { field: "mode" }),
+    };
+    let hidden = rows("hidden", forward.hidden, rules)?;
+    let n_tokens = hidden.shape()[0];
+    if let Some(index) = forward.seq_lens.iter().position(|&length| length == 0) {
+        return Err(Error::EmptySequence { index });
+    }
+    let sum = forward.seq_lens.iter().map(|&length| u64::from(length)).sum();
+    if sum != n_tokens as u64 {
+        return Err(Error::SequenceLengths { sum, n_tokens });
+    }
+    let found = forward.position_ids.len();
+    if found != 0 && found != n_tokens {
+        return Err(Error::PositionIds { found, n_tokens });
+    }
+    let position_ids = forward.position_ids.iter().map(|&p| i64::from(p)).collect();
+    Ok(ForwardWork {
+        microbatch: forward.microbatch,
+        hidden,
+        seq_lens: forward.seq_lens.iter().map(|&length| length as usize).collect(),
+        position_ids: (found != 0).then_some(position_ids),
+        mode,
+        want_input_grad: forward.want_input_grad,
+    })
+}
+
+/// A tensor `[N, H]` in the session's dtype, N at least 1 and within the limit, all values finite.
+fn rows(
+    field: &'static str,
+    tensor: Option<v1::Tensor>,
+    rules: &FrameRules,
+) -> Result<HostTensor, Error> {
+    let tensor = tensor.ok_or(Error::Missing { field })?;
+    let tensor = HostTensor::from_proto(Some(tensor))?;
+    if tensor.dtype() != rules.wire_dtype {
+        let (found, expected) = (tensor.dtype().name(), rules.wire_dtype.name());
+        return Err(Error::WireDType { field, found, expected });
+    }
+    match *tensor.shape() {
+        [n, h] if n > 0 && h == rules.hidden_size => {
+            if n > rules.max_tokens {
+                return Err(Error::TooManyTokens { found: n, limit: rules.max_tokens });
+            }
+        }
+        ref found => {
+            let found = found.to_vec();
+            let expected = format!("[tokens, {}], at least one token", rules.hidden_size);
+            return Err(Error::Shape { field, found, expected });
+        }
+    }
+    match first_bad(&tensor) {
+        Some(index) => Err(Error::NotFinite { field, index }),
+        None => Ok(tensor),
+    }
+}
+
+fn step(step: v1::Step) -> Result<StepWork, Error> {
+    let v1::Step { learning_rate, clip_factor } = step;
+    let wrong = |field, found: f64, expected: &str| {
+        Err(Error::Setting { field, found: found.to_string(), expected: expected.into() })
+    };
+    if !(learning_rate.is_finite() && learning_rate >= 0.0) {
+        return wrong("learning_rate", learning_rate, "zero or a positive number");
+    }
+    if !(0.0..=1.0).contains(&clip_factor) {
+        return wrong("clip_factor", clip_factor, "at least 0, at most 1 (1: nothing is clipped)");
+    }
+    Ok(StepWork { learning_rate, clip_factor })
+}
+
+/// blake3 of a body, field by field, so that the tensor's bytes are not encoded again.
+fn digest(body: &Body) -> Digest {
+    let mut hasher = blake3::Hasher::new();
+    let tensor = |hasher: &mut blake3::Hasher, tensor: &Option<v1::Tensor>| {
+        let Some(tensor) = tensor else { return };
+        numbers(hasher, [tensor.dtype as u64]);
+        numbers(hasher, tensor.shape.iter().map(|&n| n.into()));
+        numbers(hasher, [tensor.data.len() as u64]);
+        hasher.update(&tensor.data);
+    };
+    match body {
+        Body::Hello(_) => {}
+        Body::Forward(forward) => {
+            let flags = [forward.mode as u64, forward.want_input_grad.into()];
+            numbers(&mut hasher, [1, forward.microbatch].into_iter().chain(flags));
+            tensor(&mut hasher, &forward.hidden);
+            numbers(&mut hasher, forward.seq_lens.iter().map(|&n| n.into()));
+            numbers(&mut hasher, forward.position_ids.iter().map(|&n| n.into()));
+        }
+        Body::Backward(backward) => {
+            numbers(&mut hasher, [2, backward.microbatch]);
+            tensor(&mut hasher, &backward.grad);
+        }
+        Body::Step(step) => {
+            numbers(&mut hasher, [3, step.learning_rate.to_bits(), step.clip_factor.to_bits()]);
+        }
+    }
+    *hasher.finalize().as_bytes()
+}
+
+/// The count first, so that neighbouring lists cannot be mistaken for each other.
+fn numbers(hasher: &mut blake3::Hasher, values: impl IntoIterator<Item = u64>) {
+    let bytes: Vec<u8> = values.into_iter().flat_map(u64::to_le_bytes).collect();
+    hasher.update(&(bytes.len() as u64).to_le_bytes()).update(&bytes);
+}
+
+/// A request for a new session.
+pub fn opening(
+    request: v1::OpenSessionRequest,
+    trunk: &TrunkInfo,
+    limits: &v1::Limits,
+) -> Result<Opening, Error> {
+    let name = request.name;
+    if name.len() > MAX_NAME_BYTES {
+        let (found, expected) = (format!("{} bytes long", name.len()), "at most 256 bytes".into());
+        return Err(Error::Setting { field: "name", found, expected });
+    }
+    if request.fingerprint != trunk.fingerprint {
+        return Err(Error::Fingerprint {
+            server_model: trunk.model_name.clone(),
+            server: trunk.fingerprint.clone(),
+            client: request.fingerprint.chars().take(64).collect(),
+        });
+    }
+    let client = request.split_point_1 as usize..request.split_point_2 as usize;
+    if client != trunk.layers {
+        return Err(Error::Split { server: trunk.layers.clone(), client });
+    }
+    let lora = lora(request.lora, trunk, limits)?;
+    let adamw = request.adamw.ok_or(Error::Missing { field: "adamw" })?;
+    let v1::AdamWConfig { beta1, beta2, eps, weight_decay } = adamw;
+    let adamw = AdamW { beta1, beta2, eps, weight_decay };
+    adamw.validate()?;
+    let wire_dtype = WireDType::from_proto(request.wire_dtype)?;
+    let start = match request.initial_adapter {
+        tensors if tensors.is_empty() => Start::Fresh,
+        tensors => Start::Given(tensors.into_iter().map(adapter).collect::<Result<_, _>>()?),
+    };
+    let plan = Plan { lora, adamw, seed: request.seed, wire_dtype, start };
+    Ok(Opening { name, plan })
+}
+
+fn lora(
+    lora: Option<v1::LoraConfig>,
+    trunk: &TrunkInfo,
+    limits: &v1::Limits,
+) -> Result<LoraSpec, Error> {
+    let lora = lora.ok_or(Error::Missing { field: "lora" })?;
+    if lora.r > limits.max_rank {
+        let (found, expected) = (lora.r.to_string(), format!("at most {}", limits.max_rank));
+        return Err(Error::Setting { field: "lora.r", found, expected });
+    }
+    let spec = LoraSpec {
+        r: lora.r as usize,
+        lora_alpha: lora.lora_alpha,
+        lora_dropout: lora.lora_dropout,
+        use_rslora: lora.use_rslora,
+        target_modules: match lora.target_modules {
+            none if none.is_empty() => trunk.default_targets.clone(),
+            targets => targets,
+        },
+    };
+    spec.validate()?;
+    Ok(spec)
+}
+
+fn adapter(named: v1::NamedTensor) -> Result<(String, HostTensor), Error> {
+    let field = "initial_adapter";
+    let tensor = named.tensor.ok_or(Error::Missing { field })?;
+    let tensor = HostTensor::from_proto(Some(tensor))?;
+    if tensor.dtype() != WireDType::F32 {
+        let (found, expected) = (tensor.dtype().name().into(), "f32".into());
+        return Err(Error::Setting { field, found, expected });
+    }
+    match first_bad(&tensor) {
+        Some(index) => Err(Error::NotFinite { field, index }),
+        None => Ok((named.name, tensor)),
+    }
+}
+
+#[cfg(test)]
+#[path = "decode_tests.rs"]
+mod tests;

@@ -1,0 +1,105 @@
+use super::*;
+
+const RULES: FrameRules = FrameRules { hidden_size: 2, wire_dtype: WireDType::F32, max_tokens: 4 };
+
+fn tensor(values: &[f32], shape: &[usize]) -> Option<v1::Tensor> {
+    Some(HostTensor::from_f32(values, shape.to_vec(), WireDType::F32).into_proto())
+}
+
+fn fine() -> v1::Forward {
+    v1::Forward {
+        microbatch: 1,
+        hidden: tensor(&[1.0; 6], &[3, 2]),
+        seq_lens: vec![2, 1],
+        position_ids: vec![],
+        mode: v1::Mode::Train as i32,
+        want_input_grad: false,
+    }
+}
+
+fn check(forward: v1::Forward) -> Result<Frame, Error> {
+    let body = Some(Body::Forward(forward));
+    frame(v1::ClientFrame { sequence: 1, acknowledged: 0, body }, &RULES)
+}
+
+fn label(forward: v1::Forward) -> &'static str {
+    check(forward).unwrap_err().label()
+}
+
+#[test]
+fn a_forward_is_checked_in_every_part() {
+    check(fine()).unwrap();
+    check(v1::Forward { position_ids: vec![0, 1, 5], ..fine() }).unwrap();
+    assert_eq!(label(v1::Forward { hidden: None, ..fine() }), "missing");
+    assert_eq!(label(v1::Forward { mode: 0, ..fine() }), "missing");
+    assert_eq!(label(v1::Forward { seq_lens: vec![2, 2], ..fine() }), "sequence_lengths");
+    assert_eq!(label(v1::Forward { seq_lens: vec![], ..fine() }), "sequence_lengths");
+    assert_eq!(label(v1::Forward { seq_lens: vec![3, 0], ..fine() }), "empty_sequence");
+    assert_eq!(label(v1::Forward { seq_lens: vec![u32::MAX; 9], ..fine() }), "sequence_lengths");
+    assert_eq!(label(v1::Forward { position_ids: vec![1], ..fine() }), "position_ids");
+    let hidden =
+        |values: &[f32], shape: &[usize]| v1::Forward { hidden: tensor(values, shape), ..fine() };
+    assert_eq!(label(hidden(&[1.0; 6], &[2, 3])), "shape");
+    assert_eq!(label(hidden(&[1.0; 6], &[6])), "shape");
+    assert_eq!(label(hidden(&[], &[0, 2])), "shape");
+    assert_eq!(label(hidden(&[1.0; 10], &[5, 2])), "too_many_tokens");
+    assert_eq!(label(hidden(&[1.0, 1.0, 1.0, f32::NAN, 1.0, 1.0], &[3, 2])), "not_finite");
+    let mut short = fine();
+    short.hidden.as_mut().unwrap().shape = vec![9, 2];
+    assert_eq!(label(short), "tensor");
+    let bf16 = HostTensor::from_f32(&[1.0; 6], vec![3, 2], WireDType::Bf16).into_proto();
+    assert_eq!(label(v1::Forward { hidden: Some(bf16), ..fine() }), "wire_dtype");
+}
+
+#[test]
+fn an_error_says_what_to_do() {
+    let text = check(v1::Forward { seq_lens: vec![2, 2], ..fine() }).unwrap_err().to_string();
+    assert_eq!(text, "seq_lens add up to 4 tokens, but hidden has 3 rows");
+}
+
+#[test]
+fn steps_are_bounded() {
+    let check = |learning_rate, clip_factor| {
+        let body = Some(Body::Step(v1::Step { learning_rate, clip_factor }));
+        frame(v1::ClientFrame { sequence: 1, acknowledged: 0, body }, &RULES).map(|_| ())
+    };
+    check(1e-4, 1.0).unwrap();
+    check(0.0, 0.0).unwrap();
+    for (learning_rate, clip_factor) in
+        [(-1.0, 1.0), (f64::NAN, 1.0), (1.0, 1.5), (1.0, -0.1), (1.0, f64::NAN)]
+    {
+        assert_eq!(check(learning_rate, clip_factor).unwrap_err().label(), "setting");
+    }
+}
+
+#[test]
+fn any_change_of_a_frame_changes_its_digest() {
+    let digest = |forward: v1::Forward| check(forward).unwrap().head.digest;
+    let first = digest(fine());
+    assert_eq!(first, digest(fine()));
+    let changed = [
+        v1::Forward { microbatch: 2, ..fine() },
+        v1::Forward { mode: v1::Mode::Eval as i32, ..fine() },
+        v1::Forward { want_input_grad: true, ..fine() },
+        v1::Forward { seq_lens: vec![1, 2], ..fine() },
+        v1::Forward { seq_lens: vec![3], position_ids: vec![0, 1, 2], ..fine() },
+        v1::Forward { hidden: tensor(&[1.0, 1.0, 1.0, 1.0, 1.0, 2.0], &[3, 2]), ..fine() },
+    ];
+    for forward in changed {
+        assert_ne!(digest(forward), first);
+    }
+}
+
+#[test]
+fn the_first_frame_is_hello() {
+    let id = SessionId::new();
+    let good = v1::Hello { session_id: id.to_string(), last_answered: 3 };
+    let frame = |sequence, body| Some(v1::ClientFrame { sequence, acknowledged: 0, body });
+    assert_eq!(hello(frame(0, Some(Body::Hello(good.clone())))).unwrap(), (id, 3));
+    assert_eq!(hello(frame(1, Some(Body::Hello(good)))).unwrap_err().label(), "hello");
+    assert_eq!(hello(frame(0, None)).unwrap_err().label(), "hello");
+    assert_eq!(hello(None).unwrap_err().label(), "hello");
+    let forged = v1::Hello { session_id: "x".into(), last_answered: 0 };
+    let error = hello(frame(0, Some(Body::Hello(forged)))).unwrap_err();
+    assert_eq!(error.label(), "unknown_session");
+}

@@ -1,0 +1,240 @@
+//! The wire: thin handlers that decode and check, hand over, and encode.
+
+mod decode;
+mod stream;
+
+use crate::engine::{EngineClient, Exported, TrunkInfo};
+use crate::error::Error;
+use crate::registry::{Listed, Registry, Restored, snapshot_info};
+use offshoot_adapters::LoraSpec;
+use offshoot_proto::v1::{self, trunk_service_server::TrunkService};
+use offshoot_proto::{HostTensor, WireDType};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use stream::StreamContext;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+/// Around a message's tensor.
+const MARGIN_BYTES: usize = 64 * 1024;
+/// Adapters travel whole in one message; larger ones than this do not.
+const MAX_ADAPTER_BYTES: u64 = 1 << 30;
+/// Most bytes of a number in a list of lengths or positions, twice for each token.
+const NUMBER_BYTES: usize = 5;
+
+/// The service, over the registry.
+pub struct TrunkGrpc {
+    registry: Arc<Registry>,
+    engine: EngineClient,
+    limits: v1::Limits,
+}
+
+impl TrunkGrpc {
+    /// Frames and unary calls of any number of clients.
+    pub fn new(registry: Arc<Registry>, engine: EngineClient) -> Self {
+        let limits = registry.limits();
+        TrunkGrpc { registry, engine, limits }
+    }
+
+    /// Bytes of the largest message that a client has reason to send or to expect.
+    pub fn max_message_bytes(&self) -> usize {
+        let (trunk, limits) = (self.engine.trunk(), &self.limits);
+        let per_token = trunk.hidden_size * WireDType::F32.size() + 2 * NUMBER_BYTES;
+        let frame = limits.max_tokens_per_microbatch as usize * per_token;
+        let adapter = trunk.parameters_per_rank * u64::from(limits.max_rank) * 4;
+        // With its names.
+        let adapter = (adapter + adapter / 8).min(MAX_ADAPTER_BYTES);
+        frame.max(adapter as usize) + MARGIN_BYTES
+    }
+}
+
+#[tonic::async_trait]
+impl TrunkService for TrunkGrpc {
+    type TrainStream = ReceiverStream<Result<v1::ServerFrame, Status>>;
+
+    async fn describe(
+        &self,
+        _: Request<v1::DescribeRequest>,
+    ) -> Result<Response<v1::DescribeResponse>, Status> {
+        Ok(Response::new(describe(&self.engine, self.limits)))
+    }
+
+    async fn open_session(
+        &self,
+        request: Request<v1::OpenSessionRequest>,
+    ) -> Result<Response<v1::OpenSessionResponse>, Status> {
+        let opening = decode::opening(request.into_inner(), self.engine.trunk(), &self.limits)?;
+        let registry = self.registry.clone();
+        let (id, admitted) = finish(async move { registry.open(opening).await }).await?;
+        Ok(Response::new(v1::OpenSessionResponse {
+            session_id: id.to_string(),
+            limits: Some(self.limits),
+            adapter_parameters: admitted.n_parameters,
+            adapter_bytes: admitted.bytes,
+        }))
+    }
+
+    async fn train(
+        &self,
+        request: Request<Streaming<v1::ClientFrame>>,
+    ) -> Result<Response<Self::TrainStream>, Status> {
+        let room = self.limits.max_frames_in_flight as usize + stream::EXTRA_ANSWERS;
+        let (answers, out) = mpsc::channel(room);
+        let context = StreamContext {
+            registry: self.registry.clone(),
+            hidden_size: self.engine.trunk().hidden_size,
+            max_tokens: self.limits.max_tokens_per_microbatch as usize,
+        };
+        tokio::spawn(stream::run(context, request.into_inner(), answers));
+        Ok(Response::new(ReceiverStream::new(out)))
+    }
+
+    async fn snapshot(
+        &self,
+        request: Request<v1::SnapshotRequest>,
+    ) -> Result<Response<v1::SnapshotResponse>, Status> {
+        let v1::SnapshotRequest { session_id, after_sequence } = request.into_inner();
+        let (id, registry) = (decode::session_id(&session_id)?, self.registry.clone());
+        let snapshot = finish(async move { registry.snapshot(id, after_sequence).await }).await?;
+        Ok(Response::new(v1::SnapshotResponse { snapshot: Some(snapshot_info(&snapshot)) }))
+    }
+
+    async fn restore(
+        &self,
+        request: Request<v1::RestoreRequest>,
+    ) -> Result<Response<v1::RestoreResponse>, Status> {
+        let v1::RestoreRequest { session_id, snapshot_id } = request.into_inner();
+        let (id, registry) = (decode::session_id(&session_id)?, self.registry.clone());
+        let restored = finish(async move { registry.restore(id, &snapshot_id).await }).await?;
+        let Restored { snapshot, admitted, lora, wire_dtype } = restored;
+        let session = v1::OpenSessionResponse {
+            session_id: id.to_string(),
+            limits: Some(self.limits),
+            adapter_parameters: admitted.n_parameters,
+            adapter_bytes: admitted.bytes,
+        };
+        Ok(Response::new(v1::RestoreResponse {
+            snapshot: Some(snapshot_info(&snapshot)),
+            session: Some(session),
+            lora: Some(lora_config(lora)),
+            wire_dtype: wire_dtype.to_proto() as i32,
+        }))
+    }
+
+    async fn export_adapter(
+        &self,
+        request: Request<v1::ExportAdapterRequest>,
+    ) -> Result<Response<v1::ExportAdapterResponse>, Status> {
+        let v1::ExportAdapterRequest { session_id, include_gradients } = request.into_inner();
+        let (id, registry) = (decode::session_id(&session_id)?, self.registry.clone());
+        let export = async move { registry.export(id, include_gradients).await };
+        let (lora, Exported { tensors, gradients, step }) = finish(export).await?;
+        Ok(Response::new(v1::ExportAdapterResponse {
+            lora: Some(lora_config(lora)),
+            tensors: tensors.into_iter().map(named_tensor).collect(),
+            step,
+            gradients: gradients.into_iter().map(named_tensor).collect(),
+        }))
+    }
+
+    async fn list_sessions(
+        &self,
+        _: Request<v1::ListSessionsRequest>,
+    ) -> Result<Response<v1::ListSessionsResponse>, Status> {
+        let sessions = self.registry.list().await?.into_iter().map(session_info).collect();
+        Ok(Response::new(v1::ListSessionsResponse { sessions }))
+    }
+
+    async fn close_session(
+        &self,
+        request: Request<v1::CloseSessionRequest>,
+    ) -> Result<Response<v1::CloseSessionResponse>, Status> {
+        let v1::CloseSessionRequest { session_id, forget } = request.into_inner();
+        let (id, registry) = (decode::session_id(&session_id)?, self.registry.clone());
+        let snapshot = finish(async move { registry.close(id, forget).await }).await?;
+        let snapshot = snapshot.as_ref().map(snapshot_info);
+        Ok(Response::new(v1::CloseSessionResponse { snapshot }))
+    }
+}
+
+/// Runs to its end even if the caller hangs up: nothing is left half done.
+async fn finish<T: Send + 'static>(
+    call: impl Future<Output = Result<T, Error>> + Send + 'static,
+) -> Result<T, Error> {
+    let gone = |_| Error::Gone { part: "call" };
+    tokio::spawn(call).await.map_err(gone)?
+}
+
+fn describe(engine: &EngineClient, limits: v1::Limits) -> v1::DescribeResponse {
+    let trunk: &TrunkInfo = engine.trunk();
+    let stats = engine.stats();
+    let memory = v1::MemoryReport {
+        resident_bytes: resident_bytes(),
+        weights_bytes: trunk.weights_bytes,
+        adapter_bytes: stats.adapter_bytes.load(Ordering::Relaxed),
+        tape_bytes: stats.tape_bytes.load(Ordering::Relaxed),
+        live_sessions: stats.n_sessions.load(Ordering::Relaxed) as u32,
+        open_microbatches: stats.n_tapes.load(Ordering::Relaxed) as u32,
+    };
+    v1::DescribeResponse {
+        model_name: trunk.model_name.clone(),
+        model_type: trunk.model_type.clone(),
+        fingerprint: trunk.fingerprint.clone(),
+        n_layers: trunk.n_layers as u32,
+        split_point_1: trunk.layers.start as u32,
+        split_point_2: trunk.layers.end as u32,
+        hidden_size: trunk.hidden_size as u32,
+        compute_dtype: trunk.compute_dtype.name().into(),
+        device: trunk.device.clone(),
+        wire_dtypes: WireDType::ALL.iter().map(|dtype| dtype.to_proto() as i32).collect(),
+        limits: Some(limits),
+        server_version: env!("CARGO_PKG_VERSION").into(),
+        lora_modules: trunk.lora_modules.clone(),
+        default_target_modules: trunk.default_targets.clone(),
+        memory: Some(memory),
+    }
+}
+
+/// Resident set of this process; 0 where /proc is not there.
+fn resident_bytes() -> u64 {
+    let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
+    let pages: u64 = statm.split(' ').nth(1).and_then(|text| text.parse().ok()).unwrap_or(0);
+    // SAFETY: reads a constant of the system.
+    let page_bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    pages * u64::try_from(page_bytes).unwrap_or(0)
+}
+
+fn lora_config(spec: LoraSpec) -> v1::LoraConfig {
+    let LoraSpec { r, lora_alpha, lora_dropout, use_rslora, target_modules } = spec;
+    v1::LoraConfig { r: r as u32, lora_alpha, lora_dropout, use_rslora, target_modules }
+}
+
+fn named_tensor((name, tensor): (String, HostTensor)) -> v1::NamedTensor {
+    v1::NamedTensor { name, tensor: Some(tensor.into_proto()) }
+}
+
+fn session_info(listed: Listed) -> v1::SessionInfo {
+    let Listed { id, record, live } = listed;
+    let state = match &live {
+        Some(live) if live.is_attached => v1::SessionState::Attached,
+        Some(_) => v1::SessionState::Detached,
+        None => v1::SessionState::Parked,
+    };
+    let (step, last_applied) = match (&live, record.head()) {
+        (Some(live), _) => (live.step, live.applied),
+        (None, Some(head)) => (head.step, head.sequence),
+        (None, None) => (0, 0),
+    };
+    v1::SessionInfo {
+        session_id: id.to_string(),
+        state: state as i32,
+        step,
+        last_applied,
+        adapter_bytes: live.as_ref().map_or(0, |live| live.admitted.bytes),
+        tape_bytes: live.as_ref().map_or(0, |live| live.tape_bytes),
+        snapshots: record.snapshots.iter().map(snapshot_info).collect(),
+        lora: Some(lora_config(record.lora)),
+        name: record.name,
+    }
+}

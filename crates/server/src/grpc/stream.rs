@@ -1,0 +1,95 @@
+use super::decode::{self, FrameRules};
+use crate::error::Error;
+use crate::registry::{AttachedStream, Registry, StreamEnd};
+use crate::session::{Detach, Frames};
+use offshoot_proto::v1::{ClientFrame, ServerFrame};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot};
+use tonic::{Status, Streaming};
+
+/// How long a client may keep a stream open without saying who it is.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(30);
+/// Room beside the frames in flight: for the answer to Hello and for the last word.
+pub const EXTRA_ANSWERS: usize = 2;
+
+type Answers = mpsc::Sender<Result<ServerFrame, Status>>;
+
+/// What a stream needs of the server.
+pub struct StreamContext {
+    pub registry: Arc<Registry>,
+    pub hidden_size: usize,
+    pub max_tokens: usize,
+}
+
+/// Reads one stream until either side ends it.
+pub async fn run(context: StreamContext, mut frames: Streaming<ClientFrame>, answers: Answers) {
+    let (ends, ended) = oneshot::channel();
+    let attached = match attach(&context, &mut frames, &answers, ends).await {
+        Ok(attached) => attached,
+        Err(error) => {
+            tracing::debug!(error = error.label(), "Hello refused");
+            // The client may be gone.
+            let _ = answers.send(Ok(error.to_frame(0))).await;
+            return;
+        }
+    };
+    let rules = FrameRules {
+        hidden_size: context.hidden_size,
+        wire_dtype: attached.wire_dtype,
+        max_tokens: context.max_tokens,
+    };
+    tokio::select! {
+        _ = ended => {}
+        () = read(&attached, &rules, &mut frames, &answers) => {}
+    }
+    // A session that ended meanwhile knows.
+    let _ = attached.actor.send(Detach { stream: attached.number }).await;
+}
+
+async fn attach(
+    context: &StreamContext,
+    frames: &mut Streaming<ClientFrame>,
+    answers: &Answers,
+    ends: oneshot::Sender<()>,
+) -> Result<AttachedStream, Error> {
+    let seconds = HELLO_TIMEOUT.as_secs();
+    let first = tokio::time::timeout(HELLO_TIMEOUT, frames.message()).await;
+    let first = first.map_err(|_| Error::HelloTimeout { seconds })?;
+    let (id, last_answered) = decode::hello(first.ok().flatten())?;
+    let closed = |_| Error::Gone { part: "stream" };
+    let hello = answers.clone().reserve_owned().await.map_err(closed)?;
+    let farewell = answers.clone().reserve_owned().await.map_err(closed)?;
+    let end = StreamEnd { last_answered, hello, farewell, ends };
+    let registry = context.registry.clone();
+    // Reviving a session goes on even if this client leaves.
+    let attached = tokio::spawn(async move { registry.attach(id, end).await }).await;
+    attached.map_err(|_| Error::Gone { part: "session" })?
+}
+
+/// Until the client ends the stream or the session is gone.
+async fn read(
+    attached: &AttachedStream,
+    rules: &FrameRules,
+    frames: &mut Streaming<ClientFrame>,
+    answers: &Answers,
+) {
+    loop {
+        let frame = match frames.message().await {
+            Ok(Some(frame)) => frame,
+            Ok(None) => return,
+            Err(status) => {
+                tracing::debug!(code = ?status.code(), "stream broke");
+                return;
+            }
+        };
+        // Not before there is room for its answer.
+        let Ok(permit) = answers.clone().reserve_owned().await else { return };
+        let sequence = frame.sequence;
+        let frame = decode::frame(frame, rules);
+        let frames = Frames { stream: attached.number, sequence, frame, permit };
+        if attached.actor.send(frames).await.is_err() {
+            return;
+        }
+    }
+}

@@ -1,0 +1,160 @@
+use crate::engine::TrunkInfo;
+use crate::error::Error;
+use crate::session::{Recorded, Resume, SessionId};
+use crate::store::{NewSnapshot, Record, SnapshotRecord, StoredSnapshot};
+use offshoot_adapters::AdapterState;
+use offshoot_proto::v1::{ServerFrame, SnapshotInfo};
+use offshoot_proto::{WireDType, v1};
+use prost::Message;
+
+/// A session in host memory, between device and store.
+pub(super) struct Copied {
+    pub adapters: AdapterState,
+    pub resume: Resume,
+}
+
+impl Copied {
+    /// For the store. Takes as long as copying the tensors once.
+    pub fn encode(self) -> NewSnapshot {
+        let Copied { adapters, resume } = self;
+        NewSnapshot {
+            step: resume.step,
+            sequence: resume.applied,
+            n_accumulated: resume.n_accumulated,
+            state: adapters.to_safetensors(),
+            answers: (!resume.answers.is_empty()).then(|| encode_answers(&resume.answers)),
+        }
+    }
+
+    /// From the store, which has checked the hashes.
+    pub fn decode(stored: StoredSnapshot) -> Result<Copied, Error> {
+        let StoredSnapshot { record, state, answers } = stored;
+        let answers = answers.map(|bytes| decode_answers(&bytes)).transpose()?;
+        let resume = Resume {
+            applied: record.sequence,
+            step: record.step,
+            n_accumulated: record.n_accumulated,
+            answers: answers.unwrap_or_default(),
+        };
+        Ok(Copied { adapters: AdapterState::from_safetensors(&state)?, resume })
+    }
+}
+
+/// For each answer: the digest of its frame, then the answer with its length.
+fn encode_answers(answers: &[Recorded]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for Recorded { digest, answer, .. } in answers {
+        bytes.extend(digest);
+        bytes.extend(answer.encode_length_delimited_to_vec());
+    }
+    bytes
+}
+
+fn decode_answers(mut bytes: &[u8]) -> Result<Vec<Recorded>, Error> {
+    let damaged = |cause: String| Error::StoreRecords { path: "recorded answers".into(), cause };
+    let mut answers = Vec::new();
+    while !bytes.is_empty() {
+        let (digest, rest) =
+            bytes.split_first_chunk::<32>().ok_or_else(|| damaged("a digest is cut off".into()))?;
+        bytes = rest;
+        let answer = ServerFrame::decode_length_delimited(&mut bytes)
+            .map_err(|error| damaged(error.to_string()))?;
+        answers.push(Recorded { sequence: answer.sequence, digest: *digest, answer });
+    }
+    Ok(answers)
+}
+
+/// Refuses what another trunk trained.
+pub(super) fn check(
+    session: SessionId,
+    record: &Record,
+    snapshot: &SnapshotRecord,
+    trunk: &TrunkInfo,
+) -> Result<(), Error> {
+    let differs = |what, theirs: String, ours: String| {
+        let snapshot = snapshot.id.clone();
+        Err(Error::SnapshotMismatch { session, snapshot, what, theirs, ours })
+    };
+    if record.fingerprint != trunk.fingerprint {
+        let (theirs, ours) = (record.fingerprint.clone(), trunk.fingerprint.clone());
+        return differs("base model's fingerprint", theirs, ours);
+    }
+    let layers = record.split_point_1..record.split_point_2;
+    if layers != trunk.layers {
+        return differs("range of layers", format!("{layers:?}"), format!("{:?}", trunk.layers));
+    }
+    Ok(())
+}
+
+pub(super) fn wire_dtype(record: &Record) -> Result<WireDType, Error> {
+    let known = WireDType::ALL.into_iter().find(|dtype| dtype.name() == record.wire_dtype);
+    known.ok_or_else(|| Error::Setting {
+        field: "wire_dtype of the stored session",
+        found: record.wire_dtype.clone(),
+        expected: "f32 or bf16".into(),
+    })
+}
+
+/// A snapshot as clients see it.
+pub fn to_proto(snapshot: &SnapshotRecord) -> SnapshotInfo {
+    v1::SnapshotInfo {
+        snapshot_id: snapshot.id.clone(),
+        step: snapshot.step,
+        sequence: snapshot.sequence,
+        bytes: snapshot.bytes,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use offshoot_proto::v1::{StepDone, server_frame::Body};
+
+    #[test]
+    fn a_session_survives_encoding() {
+        let answer = |sequence| Recorded {
+            sequence,
+            digest: [sequence as u8; 32],
+            answer: ServerFrame { sequence, body: Some(Body::Step(StepDone { step: 9 })) },
+        };
+        let resume =
+            Resume { applied: 5, step: 2, n_accumulated: 1, answers: vec![answer(4), answer(5)] };
+        let adapters = AdapterState {
+            parameters: vec![1.0, 2.0],
+            gradients: vec![3.0, 4.0],
+            first_moments: vec![5.0, 6.0],
+            second_moments: vec![7.0, 8.0],
+            n_steps: 2,
+        };
+        let new = Copied { adapters: adapters.clone(), resume: resume.clone() }.encode();
+        let dir = tempfile::tempdir().unwrap();
+        let store = crate::store::Store::open(dir.path(), 2).unwrap();
+        let record = Record {
+            name: String::new(),
+            lora: Default::default(),
+            adamw: Default::default(),
+            seed: 0,
+            wire_dtype: "bf16".into(),
+            fingerprint: "abc".into(),
+            split_point_1: 1,
+            split_point_2: 3,
+            head: String::new(),
+            snapshots: Vec::new(),
+            n_snapshots: 0,
+        };
+        let taken = store.create(SessionId::new(), record, new).unwrap();
+        let back = Copied::decode(store.read(&taken).unwrap()).unwrap();
+        assert_eq!(back.adapters, adapters);
+        assert_eq!(back.resume, resume);
+    }
+
+    #[test]
+    fn cut_off_answers_are_an_error() {
+        let answer = ServerFrame { sequence: 1, body: Some(Body::Step(StepDone { step: 9 })) };
+        let bytes = encode_answers(&[Recorded { sequence: 1, digest: [1; 32], answer }]);
+        assert_eq!(decode_answers(&bytes).unwrap().len(), 1);
+        for cut in 1..bytes.len() {
+            assert!(decode_answers(&bytes[..cut]).is_err(), "{cut}");
+        }
+    }
+}

@@ -1,0 +1,396 @@
+use super::frame::{Frame, SessionId, Work};
+use super::messages::{
+    Attach, Attached, Cut, Detach, DrainWhenQuiet, Export, Frames, Info, Keep, Reason, Retire,
+    SessionCut, SessionView,
+};
+use super::outbox::{Answer, CutAsked, Next, Outbox, Pending, Permit, StreamEnds};
+use super::state::{Admission, FrameLimits, Resume, SessionState, Ticket};
+use crate::engine::{Admitted, EngineSession, Exported, FrameWork};
+use crate::error::Error;
+use actix::{
+    Actor, ActorContext, ActorFutureExt, AsyncContext, Context, Handler, ResponseFuture,
+    SpawnHandle, WrapFuture,
+};
+use offshoot_adapters::AdapterState;
+use offshoot_proto::v1::{self, ServerFrame, server_frame::Body};
+use std::future::Future;
+use std::pin::Pin;
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot};
+
+/// One client's session while it is on the device. Messages come one at a time; what takes long
+/// happens elsewhere and comes back as a future of this actor.
+pub struct SessionActor {
+    id: SessionId,
+    state: SessionState,
+    engine: EngineSession,
+    admitted: Admitted,
+    limits: v1::Limits,
+    outbox: Outbox,
+    stream: Option<Stream>,
+    n_streams: u64,
+    n_cuts: u64,
+    lease: Lease,
+    /// A last copy is under way; no new frame is taken in.
+    ending: Option<Reason>,
+    /// Who waits for [`SessionState::is_quiet`].
+    quiet: Vec<oneshot::Sender<()>>,
+}
+
+/// What a session actor is made from.
+pub struct SessionSeed {
+    pub id: SessionId,
+    pub engine: EngineSession,
+    pub admitted: Admitted,
+    pub resume: Resume,
+    pub limits: v1::Limits,
+    /// How long the session may be without a stream.
+    pub lease: Duration,
+    /// Told when that is over.
+    pub idle: mpsc::Sender<SessionId>,
+}
+
+struct Stream {
+    number: u64,
+    /// Room for the last word.
+    farewell: Permit,
+    _ends: StreamEnds,
+}
+
+struct Lease {
+    duration: Duration,
+    idle: mpsc::Sender<SessionId>,
+    timer: Option<SpawnHandle>,
+    over: bool,
+}
+
+impl SessionActor {
+    /// Not yet attached.
+    pub fn new(seed: SessionSeed) -> Self {
+        let limits = FrameLimits {
+            max_frames_in_flight: seed.limits.max_frames_in_flight as usize,
+            max_open_microbatches: seed.limits.max_open_microbatches as usize,
+        };
+        SessionActor {
+            id: seed.id,
+            state: SessionState::new(limits, seed.resume),
+            engine: seed.engine,
+            admitted: seed.admitted,
+            limits: seed.limits,
+            outbox: Outbox::default(),
+            stream: None,
+            n_streams: 0,
+            n_cuts: 0,
+            lease: Lease { duration: seed.lease, idle: seed.idle, timer: None, over: false },
+            ending: None,
+            quiet: Vec::new(),
+        }
+    }
+
+    /// Ends the stream, if there is one, with a last word.
+    fn end_stream(&mut self, error: &Error) {
+        if let Some(stream) = self.stream.take() {
+            stream.farewell.send(Ok(error.to_frame(0)));
+        }
+        self.outbox.detach();
+    }
+
+    fn start_lease(&mut self, ctx: &mut Context<Self>) {
+        self.stop_lease(ctx);
+        let timer = ctx.run_later(self.lease.duration, |actor, ctx| {
+            actor.lease.over = true;
+            let (idle, id) = (actor.lease.idle.clone(), actor.id);
+            let tell = async move {
+                // Nobody listens any more when the server ends.
+                let _ = idle.send(id).await;
+            };
+            ctx.spawn(tell.into_actor(actor));
+        });
+        self.lease.timer = Some(timer);
+    }
+
+    fn stop_lease(&mut self, ctx: &mut Context<Self>) {
+        self.lease.over = false;
+        if let Some(timer) = self.lease.timer.take() {
+            ctx.cancel_future(timer);
+        }
+    }
+
+    fn attached(&self, durable: Option<v1::SnapshotInfo>) -> ServerFrame {
+        let attached = v1::Attached {
+            last_applied: self.state.applied(),
+            step: self.state.step(),
+            durable,
+            open_microbatches: self.state.open().keys().copied().collect(),
+            limits: Some(self.limits),
+        };
+        ServerFrame { sequence: 0, body: Some(Body::Attached(attached)) }
+    }
+
+    fn take_in(&mut self, frame: Frame, permit: Permit, ctx: &mut Context<Self>) {
+        let sequence = frame.head.sequence;
+        let admission = match &self.ending {
+            Some(reason) => Err(reason.farewell()),
+            None => self.state.admit(&frame.head),
+        };
+        match admission {
+            Ok(Admission::Run(ticket)) => self.run(ticket, frame, permit, ctx),
+            Ok(Admission::Joined(ticket)) => self.outbox.redirect(ticket, permit),
+            Ok(Admission::Answered(answer)) => self.answer(permit, answer),
+            Err(error) => self.refuse(permit, sequence, &error),
+        }
+    }
+
+    fn refuse(&mut self, permit: Permit, sequence: u64, error: &Error) {
+        tracing::debug!(session = %self.id, sequence, error = error.label(), "frame refused");
+        self.answer(permit, error.to_frame(sequence));
+    }
+
+    fn answer(&mut self, permit: Permit, answer: ServerFrame) {
+        self.outbox.push(Pending::Ready { permit, answer: Box::new(answer) });
+    }
+
+    fn run(&mut self, ticket: Ticket, frame: Frame, permit: Permit, ctx: &mut Context<Self>) {
+        let sequence = frame.head.sequence;
+        let span = tracing::debug_span!("frame", session = %self.id, sequence);
+        let (work, answer) = with_reply(frame.work);
+        let submitted = span.in_scope(|| self.engine.submit(sequence, work));
+        self.outbox.push(Pending::Frame { ticket, sequence, permit: Some(permit), answer: None });
+        if let Err(error) = submitted {
+            // In its turn, as if the engine had refused it.
+            self.outbox.answered(ticket, Answer::Refused(error));
+            return;
+        }
+        let finish = answer.into_actor(self).map(move |answer, actor, _| {
+            actor.outbox.answered(ticket, answer);
+            actor.pump();
+        });
+        ctx.spawn(finish);
+    }
+
+    /// Sends and settles what is ready, in order.
+    fn pump(&mut self) {
+        while let Some(next) = self.outbox.next() {
+            match next {
+                Next::Ready { permit, answer } => drop(permit.send(Ok(*answer))),
+                Next::Frame { ticket, sequence, permit, answer } => {
+                    let (settled, answer) = answer.settle(sequence);
+                    self.state.settle(ticket, settled);
+                    if let Some(permit) = permit {
+                        permit.send(Ok(answer));
+                    }
+                }
+                Next::Cut { asked, state } => self.finish_cut(asked, state),
+            }
+        }
+        let quiet = match &self.stream {
+            Some(_) => self.state.is_quiet(),
+            None => self.state.is_settled(),
+        };
+        if quiet {
+            for waiting in self.quiet.drain(..) {
+                let _ = waiting.send(());
+            }
+        }
+    }
+
+    fn finish_cut(&mut self, asked: CutAsked, state: Result<AdapterState, Error>) {
+        let (server, client) = (self.state.applied(), asked.after);
+        let cut = match state {
+            Ok(_) if server != client => Err(Error::Point { server, client }),
+            Ok(adapters) => Ok(SessionCut { adapters, resume: self.state.resume() }),
+            Err(error) => Err(error),
+        };
+        match (&self.ending, &cut) {
+            (Some(reason), Ok(_)) if asked.ends => self.end_stream(&reason.farewell()),
+            (Some(_), Err(_)) if asked.ends => self.ending = None,
+            _ => {}
+        }
+        // The caller may have given up.
+        let _ = asked.reply.send(cut);
+    }
+
+    fn check_cut(&self, reason: &Reason) -> Result<(), Error> {
+        if self.ending.is_some() {
+            return Err(Error::Busy);
+        }
+        let server = self.state.expected_applied();
+        match *reason {
+            Reason::Snapshot { after } if after != server => {
+                Err(Error::Point { server, client: after })
+            }
+            Reason::Lease if self.stream.is_some() || !self.lease.over => Err(Error::Busy),
+            _ => Ok(()),
+        }
+    }
+}
+
+type PendingAnswer = Pin<Box<dyn Future<Output = Answer>>>;
+
+/// A job for the engine, and what will come of it.
+fn with_reply(work: Work) -> (FrameWork, PendingAnswer) {
+    async fn wait<T>(result: oneshot::Receiver<Result<T, Error>>) -> Result<T, Error> {
+        result.await.unwrap_or(Err(Error::Gone { part: "engine" }))
+    }
+    match work {
+        Work::Forward(work) => {
+            let (reply, result) = oneshot::channel();
+            let answer = Box::pin(async { Answer::Forward(wait(result).await) });
+            (FrameWork::Forward { work, reply }, answer)
+        }
+        Work::Backward(work) => {
+            let (reply, result) = oneshot::channel();
+            let microbatch = work.microbatch;
+            let answer =
+                Box::pin(
+                    async move { Answer::Backward { microbatch, result: wait(result).await } },
+                );
+            (FrameWork::Backward { work, reply }, answer)
+        }
+        Work::Step(work) => {
+            let (reply, result) = oneshot::channel();
+            let answer = Box::pin(async { Answer::Step(wait(result).await) });
+            (FrameWork::Step { work, reply }, answer)
+        }
+    }
+}
+
+impl Actor for SessionActor {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Context<Self>) {
+        self.start_lease(ctx);
+    }
+}
+
+impl Handler<Attach> for SessionActor {
+    type Result = Result<Attached, Error>;
+
+    fn handle(&mut self, attach: Attach, ctx: &mut Context<Self>) -> Self::Result {
+        if let Some(reason) = &self.ending {
+            return Err(reason.farewell());
+        }
+        self.end_stream(&Error::TakenOver);
+        self.stop_lease(ctx);
+        // A client that is ahead of this state will see that in the answer.
+        let _ = self.state.acknowledge(attach.last_answered);
+        self.n_streams += 1;
+        let number = self.n_streams;
+        attach.hello.send(Ok(self.attached(attach.durable)));
+        self.stream = Some(Stream { number, farewell: attach.farewell, _ends: attach.ends });
+        Ok(Attached { number })
+    }
+}
+
+impl Handler<Frames> for SessionActor {
+    type Result = ();
+
+    fn handle(&mut self, message: Frames, ctx: &mut Context<Self>) {
+        let Frames { stream, sequence, frame, permit } = message;
+        if self.stream.as_ref().is_none_or(|current| current.number != stream) {
+            return;
+        }
+        match frame {
+            Ok(frame) => self.take_in(frame, permit, ctx),
+            Err(error) => self.refuse(permit, sequence, &error),
+        }
+        self.pump();
+    }
+}
+
+impl Handler<Detach> for SessionActor {
+    type Result = ();
+
+    fn handle(&mut self, message: Detach, ctx: &mut Context<Self>) {
+        if self.stream.as_ref().is_some_and(|current| current.number == message.stream) {
+            self.stream = None;
+            self.outbox.detach();
+            self.start_lease(ctx);
+            self.pump();
+        }
+    }
+}
+
+impl Handler<Cut> for SessionActor {
+    type Result = ResponseFuture<Result<SessionCut, Error>>;
+
+    fn handle(&mut self, Cut { reason }: Cut, ctx: &mut Context<Self>) -> Self::Result {
+        let state = self.check_cut(&reason).and_then(|()| self.engine.request_state());
+        let state = match state {
+            Ok(state) => state,
+            Err(error) => return Box::pin(async { Err(error) }),
+        };
+        let ends = !matches!(reason, Reason::Snapshot { .. });
+        if ends {
+            self.ending = Some(reason);
+        }
+        let (reply, cut) = oneshot::channel();
+        let asked = CutAsked { after: self.state.expected_applied(), ends, reply };
+        self.n_cuts += 1;
+        let id = self.n_cuts;
+        self.outbox.push(Pending::Cut { id, asked, state: None });
+        let finish = state.into_actor(self).map(move |state, actor, _| {
+            let state = state.unwrap_or(Err(Error::Gone { part: "engine" }));
+            actor.outbox.copied(id, state);
+            actor.pump();
+        });
+        ctx.spawn(finish);
+        Box::pin(async { cut.await.unwrap_or(Err(Error::Gone { part: "session" })) })
+    }
+}
+
+impl Handler<Keep> for SessionActor {
+    type Result = ();
+
+    fn handle(&mut self, _: Keep, ctx: &mut Context<Self>) {
+        self.ending = None;
+        if self.stream.is_none() {
+            self.start_lease(ctx);
+        }
+    }
+}
+
+impl Handler<Retire> for SessionActor {
+    type Result = ();
+
+    fn handle(&mut self, _: Retire, ctx: &mut Context<Self>) {
+        self.end_stream(&Error::Ended);
+        ctx.stop();
+    }
+}
+
+impl Handler<DrainWhenQuiet> for SessionActor {
+    type Result = ResponseFuture<()>;
+
+    fn handle(&mut self, _: DrainWhenQuiet, _: &mut Context<Self>) -> Self::Result {
+        self.state.drain();
+        let (quiet, waiting) = oneshot::channel();
+        self.quiet.push(quiet);
+        self.pump();
+        // An actor that ends meanwhile is quiet, too.
+        Box::pin(async { drop(waiting.await) })
+    }
+}
+
+impl Handler<Export> for SessionActor {
+    type Result = ResponseFuture<Result<Exported, Error>>;
+
+    fn handle(&mut self, Export { gradients }: Export, _: &mut Context<Self>) -> Self::Result {
+        let exported = self.engine.request_export(gradients);
+        Box::pin(async { exported?.await.unwrap_or(Err(Error::Gone { part: "engine" })) })
+    }
+}
+
+impl Handler<Info> for SessionActor {
+    type Result = SessionView;
+
+    fn handle(&mut self, _: Info, _: &mut Context<Self>) -> SessionView {
+        SessionView {
+            is_attached: self.stream.is_some(),
+            step: self.state.step(),
+            applied: self.state.applied(),
+            admitted: self.admitted,
+            tape_bytes: self.state.open().values().sum(),
+        }
+    }
+}

@@ -1,0 +1,121 @@
+use offshoot_proto::HostTensor;
+use std::fmt;
+use uuid::Uuid;
+
+/// Names a session for its whole life, across restarts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SessionId(Uuid);
+
+impl SessionId {
+    /// One that nobody can guess.
+    pub fn new() -> Self {
+        SessionId(Uuid::new_v4())
+    }
+
+    /// What [`fmt::Display`] wrote.
+    pub fn parse(text: &str) -> Option<Self> {
+        Uuid::try_parse(text).ok().map(SessionId)
+    }
+}
+
+impl Default for SessionId {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl fmt::Display for SessionId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.as_simple().fmt(f)
+    }
+}
+
+/// blake3 of a frame's body.
+pub type Digest = [u8; 32];
+
+/// A frame that was checked at the edge.
+#[derive(Debug)]
+pub struct Frame {
+    pub head: Head,
+    pub work: Work,
+}
+
+/// What the order of frames depends on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Head {
+    /// At least 1.
+    pub sequence: u64,
+    pub acknowledged: u64,
+    pub digest: Digest,
+    pub effect: Effect,
+}
+
+/// What a frame does to the session's open microbatches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Effect {
+    /// A Forward in training mode leaves a tape.
+    Open(u64),
+    /// A Backward uses it.
+    Close(u64),
+    Step,
+    /// A Forward in evaluation mode.
+    Nothing,
+}
+
+/// What a frame asks of the device.
+#[derive(Debug)]
+pub enum Work {
+    Forward(ForwardWork),
+    Backward(BackwardWork),
+    Step(StepWork),
+}
+
+/// A checked Forward.
+#[derive(Debug)]
+pub struct ForwardWork {
+    pub microbatch: u64,
+    /// `[N, H]`, finite.
+    pub hidden: HostTensor,
+    /// None zero; they sum to N.
+    pub seq_lens: Vec<usize>,
+    /// One for each token, or none given.
+    pub position_ids: Option<Vec<i64>>,
+    pub mode: Mode,
+    pub want_input_grad: bool,
+}
+
+/// Why a forward runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// Dropout on, a tape is kept.
+    Train,
+    /// Dropout off, nothing is kept.
+    Eval,
+}
+
+/// A checked Backward.
+#[derive(Debug)]
+pub struct BackwardWork {
+    pub microbatch: u64,
+    /// `[N, H]`, finite; N is that of the Forward, which the engine knows.
+    pub grad: HostTensor,
+}
+
+/// A checked Step: both are finite and not negative.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StepWork {
+    pub learning_rate: f64,
+    pub clip_factor: f64,
+}
+
+impl Work {
+    /// What this does to the open microbatches.
+    pub fn effect(&self) -> Effect {
+        match self {
+            Work::Forward(ForwardWork { mode: Mode::Eval, .. }) => Effect::Nothing,
+            Work::Forward(forward) => Effect::Open(forward.microbatch),
+            Work::Backward(backward) => Effect::Close(backward.microbatch),
+            Work::Step(_) => Effect::Step,
+        }
+    }
+}

@@ -1,0 +1,125 @@
+//! What can be said to a [`SessionActor`](super::SessionActor).
+
+use super::frame::Frame;
+use super::outbox::{Permit, StreamEnds};
+use super::state::{DRAIN_RETRY, Resume};
+use crate::engine::{Admitted, Exported};
+use crate::error::Error;
+use actix::Message;
+use offshoot_adapters::AdapterState;
+use offshoot_proto::v1;
+
+/// A stream says Hello. The one before, if there is one, ends.
+#[derive(Message)]
+#[rtype(result = "Result<Attached, Error>")]
+pub struct Attach {
+    pub last_answered: u64,
+    pub durable: Option<v1::SnapshotInfo>,
+    /// For the answer to Hello.
+    pub hello: Permit,
+    pub farewell: Permit,
+    pub ends: StreamEnds,
+}
+
+/// The stream is attached.
+#[derive(Debug)]
+pub struct Attached {
+    /// Among the streams of this session.
+    pub number: u64,
+}
+
+/// A frame of a stream: checked, or why it is refused.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Frames {
+    /// [`Attached::number`].
+    pub stream: u64,
+    pub sequence: u64,
+    pub frame: Result<Frame, Error>,
+    pub permit: Permit,
+}
+
+/// A stream has ended.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Detach {
+    /// [`Attached::number`].
+    pub stream: u64,
+}
+
+/// Why a copy of the session is wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reason {
+    /// The client asked, and says where it stands.
+    Snapshot { after: u64 },
+    /// The lease is over. Refused if a stream came meanwhile.
+    Lease,
+    /// The client is done.
+    Close,
+    /// The server ends.
+    Drain,
+}
+
+impl Reason {
+    /// What the stream hears if the session ends for this.
+    pub(super) fn farewell(self) -> Error {
+        match self {
+            Reason::Drain | Reason::Lease => Error::Draining { retry_after: DRAIN_RETRY },
+            Reason::Close | Reason::Snapshot { .. } => Error::Ended,
+        }
+    }
+}
+
+/// Copies the session to the host, after all frames that were taken in. But for a snapshot it is
+/// the last thing to happen: then comes [`Retire`] or [`Keep`].
+#[derive(Message)]
+#[rtype(result = "Result<SessionCut, Error>")]
+pub struct Cut {
+    pub reason: Reason,
+}
+
+/// A session between two frames.
+#[derive(Debug)]
+pub struct SessionCut {
+    pub adapters: AdapterState,
+    pub resume: Resume,
+}
+
+/// The last copy could not be made durable: the session goes on.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Keep;
+
+/// Ends the actor; the session's place on the device is given back.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Retire;
+
+/// No training Forward is admitted from now on. Answered when nothing is left that a snapshot would
+/// tear apart, or the client has gone.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct DrainWhenQuiet;
+
+/// The adapter as it is after all frames that were taken in.
+#[derive(Message)]
+#[rtype(result = "Result<Exported, Error>")]
+pub struct Export {
+    /// Also what Backwards accumulated since the last Step.
+    pub gradients: bool,
+}
+
+/// What a list shows of a session.
+#[derive(Message)]
+#[rtype(result = "SessionView")]
+pub struct Info;
+
+/// A live session at a glance.
+#[derive(Debug, Clone, actix::MessageResponse)]
+pub struct SessionView {
+    pub is_attached: bool,
+    pub step: u64,
+    pub applied: u64,
+    pub admitted: Admitted,
+    pub tape_bytes: u64,
+}

@@ -1,0 +1,18 @@
+//! One client's session: `state` decides, purely; [`SessionActor`] holds it, and hands
+//! frames to the engine and answers to the stream.
+
+mod actor;
+mod frame;
+mod messages;
+mod outbox;
+mod state;
+
+pub use actor::{SessionActor, SessionSeed};
+pub use frame::{BackwardWork, Digest, ForwardWork, Frame, Head, Mode, SessionId, StepWork, Work};
+pub use messages::{
+    Attach, Cut, Detach, DrainWhenQuiet, Export, Frames, Info, Keep, Reason, Retire, SessionCut,
+    SessionView,
+};
+pub use outbox::{Permit, StreamEnds};
+pub(crate) use state::DRAIN_RETRY;
+pub use state::{Recorded, Resume};

@@ -1,0 +1,176 @@
+//! A session's answers in the order of its frames, whenever each becomes ready.
+
+use super::state::{Settled, Ticket};
+use crate::engine::{BackwardResult, ForwardResult, StepResult};
+use crate::error::Error;
+use offshoot_adapters::AdapterState;
+use offshoot_proto::v1::{self, ServerFrame, server_frame::Body};
+use std::collections::VecDeque;
+use tokio::sync::{mpsc, oneshot};
+
+/// Room for one answer on a stream, reserved before its frame is taken in. So no answer ever waits
+/// for a slow reader, and a client that does not read is not read from.
+pub type Permit = mpsc::OwnedPermit<Result<ServerFrame, tonic::Status>>;
+
+/// Dropped when the session lets go of a stream.
+pub type StreamEnds = oneshot::Sender<()>;
+
+/// What the engine made of a frame.
+#[derive(Debug)]
+pub enum Answer {
+    Forward(Result<ForwardResult, Error>),
+    Backward {
+        microbatch: u64,
+        result: Result<BackwardResult, Error>,
+    },
+    Step(Result<StepResult, Error>),
+    /// It did not come as far as the engine.
+    Refused(Error),
+}
+
+impl Answer {
+    /// For the state, and for the client if the frame was refused.
+    pub(super) fn settle(self, sequence: u64) -> (Settled, ServerFrame) {
+        let applied = |body, tape_bytes, step| {
+            let answer = ServerFrame { sequence, body: Some(body) };
+            (Settled::Applied { answer: answer.clone(), tape_bytes, step }, answer)
+        };
+        let refused = |error: Error, lost| {
+            tracing::debug!(sequence, error = error.label(), "frame refused");
+            (Settled::Refused { lost }, error.to_frame(sequence))
+        };
+        match self {
+            Answer::Forward(Ok(ForwardResult { hidden, tape_bytes, times })) => {
+                let (hidden, timing) = (Some(hidden.into_proto()), Some(timing(times)));
+                let done = v1::ForwardDone { hidden, tape_bytes, timing };
+                applied(Body::Forward(done), tape_bytes, None)
+            }
+            Answer::Backward {
+                result: Ok(BackwardResult::Done { grad, grad_norm_squared, times }),
+                ..
+            } => {
+                let (grad, timing) = (grad.map(|g| g.into_proto()), Some(timing(times)));
+                let done = v1::BackwardDone { grad, grad_norm_squared, timing };
+                applied(Body::Backward(done), 0, None)
+            }
+            Answer::Backward { microbatch, result: Ok(BackwardResult::Lost(error)) } => {
+                refused(error, Some(microbatch))
+            }
+            Answer::Step(Ok(StepResult { step })) => {
+                applied(Body::Step(v1::StepDone { step }), 0, Some(step))
+            }
+            Answer::Forward(Err(error))
+            | Answer::Backward { result: Err(error), .. }
+            | Answer::Step(Err(error))
+            | Answer::Refused(error) => refused(error, None),
+        }
+    }
+}
+
+fn timing(times: crate::engine::Times) -> v1::Timing {
+    let micros = |d: std::time::Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
+    v1::Timing { queue_micros: micros(times.queue), execute_micros: micros(times.execute) }
+}
+
+/// Something that is answered in its turn.
+pub(super) enum Pending {
+    /// An answer that was ready at once: a recorded one, or a refusal.
+    Ready { permit: Permit, answer: Box<ServerFrame> },
+    /// A frame that the engine has.
+    Frame { ticket: Ticket, sequence: u64, permit: Option<Permit>, answer: Option<Answer> },
+    /// A copy of the session between two frames.
+    Cut { id: u64, asked: CutAsked, state: Option<Result<AdapterState, Error>> },
+}
+
+/// Who wants a copy, and of which point.
+pub(super) struct CutAsked {
+    /// The last frame that is to be in it.
+    pub after: u64,
+    /// Whether the session ends with it.
+    pub ends: bool,
+    pub reply: oneshot::Sender<Result<super::SessionCut, Error>>,
+}
+
+/// What comes next out of the outbox.
+pub(super) enum Next {
+    Ready { permit: Permit, answer: Box<ServerFrame> },
+    Frame { ticket: Ticket, sequence: u64, permit: Option<Permit>, answer: Answer },
+    Cut { asked: CutAsked, state: Result<AdapterState, Error> },
+}
+
+/// The order. Entries become ready in any order and leave in theirs.
+#[derive(Default)]
+pub(super) struct Outbox(VecDeque<Pending>);
+
+impl Outbox {
+    pub fn push(&mut self, pending: Pending) {
+        self.0.push_back(pending);
+    }
+
+    /// The engine is done with a frame.
+    pub fn answered(&mut self, done: Ticket, result: Answer) {
+        for pending in &mut self.0 {
+            if let Pending::Frame { ticket, answer, .. } = pending
+                && *ticket == done
+            {
+                *answer = Some(result);
+                return;
+            }
+        }
+    }
+
+    /// The engine is done with a copy.
+    pub fn copied(&mut self, cut: u64, result: Result<AdapterState, Error>) {
+        for pending in &mut self.0 {
+            if let Pending::Cut { id, state, .. } = pending
+                && *id == cut
+            {
+                *state = Some(result);
+                return;
+            }
+        }
+    }
+
+    /// The frame came again: its one answer goes this way.
+    pub fn redirect(&mut self, to: Ticket, new: Permit) {
+        for pending in &mut self.0 {
+            if let Pending::Frame { ticket, permit, .. } = pending
+                && *ticket == to
+            {
+                *permit = Some(new);
+                return;
+            }
+        }
+    }
+
+    /// The stream is gone; frames are still to be settled.
+    pub fn detach(&mut self) {
+        self.0.retain_mut(|pending| match pending {
+            Pending::Ready { .. } => false,
+            Pending::Frame { permit, .. } => {
+                *permit = None;
+                true
+            }
+            Pending::Cut { .. } => true,
+        });
+    }
+
+    /// The oldest entry, once it is ready.
+    pub fn next(&mut self) -> Option<Next> {
+        let ready = match self.0.front()? {
+            Pending::Ready { .. } => true,
+            Pending::Frame { answer, .. } => answer.is_some(),
+            Pending::Cut { state, .. } => state.is_some(),
+        };
+        if !ready {
+            return None;
+        }
+        match self.0.pop_front()? {
+            Pending::Ready { permit, answer } => Some(Next::Ready { permit, answer }),
+            Pending::Frame { ticket, sequence, permit, answer } => {
+                Some(Next::Frame { ticket, sequence, permit, answer: answer? })
+            }
+            Pending::Cut { asked, state, .. } => Some(Next::Cut { asked, state: state? }),
+        }
+    }
+}

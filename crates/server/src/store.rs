@@ -1,0 +1,373 @@
+//! What survives the process: a record for each session in sled, and the large parts of its
+//! snapshots as files named by their hash. The only file that names sled.
+//!
+//! A snapshot's blobs are written and synced first; then one sled transaction with the record that
+//! names them is flushed. So a record never names a file that may be missing, whenever the process
+//! dies. Files that no record names are deleted. All methods block; callers run them beside the
+//! runtime's threads.
+
+use crate::error::Error;
+use crate::session::SessionId;
+use offshoot_adapters::{AdamW, LoraSpec};
+use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard};
+
+/// Of the records and the blobs. Another one is refused.
+const FORMAT_VERSION: u32 = 1;
+const VERSION_KEY: &[u8] = b"format_version";
+
+/// A session as it lies on disk.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    pub name: String,
+    pub lora: LoraSpec,
+    pub adamw: AdamW,
+    pub seed: u64,
+    /// `f32` or `bf16`.
+    pub wire_dtype: String,
+    /// Of the base model.
+    pub fingerprint: String,
+    pub split_point_1: usize,
+    pub split_point_2: usize,
+    /// Where the session goes on: one of `snapshots`.
+    pub head: String,
+    /// In the order in which they were taken.
+    pub snapshots: Vec<SnapshotRecord>,
+    /// Snapshots taken so far, for their names.
+    pub n_snapshots: u64,
+}
+
+/// One snapshot of a session.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotRecord {
+    pub id: String,
+    pub step: u64,
+    pub sequence: u64,
+    /// Backwards accumulated since the last Step.
+    pub n_accumulated: u64,
+    /// safetensors of the adapter's state.
+    pub state: BlobName,
+    /// Recorded answers, if there are any.
+    pub answers: Option<BlobName>,
+    /// Of both blobs.
+    pub bytes: u64,
+}
+
+/// Hex blake3 of a blob's content.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct BlobName(String);
+
+/// A snapshot on its way to the disk.
+#[derive(Debug)]
+pub struct NewSnapshot {
+    pub step: u64,
+    pub sequence: u64,
+    pub n_accumulated: u64,
+    pub state: Vec<u8>,
+    pub answers: Option<Vec<u8>>,
+}
+
+/// A snapshot as it was read.
+#[derive(Debug)]
+pub struct StoredSnapshot {
+    pub record: SnapshotRecord,
+    pub state: Vec<u8>,
+    pub answers: Option<Vec<u8>>,
+}
+
+impl Record {
+    /// A snapshot of this session.
+    pub fn snapshot(&self, id: &str) -> Option<&SnapshotRecord> {
+        self.snapshots.iter().find(|snapshot| snapshot.id == id)
+    }
+
+    /// The snapshot that the session goes on from.
+    pub fn head(&self) -> Option<&SnapshotRecord> {
+        self.snapshot(&self.head)
+    }
+
+    fn blobs(&self) -> impl Iterator<Item = &BlobName> {
+        self.snapshots.iter().flat_map(SnapshotRecord::blobs)
+    }
+}
+
+impl SnapshotRecord {
+    fn blobs(&self) -> impl Iterator<Item = &BlobName> {
+        std::iter::once(&self.state).chain(&self.answers)
+    }
+}
+
+/// See the module's text.
+pub struct Store {
+    dir: PathBuf,
+    db: sled::Db,
+    sessions: sled::Tree,
+    snapshots_kept: usize,
+    /// How many snapshots name each blob. Held while blobs and records change, so that no blob is
+    /// collected between its writing and its record.
+    references: Mutex<HashMap<BlobName, usize>>,
+}
+
+impl Store {
+    /// Opens or creates the store, and deletes what an earlier process left half done.
+    pub fn open(dir: &Path, snapshots_kept: usize) -> Result<Store, Error> {
+        let blobs = dir.join("blobs");
+        fs::create_dir_all(&blobs).map_err(file_error(&blobs))?;
+        let path = dir.join("records");
+        let db = sled::Config::new().path(&path).open().map_err(|error| match error {
+            sled::Error::Io(io) if is_lock(&io) => Error::StoreLocked { path: dir.to_path_buf() },
+            other => records_error(dir)(other),
+        })?;
+        check_version(&db, dir)?;
+        let sessions = db.open_tree("sessions").map_err(records_error(dir))?;
+        let references = Mutex::default();
+        let store = Store { dir: dir.to_path_buf(), db, sessions, snapshots_kept, references };
+        store.collect()?;
+        Ok(store)
+    }
+
+    /// Makes a new session durable, with its first snapshot.
+    pub fn create(
+        &self,
+        session: SessionId,
+        record: Record,
+        snapshot: NewSnapshot,
+    ) -> Result<SnapshotRecord, Error> {
+        self.append(&mut self.references(), session, record, snapshot)
+    }
+
+    /// Adds a snapshot, from which the session will go on, and drops those that are too many.
+    pub fn add_snapshot(
+        &self,
+        session: SessionId,
+        snapshot: NewSnapshot,
+    ) -> Result<SnapshotRecord, Error> {
+        let mut references = self.references();
+        let record = self.known(session)?;
+        self.append(&mut references, session, record, snapshot)
+    }
+
+    /// Sets where the session goes on.
+    pub fn set_head(&self, session: SessionId, snapshot: &str) -> Result<(), Error> {
+        let _guard = self.references();
+        let mut record = self.known(session)?;
+        record.head = snapshot.into();
+        self.put(session, &record)
+    }
+
+    /// A session's record, if it is known.
+    pub fn record(&self, session: SessionId) -> Result<Option<Record>, Error> {
+        let value = self.sessions.get(session.to_string()).map_err(records_error(&self.dir))?;
+        value.map(|bytes| self.decode(&bytes)).transpose()
+    }
+
+    /// All sessions.
+    pub fn records(&self) -> Result<Vec<(SessionId, Record)>, Error> {
+        let of_entry = |entry: sled::Result<(sled::IVec, sled::IVec)>| {
+            let (key, value) = entry.map_err(records_error(&self.dir))?;
+            let key = String::from_utf8_lossy(&key);
+            let session = SessionId::parse(&key).ok_or_else(|| Error::StoreRecords {
+                path: self.dir.clone(),
+                cause: format!("\"{key}\" is no session id"),
+            })?;
+            Ok((session, self.decode(&value)?))
+        };
+        self.sessions.iter().map(of_entry).collect()
+    }
+
+    /// Reads a snapshot and checks it against its hash.
+    pub fn read(&self, snapshot: &SnapshotRecord) -> Result<StoredSnapshot, Error> {
+        Ok(StoredSnapshot {
+            state: self.read_blob(&snapshot.state)?,
+            answers: snapshot.answers.as_ref().map(|name| self.read_blob(name)).transpose()?,
+            record: snapshot.clone(),
+        })
+    }
+
+    /// Deletes a session with all its snapshots.
+    pub fn forget(&self, session: SessionId) -> Result<(), Error> {
+        let mut references = self.references();
+        let Some(record) = self.record(session)? else { return Ok(()) };
+        self.sessions.remove(session.to_string()).map_err(records_error(&self.dir))?;
+        self.db.flush().map_err(records_error(&self.dir))?;
+        self.release(&mut references, record.blobs())
+    }
+
+    fn append(
+        &self,
+        references: &mut HashMap<BlobName, usize>,
+        session: SessionId,
+        mut record: Record,
+        new: NewSnapshot,
+    ) -> Result<SnapshotRecord, Error> {
+        let snapshot = SnapshotRecord {
+            id: format!("{}-step{}", record.n_snapshots + 1, new.step),
+            step: new.step,
+            sequence: new.sequence,
+            n_accumulated: new.n_accumulated,
+            state: self.write_blob(&new.state)?,
+            answers: new.answers.as_deref().map(|bytes| self.write_blob(bytes)).transpose()?,
+            bytes: (new.state.len() + new.answers.map_or(0, |a| a.len())) as u64,
+        };
+        // Asked twice for the same point, as after a lost answer: it is there already.
+        if let Some(head) = record.head().filter(|head| is_same(head, &snapshot)) {
+            let unnamed = snapshot.blobs().filter(|blob| !references.contains_key(blob));
+            unnamed.map(|blob| self.delete_blob(blob)).collect::<Result<(), _>>()?;
+            return Ok(head.clone());
+        }
+        record.n_snapshots += 1;
+        record.head = snapshot.id.clone();
+        record.snapshots.push(snapshot.clone());
+        let n_dropped = record.snapshots.len().saturating_sub(self.snapshots_kept);
+        let dropped: Vec<SnapshotRecord> = record.snapshots.drain(..n_dropped).collect();
+        self.put(session, &record)?;
+        for blob in snapshot.blobs() {
+            *references.entry(blob.clone()).or_default() += 1;
+        }
+        self.release(references, dropped.iter().flat_map(SnapshotRecord::blobs))?;
+        Ok(snapshot)
+    }
+
+    fn known(&self, session: SessionId) -> Result<Record, Error> {
+        self.record(session)?.ok_or_else(|| Error::UnknownSession(session.to_string()))
+    }
+
+    fn decode(&self, bytes: &[u8]) -> Result<Record, Error> {
+        serde_json::from_slice(bytes).map_err(|error| Error::StoreRecords {
+            path: self.dir.clone(),
+            cause: format!("a session's record cannot be read: {error}"),
+        })
+    }
+
+    /// Durable when it returns.
+    fn put(&self, session: SessionId, record: &Record) -> Result<(), Error> {
+        let bytes = serde_json::to_vec(record).map_err(|error| Error::StoreRecords {
+            path: self.dir.clone(),
+            cause: format!("a session's record cannot be written: {error}"),
+        })?;
+        self.sessions.insert(session.to_string(), bytes).map_err(records_error(&self.dir))?;
+        self.db.flush().map_err(records_error(&self.dir))?;
+        Ok(())
+    }
+
+    fn blob_path(&self, name: &BlobName) -> PathBuf {
+        self.dir.join("blobs").join(&name.0)
+    }
+
+    /// Durable when it returns. Written under another name first: a file under a hash is whole.
+    fn write_blob(&self, bytes: &[u8]) -> Result<BlobName, Error> {
+        let name = BlobName(blake3::hash(bytes).to_hex().to_string());
+        let path = self.blob_path(&name);
+        if fs::metadata(&path).is_ok_and(|there| there.len() == bytes.len() as u64) {
+            return Ok(name);
+        }
+        let half = path.with_extension("half");
+        let write = || {
+            let mut file = File::create(&half)?;
+            file.write_all(bytes)?;
+            file.sync_all()?;
+            fs::rename(&half, &path)?;
+            File::open(self.dir.join("blobs"))?.sync_all()
+        };
+        write().map_err(file_error(&path))?;
+        Ok(name)
+    }
+
+    fn read_blob(&self, name: &BlobName) -> Result<Vec<u8>, Error> {
+        let path = self.blob_path(name);
+        let bytes = fs::read(&path).map_err(file_error(&path))?;
+        let found = blake3::hash(&bytes).to_hex().to_string();
+        if found != name.0 { Err(Error::StoreDamaged { path, found }) } else { Ok(bytes) }
+    }
+
+    fn delete_blob(&self, name: &BlobName) -> Result<(), Error> {
+        let path = self.blob_path(name);
+        fs::remove_file(&path).map_err(file_error(&path))
+    }
+
+    /// Deletes files that lost their last name.
+    fn release<'a>(
+        &self,
+        references: &mut HashMap<BlobName, usize>,
+        blobs: impl Iterator<Item = &'a BlobName>,
+    ) -> Result<(), Error> {
+        for blob in blobs {
+            let Some(count) = references.get_mut(blob) else { continue };
+            *count -= 1;
+            if *count == 0 {
+                references.remove(blob);
+                self.delete_blob(blob)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Counts references anew and deletes every file that no record names.
+    fn collect(&self) -> Result<(), Error> {
+        let mut references = self.references();
+        references.clear();
+        for (_, record) in self.records()? {
+            for blob in record.blobs() {
+                *references.entry(blob.clone()).or_default() += 1;
+            }
+        }
+        let dir = self.dir.join("blobs");
+        for entry in fs::read_dir(&dir).map_err(file_error(&dir))? {
+            let entry = entry.map_err(file_error(&dir))?;
+            let name = BlobName(entry.file_name().to_string_lossy().into_owned());
+            if !references.contains_key(&name) {
+                fs::remove_file(entry.path()).map_err(file_error(&entry.path()))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn references(&self) -> MutexGuard<'_, HashMap<BlobName, usize>> {
+        // A panic in between leaves at worst a file too many, which the next start collects.
+        self.references.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+fn is_same(head: &SnapshotRecord, new: &SnapshotRecord) -> bool {
+    (head.sequence, head.step, &head.state) == (new.sequence, new.step, &new.state)
+}
+
+fn is_lock(error: &io::Error) -> bool {
+    // sled wraps the system's error; its text is the only mark.
+    error.kind() == io::ErrorKind::WouldBlock
+        || error.to_string().contains("could not acquire lock")
+}
+
+fn check_version(db: &sled::Db, dir: &Path) -> Result<(), Error> {
+    let expected = FORMAT_VERSION.to_string();
+    match db.get(VERSION_KEY).map_err(records_error(dir))? {
+        Some(found) if found == expected.as_bytes() => Ok(()),
+        Some(found) => Err(Error::StoreVersion {
+            path: dir.to_path_buf(),
+            found: String::from_utf8_lossy(&found).into_owned(),
+            expected: FORMAT_VERSION,
+        }),
+        None => {
+            db.insert(VERSION_KEY, expected.as_bytes()).map_err(records_error(dir))?;
+            db.flush().map_err(records_error(dir))?;
+            Ok(())
+        }
+    }
+}
+
+fn file_error(path: &Path) -> impl Fn(io::Error) -> Error + '_ {
+    |source| Error::StoreFile { path: path.to_path_buf(), source }
+}
+
+fn records_error(dir: &Path) -> impl Fn(sled::Error) -> Error + '_ {
+    |error| Error::StoreRecords { path: dir.to_path_buf(), cause: error.to_string() }
+}
+
+#[cfg(test)]
+#[path = "store_tests.rs"]
+mod tests;

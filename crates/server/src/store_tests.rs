@@ -1,0 +1,154 @@
+use super::*;
+use std::collections::BTreeSet;
+
+fn record() -> Record {
+    Record {
+        name: "team".into(),
+        lora: LoraSpec::default(),
+        adamw: AdamW::default(),
+        seed: 7,
+        wire_dtype: "f32".into(),
+        fingerprint: "abc".into(),
+        split_point_1: 0,
+        split_point_2: 3,
+        head: String::new(),
+        snapshots: Vec::new(),
+        n_snapshots: 0,
+    }
+}
+
+fn snapshot(step: u64) -> NewSnapshot {
+    NewSnapshot {
+        step,
+        sequence: 3 * step,
+        n_accumulated: 0,
+        state: vec![step as u8; 1000],
+        answers: Some(vec![step as u8; 10]),
+    }
+}
+
+fn files(store: &Store) -> BTreeSet<String> {
+    let entries = fs::read_dir(store.dir.join("blobs")).unwrap();
+    entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect()
+}
+
+fn named(store: &Store) -> BTreeSet<String> {
+    let records = store.records().unwrap();
+    records.iter().flat_map(|(_, record)| record.blobs().map(|blob| blob.0.clone())).collect()
+}
+
+#[test]
+fn a_session_is_there_after_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let session = SessionId::new();
+    let store = Store::open(dir.path(), 3).unwrap();
+    store.create(session, record(), snapshot(0)).unwrap();
+    let taken = store.add_snapshot(session, snapshot(4)).unwrap();
+    drop(store);
+
+    let store = Store::open(dir.path(), 3).unwrap();
+    let found = store.record(session).unwrap().unwrap();
+    assert_eq!(found.head().unwrap(), &taken);
+    assert_eq!((taken.step, taken.sequence, taken.bytes), (4, 12, 1010));
+    let read = store.read(&taken).unwrap();
+    assert_eq!(read.state, vec![4; 1000]);
+    assert_eq!(read.answers.unwrap(), vec![4; 10]);
+}
+
+#[test]
+fn the_last_few_snapshots_are_kept_and_the_files_of_others_go() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path(), 2).unwrap();
+    let (session, other) = (SessionId::new(), SessionId::new());
+    store.create(session, record(), snapshot(0)).unwrap();
+    // The same content, named twice.
+    store.create(other, record(), snapshot(0)).unwrap();
+    for step in 1..=3 {
+        store.add_snapshot(session, snapshot(step)).unwrap();
+    }
+    let kept = store.record(session).unwrap().unwrap();
+    assert_eq!(kept.snapshots.iter().map(|s| s.step).collect::<Vec<_>>(), [2, 3]);
+    assert_eq!(files(&store), named(&store));
+    let first = store.record(other).unwrap().unwrap();
+    store.read(first.head().unwrap()).unwrap();
+
+    store.forget(session).unwrap();
+    store.forget(other).unwrap();
+    assert!(files(&store).is_empty());
+    assert!(store.record(session).unwrap().is_none());
+}
+
+#[test]
+fn a_snapshot_asked_for_twice_is_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path(), 3).unwrap();
+    let session = SessionId::new();
+    store.create(session, record(), snapshot(0)).unwrap();
+    let first = store.add_snapshot(session, snapshot(1)).unwrap();
+    assert_eq!(store.add_snapshot(session, snapshot(1)).unwrap(), first);
+    assert_eq!(store.record(session).unwrap().unwrap().snapshots.len(), 2);
+}
+
+/// A process that dies between blob and record leaves files that nothing names, and never a record
+/// that names a missing file.
+#[test]
+fn what_a_killed_process_left_half_done_is_collected() {
+    let dir = tempfile::tempdir().unwrap();
+    let session = SessionId::new();
+    let store = Store::open(dir.path(), 3).unwrap();
+    let first = store.create(session, record(), snapshot(0)).unwrap();
+    // As far as `add_snapshot` comes before its record is flushed.
+    let orphan = store.write_blob(&[9; 500]).unwrap();
+    fs::write(store.dir.join("blobs").join("abc.half"), [1; 3]).unwrap();
+    assert_eq!(store.record(session).unwrap().unwrap().head().unwrap(), &first);
+    drop(store);
+
+    let store = Store::open(dir.path(), 3).unwrap();
+    assert!(store.read_blob(&orphan).is_err());
+    assert_eq!(files(&store), named(&store));
+    assert_eq!(store.read(&first).unwrap().state, vec![0; 1000]);
+}
+
+/// The record of a snapshot whose blob cannot be written is not changed.
+#[test]
+fn no_record_without_its_blob() {
+    let dir = tempfile::tempdir().unwrap();
+    let session = SessionId::new();
+    let store = Store::open(dir.path(), 3).unwrap();
+    let first = store.create(session, record(), snapshot(0)).unwrap();
+    // A folder stands where the file has to go.
+    let name = blake3::hash(&[1; 1000]).to_hex().to_string();
+    fs::create_dir_all(store.dir.join("blobs").join(name).join("x")).unwrap();
+    assert!(matches!(store.add_snapshot(session, snapshot(1)), Err(Error::StoreFile { .. })));
+    assert_eq!(store.record(session).unwrap().unwrap().head().unwrap(), &first);
+}
+
+#[test]
+fn a_damaged_file_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path(), 3).unwrap();
+    let taken = store.create(SessionId::new(), record(), snapshot(0)).unwrap();
+    fs::write(store.blob_path(&taken.state), [1; 1000]).unwrap();
+    let error = store.read(&taken).unwrap_err();
+    assert!(matches!(error, Error::StoreDamaged { .. }));
+    assert!(error.to_string().contains(&taken.state.0), "{error}");
+}
+
+#[test]
+fn a_second_process_is_told_that_the_store_is_in_use() {
+    let dir = tempfile::tempdir().unwrap();
+    let _store = Store::open(dir.path(), 3).unwrap();
+    let error = Store::open(dir.path(), 3).err().unwrap();
+    assert!(matches!(error, Error::StoreLocked { .. }), "{error}");
+}
+
+#[test]
+fn another_format_version_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path(), 3).unwrap();
+    store.db.insert(VERSION_KEY, b"99").unwrap();
+    drop(store);
+    let error = Store::open(dir.path(), 3).err().unwrap();
+    assert!(matches!(error, Error::StoreVersion { expected: 1, .. }), "{error}");
+    assert!(error.to_string().contains("99"), "{error}");
+}
