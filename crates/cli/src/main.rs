@@ -1,1 +1,80 @@
-fn main() {}
+//! `offshoot`: the trunk server and the trainer on the command line.
+
+mod accelerator;
+mod legacy;
+mod openmp;
+mod serve;
+mod serve_config;
+mod train;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+use tracing_subscriber::EnvFilter;
+
+/// Split LoRA training: many teams fine-tune one language model through one shared trunk.
+///
+/// `offshoot serve` holds the middle layers of a model, frozen. `offshoot train` holds the first and
+/// last layers, the text and the loss, and grows its own LoRA adapter, the part inside the trunk
+/// included. The result is one PEFT adapter for the whole model.
+#[derive(Parser)]
+#[command(name = "offshoot", version, max_term_width = 100)]
+struct Cli {
+    /// What is logged to stderr: error, warn, info, debug, trace, or filters as in RUST_LOG, which
+    /// applies without this option.
+    #[arg(long, global = true, value_name = "FILTER", help_heading = "Logs")]
+    log: Option<String>,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Serve(serve::ServeArgs),
+    Train(train::TrainArgs),
+}
+
+impl Command {
+    fn default_log(&self) -> &'static str {
+        match self {
+            Command::Serve(_) => "info",
+            Command::Train(_) => "warn",
+        }
+    }
+
+    fn run(self) -> anyhow::Result<ExitCode> {
+        match self {
+            Command::Serve(args) => serve::run(args),
+            Command::Train(args) => train::run(args),
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let error = match openmp::wait_passively().and_then(|()| {
+        let filter = match &cli.log {
+            Some(filter) => EnvFilter::try_new(filter)?,
+            None => EnvFilter::try_from_default_env()
+                .unwrap_or_else(|_| EnvFilter::new(cli.command.default_log())),
+        };
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+        cli.command.run()
+    }) {
+        Ok(code) => return code,
+        Err(error) => error,
+    };
+    eprintln!("error: {error:#}");
+    ExitCode::FAILURE
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_options_are_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,252 @@
+use crate::legacy::LegacyServe;
+use clap::{Args, ValueEnum};
+use figment::Figment;
+use figment::providers::{Env, Format, Serialized, Toml};
+use offshoot_server::{ComputeDType, ServerConfig};
+use serde_json::{Map, Value, json};
+use std::path::PathBuf;
+
+/// Serve the middle layers of a model.
+///
+/// Loads the layers [SPLIT_POINT_1, SPLIT_POINT_2) once, frozen, and trains one LoRA adapter with
+/// its optimizer for each client session. Prints one line `ready grpc=HOST:PORT` on stdout when
+/// clients can connect. SIGTERM or Ctrl-C ends it after open work is finished and every session is
+/// saved; sessions go on after a restart with the same --store-dir.
+///
+/// Every setting can come from (later ones win): the defaults, the file of --config, environment
+/// variables such as OFFSHOOT_LIMITS__MAX_RANK=64, and these options.
+#[derive(Args)]
+#[command(after_help = EXAMPLES)]
+pub struct ServeArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    listen: ListenArgs,
+    #[command(flatten)]
+    session: SessionArgs,
+    #[command(flatten)]
+    pub legacy: LegacyServe,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  offshoot serve --model-name Qwen/Qwen2-0.5B --split-point-1 0 --split-point-2 14
+  offshoot serve --model-name ./model.gguf --split-point-2 20 --device cuda --dtype bf16
+  offshoot serve --config server.toml
+
+A file for --config:
+  [model]
+  name = \"Qwen/Qwen2-0.5B\"
+  split_point_1 = 0
+  split_point_2 = 14
+  [listen]
+  port = 50051
+  [limits]
+  max_rank = 64";
+
+#[derive(Args)]
+#[command(next_help_heading = "Model")]
+struct ModelArgs {
+    /// Model: a Hugging Face directory, a GGUF file or a hub name. Clients name the same one.
+    #[arg(long, value_name = "NAME|PATH")]
+    model_name: Option<String>,
+    /// gpt2, llama, qwen2, qwen3 or gemma; only checked, the model says itself what it is.
+    #[arg(long, value_name = "TYPE")]
+    pub model_type: Option<String>,
+    /// First layer of the trunk [default: 0]. Higher keeps more layers, and more of the text's
+    /// traces, with the clients.
+    #[arg(long, value_name = "LAYER")]
+    split_point_1: Option<usize>,
+    /// First layer behind the trunk, such as 6 for GPT-2 (12 layers), 14 for Qwen2-0.5B (24).
+    #[arg(long, value_name = "LAYER")]
+    split_point_2: Option<usize>,
+    /// Where the trunk runs: cpu, cuda or cuda:N [default: cpu].
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<String>,
+    /// Type of the trunk's weights and products; adapters are always f32 [default: f32].
+    #[arg(long, value_enum)]
+    dtype: Option<DType>,
+    /// Threads of one product on the CPU [default: libtorch's choice].
+    #[arg(long, value_name = "N")]
+    threads: Option<u16>,
+}
+
+#[derive(Args)]
+#[command(next_help_heading = "Network and files")]
+struct ListenArgs {
+    /// Address to listen on [default: 127.0.0.1].
+    #[arg(long, value_name = "IP")]
+    host: Option<String>,
+    /// Port to listen on; 0 takes a free one [default: 50051].
+    #[arg(long, value_name = "PORT")]
+    port: Option<u16>,
+    /// Listen on an address that other machines reach. There is no authentication yet: only in a
+    /// network that keeps strangers out.
+    #[arg(long)]
+    allow_insecure_network: bool,
+    /// Where sessions survive; one server each [default: offshoot-store].
+    #[arg(long, value_name = "DIR")]
+    store_dir: Option<PathBuf>,
+    /// Snapshots kept of each session; the trainer keeps five checkpoints and the best.
+    #[arg(long, value_name = "N")]
+    snapshots_kept: Option<usize>,
+    /// Settings as a TOML file; a key that is unknown is an error.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+#[derive(Args)]
+#[command(next_help_heading = "Sessions and limits")]
+struct SessionArgs {
+    /// A session without a client for so long is saved and leaves the device.
+    #[arg(long, value_name = "SECONDS")]
+    lease_seconds: Option<f64>,
+    /// Longest time from a signal to the end.
+    #[arg(long, value_name = "SECONDS")]
+    drain_timeout_seconds: Option<f64>,
+    /// Most tokens that a client may send at once.
+    #[arg(long, value_name = "TOKENS")]
+    max_tokens_per_microbatch: Option<usize>,
+    /// Most microbatches of a session between their forward and backward.
+    #[arg(long, value_name = "N")]
+    max_open_microbatches: Option<usize>,
+    /// Highest LoRA rank that a client may ask for.
+    #[arg(long, value_name = "R")]
+    max_rank: Option<usize>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum DType {
+    F32,
+    Bf16,
+    F16,
+}
+
+impl ServeArgs {
+    /// The model's type, if it is to be checked.
+    pub fn model_type(&self) -> Option<&str> {
+        self.model.model_type.as_deref()
+    }
+
+    /// Defaults, file, environment and options in one.
+    pub fn config(&self) -> anyhow::Result<ServerConfig> {
+        let mut figment = Figment::from(Serialized::defaults(ServerConfig::default()));
+        if let Some(file) = &self.listen.config {
+            anyhow::ensure!(file.is_file(), "--config {}: there is no such file", file.display());
+            figment = figment.merge(Toml::file_exact(file));
+        }
+        // Only names with a double underscore: Kubernetes sets OFFSHOOT_PORT and its like for a
+        // service of this name.
+        let ours = Env::prefixed("OFFSHOOT_").filter(|key| key.as_str().contains("__")).split("__");
+        let figment = figment.merge(ours).merge(Serialized::globals(self.overrides()));
+        figment.extract().map_err(|errors| {
+            // All of them, each with the file or variable that it came from.
+            let lines: Vec<String> = errors.into_iter().map(|error| error.to_string()).collect();
+            anyhow::anyhow!("settings: {}", lines.join("; "))
+        })
+    }
+
+    /// The options that were given, as a tree of settings.
+    fn overrides(&self) -> Value {
+        let ServeArgs { model, listen, session, .. } = self;
+        let dtype = model.dtype.map(|dtype| match dtype {
+            DType::F32 => ComputeDType::F32,
+            DType::Bf16 => ComputeDType::Bf16,
+            DType::F16 => ComputeDType::F16,
+        });
+        let insecure = listen.allow_insecure_network.then_some(true);
+        let all = [
+            ("model", "name", json!(model.model_name)),
+            ("model", "split_point_1", json!(model.split_point_1)),
+            ("model", "split_point_2", json!(model.split_point_2)),
+            ("model", "device", json!(model.device)),
+            ("model", "dtype", json!(dtype)),
+            ("model", "n_threads", json!(model.threads)),
+            ("listen", "host", json!(listen.host)),
+            ("listen", "port", json!(listen.port)),
+            ("listen", "allow_insecure_network", json!(insecure)),
+            ("store", "dir", json!(listen.store_dir)),
+            ("store", "snapshots_kept", json!(listen.snapshots_kept)),
+            ("session", "lease_seconds", json!(session.lease_seconds)),
+            ("drain", "timeout_seconds", json!(session.drain_timeout_seconds)),
+            ("limits", "max_tokens_per_microbatch", json!(session.max_tokens_per_microbatch)),
+            ("limits", "max_open_microbatches", json!(session.max_open_microbatches)),
+            ("limits", "max_rank", json!(session.max_rank)),
+        ];
+        let mut tree = Map::new();
+        for (part, key, value) in all {
+            if !value.is_null() {
+                let part = tree.entry(part).or_insert_with(|| json!({}));
+                part[key] = value;
+            }
+        }
+        Value::Object(tree)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Cli, Command};
+    use clap::Parser;
+    use figment::Jail;
+
+    fn parse(line: &str) -> ServeArgs {
+        let cli = Cli::try_parse_from(format!("offshoot serve {line}").split_whitespace()).unwrap();
+        let Command::Serve(args) = cli.command else { unreachable!("serve was asked for") };
+        args
+    }
+
+    #[test]
+    fn later_sources_win() {
+        Jail::expect_with(|jail| {
+            jail.create_file(
+                "s.toml",
+                "[model]\nname = \"file\"\nsplit_point_2 = 3\n[limits]\nmax_rank = 1\n[session]\nlease_seconds = 9\n",
+            )?;
+            jail.set_env("OFFSHOOT_LIMITS__MAX_RANK", "2");
+            jail.set_env("OFFSHOOT_MODEL__SPLIT_POINT_2", "4");
+            // As Kubernetes sets it.
+            jail.set_env("OFFSHOOT_PORT", "tcp://10.0.0.1:50051");
+            let config = parse("--config s.toml --split-point-2 5 --dtype bf16").config().unwrap();
+            assert_eq!(config.model.name, "file");
+            assert_eq!(config.model.split_point_2, 5);
+            assert_eq!(config.model.dtype, ComputeDType::Bf16);
+            assert_eq!(config.limits.max_rank, 2);
+            assert_eq!(config.session.lease_seconds, 9.0);
+            assert_eq!(config.listen, ServerConfig::default().listen);
+            Ok(())
+        });
+    }
+
+    #[test]
+    fn an_unknown_key_is_an_error_that_names_its_source() {
+        Jail::expect_with(|jail| {
+            jail.create_file("s.toml", "[limits]\nmax_rnk = 1\n")?;
+            let error = parse("--config s.toml").config().unwrap_err().to_string();
+            assert!(error.contains("max_rnk") && error.contains("s.toml"), "{error}");
+            let error = parse("--config other.toml").config().unwrap_err().to_string();
+            assert!(error.contains("other.toml"), "{error}");
+            jail.set_env("OFFSHOOT_LIMIT__MAX_RANK", "2");
+            let error = parse("").config().unwrap_err().to_string();
+            assert!(error.contains("limit"), "{error}");
+            Ok(())
+        });
+    }
+
+    #[test]
+    fn the_predecessors_command_line_parses() {
+        let args = parse(
+            "--model-type qwen2 --model-name Qwen/Qwen2-0.5B --split-point-1 0 --split-point-2 14 \
+             --host 127.0.0.1 --port 50051 --max-workers 10 --use-lora --lora-rank 8 \
+             --lora-alpha 16 --enable-training --learning-rate 1e-4 --cache-size 100 \
+             --cache-ttl 60 --device cpu",
+        );
+        assert_eq!(args.legacy.notes().len(), 8);
+        assert_eq!(args.model_type(), Some("qwen2"));
+        let config = args.config().unwrap();
+        config.validate().unwrap();
+        assert_eq!(config.model.split_point_2, 14);
+        assert!(parse("--split-point-2 3").legacy.notes().is_empty());
+    }
+}
