@@ -1,1 +1,75 @@
-//! Helpers of the claims: a tiny model, a server on a free port.
+//! Helpers of the claims: a tiny model behind a real server on a free port, the protocol without the
+//! SDK, and ways to disturb both.
+
+pub mod child;
+pub mod proxy;
+pub mod raw;
+pub mod run;
+
+use offshoot_server::{LimitsConfig, RunningServer, Server, ServerConfig};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// How long a drain may take in a test: longer than any should.
+const DRAIN: Duration = Duration::from_secs(60);
+
+/// The folder of a fixture, such as `llama`.
+pub fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name)
+}
+
+/// Layers 1 and 2 of the four of the tiny llama, in f32, on a free port, with this store.
+pub fn server_config(store: &Path) -> ServerConfig {
+    let mut config = ServerConfig::default();
+    config.listen.port = 0;
+    config.model.name = fixture("llama").display().to_string();
+    config.model.split_point_1 = 1;
+    config.model.split_point_2 = 3;
+    config.model.n_threads = Some(1);
+    config.store.dir = store.to_path_buf();
+    config
+}
+
+/// A server in this process, with a store of its own if none is given.
+pub struct TestServer {
+    server: RunningServer,
+    _store: Option<tempfile::TempDir>,
+}
+
+impl TestServer {
+    /// With the usual settings.
+    pub async fn start() -> TestServer {
+        TestServer::start_limited(|_| {}).await
+    }
+
+    /// With other limits.
+    pub async fn start_limited(change: impl FnOnce(&mut LimitsConfig)) -> TestServer {
+        let store = tempfile::tempdir().expect("a folder");
+        let mut config = server_config(store.path());
+        change(&mut config.limits);
+        let server = TestServer::start_with(config).await;
+        TestServer { _store: Some(store), ..server }
+    }
+
+    /// With any settings; see [`server_config`].
+    pub async fn start_with(config: ServerConfig) -> TestServer {
+        let server = Server::start(config).await.unwrap_or_else(|error| panic!("{error}"));
+        TestServer { server, _store: None }
+    }
+
+    /// Where clients connect.
+    pub fn address(&self) -> SocketAddr {
+        self.server.local_addr()
+    }
+
+    /// The same as the SDK takes it.
+    pub fn endpoint(&self) -> String {
+        self.address().to_string()
+    }
+
+    /// Ends the server as SIGTERM does. Every session must be durable then.
+    pub async fn drain(self) {
+        assert_eq!(self.server.drain(DRAIN).await, 0, "sessions were lost");
+    }
+}

@@ -1,0 +1,229 @@
+//! The life of sessions: leases, takeover, limits, snapshots.
+
+use offshoot_client::{Client, ClientError, ClientOptions, ErrorCode, Retry, SessionState};
+use offshoot_tests::proxy::Proxy;
+use offshoot_tests::raw::{self, RawStream};
+use offshoot_tests::run::{assert_same_adapter, input, open_request, train};
+use offshoot_tests::{TestServer, server_config};
+use std::time::Duration;
+
+/// Until the server's only session is parked.
+async fn parked(client: &Client) {
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
+    loop {
+        let sessions = client.list_sessions().await.unwrap();
+        assert_eq!(sessions.len(), 1);
+        if sessions[0].state == SessionState::Parked {
+            assert_eq!((sessions[0].adapter_bytes, sessions[0].tape_bytes), (0, 0));
+            return;
+        }
+        assert!(tokio::time::Instant::now() < deadline, "{:?}", sessions[0]);
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vanished_client_is_parked_and_comes_back() {
+    let store = tempfile::tempdir().unwrap();
+    let mut config = server_config(store.path());
+    config.session.lease_seconds = 0.3;
+    let server = TestServer::start_with(config).await;
+    let watcher = Client::connect(&server.endpoint()).await.unwrap();
+    let h = watcher.describe().await.unwrap().hidden_size;
+
+    // An undisturbed run in the same server, for comparison.
+    let session = watcher.open(open_request(&watcher).await.unwrap()).await.unwrap();
+    let expected = train(&session, h, 0..4).await.unwrap();
+    let adapter = session.export().await.unwrap();
+    session.close(true).await.unwrap();
+    assert_eq!(watcher.describe().await.unwrap().memory.adapter_bytes, 0);
+
+    let proxy = Proxy::start(server.address()).await.unwrap();
+    let retry = Retry { first_delay: Duration::from_millis(2), ..Retry::default() };
+    let options = ClientOptions { retry, ..ClientOptions::default() };
+    let client = Client::connect_with(&proxy.endpoint(), options).await.unwrap();
+    let session = client.open(open_request(&client).await.unwrap()).await.unwrap();
+    let first = train(&session, h, 0..2).await.unwrap();
+    session.settle().await.unwrap();
+    assert!(watcher.describe().await.unwrap().memory.adapter_bytes > 0);
+
+    // Cut off for longer than the lease: the bytes come back, and then the client does.
+    proxy.set_upstream(None);
+    proxy.cut();
+    parked(&watcher).await;
+    let memory = watcher.describe().await.unwrap().memory;
+    assert_eq!((memory.adapter_bytes, memory.tape_bytes, memory.live_sessions), (0, 0, 0));
+    proxy.set_upstream(Some(server.address()));
+    let second = train(&session, h, 2..3).await.unwrap();
+
+    // Gone for good, and another process takes the session up.
+    session.settle().await.unwrap();
+    let id = session.id().clone();
+    drop((session, client));
+    parked(&watcher).await;
+    let (session, restored) = watcher.restore(&id, None).await.unwrap();
+    assert_eq!(restored.snapshot.step, 3);
+    let third = train(&session, h, 3..4).await.unwrap();
+
+    let numbers: Vec<_> = first.into_iter().chain(second).chain(third).collect();
+    assert!(numbers == expected, "a number differs from the uninterrupted run's");
+    assert_same_adapter(&session.export().await.unwrap(), &adapter);
+    server.drain().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn parked_in_the_middle_of_a_microbatch_rolls_back() {
+    let store = tempfile::tempdir().unwrap();
+    let mut config = server_config(store.path());
+    config.session.lease_seconds = 0.3;
+    let server = TestServer::start_with(config).await;
+    let watcher = Client::connect(&server.endpoint()).await.unwrap();
+    let h = watcher.describe().await.unwrap().hidden_size;
+    let proxy = Proxy::start(server.address()).await.unwrap();
+    let client = Client::connect(&proxy.endpoint()).await.unwrap();
+    let session = client.open(open_request(&client).await.unwrap()).await.unwrap();
+    train(&session, h, 0..1).await.unwrap();
+    let snapshot = session.snapshot().await.unwrap();
+    let (output, microbatch, report) = session.forward(input(9, &[3], h)).await.unwrap();
+    assert!(report.tape_bytes > 0);
+    proxy.set_upstream(None);
+    proxy.cut();
+    parked(&watcher).await;
+    assert_eq!(watcher.describe().await.unwrap().memory.tape_bytes, 0);
+    proxy.set_upstream(Some(server.address()));
+    let error = microbatch.backward(output).await.unwrap_err();
+    let ClientError::RolledBack { lost_microbatches, .. } = &error else { panic!("{error}") };
+    assert_eq!(lost_microbatches.len(), 1, "{error}");
+    let id = session.id().clone();
+    let (session, _) = client.restore(&id, Some(&snapshot.snapshot_id)).await.unwrap();
+    train(&session, h, 1..2).await.unwrap();
+    server.drain().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_stream_takes_over() {
+    let server = TestServer::start().await;
+    let client = Client::connect(&server.endpoint()).await.unwrap();
+    let h = client.describe().await.unwrap().hidden_size;
+    let session = client.open(open_request(&client).await.unwrap()).await.unwrap();
+    train(&session, h, 0..1).await.unwrap();
+    let last = session.settle().await.unwrap();
+
+    let mut rpc = raw::rpc(&server.endpoint()).await;
+    let mut second = RawStream::attach(&mut rpc, session.id().as_str()).await.unwrap();
+    assert_eq!(second.attached.last_applied, last);
+    let error = session.evaluate(input(1, &[2], h)).await.unwrap_err();
+    assert!(matches!(error, ClientError::TakenOver { .. }), "{error}");
+    assert!(error.ends_session() && error.to_string().contains(session.id().as_str()), "{error}");
+    // The first does not fight for it.
+    let eval = raw::forward(input(1, &[2], h), 0, offshoot_proto::v1::Mode::Eval);
+    second.apply(offshoot_proto::v1::client_frame::Body::Forward(eval)).await;
+    server.drain().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn restore_sets_back_and_ends_the_old_session() {
+    let server = TestServer::start().await;
+    let client = Client::connect(&server.endpoint()).await.unwrap();
+    let h = client.describe().await.unwrap().hidden_size;
+    let session = client.open(open_request(&client).await.unwrap()).await.unwrap();
+    train(&session, h, 0..1).await.unwrap();
+    let first = session.snapshot().await.unwrap();
+    let expected = train(&session, h, 1..4).await.unwrap();
+    let adapter = session.export().await.unwrap();
+    let second = session.snapshot().await.unwrap();
+    assert!(second.step == 4 && second.sequence > first.sequence && second.bytes > 0);
+
+    // An open microbatch does not survive a restore.
+    let (_, microbatch, _) = session.forward(input(5, &[3], h)).await.unwrap();
+    let (again, restored) = client.restore(session.id(), Some(&first.snapshot_id)).await.unwrap();
+    assert_eq!(restored.snapshot, first);
+    assert_eq!((restored.lora.r, restored.lora.lora_alpha), (3, 6.0));
+    let error = session.evaluate(input(1, &[2], h)).await.unwrap_err();
+    assert!(error.ends_session(), "{error}");
+    drop(microbatch);
+    let numbers = train(&again, h, 1..4).await.unwrap();
+    assert!(numbers == expected, "a replayed number differs");
+    assert_same_adapter(&again.export().await.unwrap(), &adapter);
+
+    let error = client.restore(again.id(), Some("nonsense")).await.err().unwrap();
+    assert_eq!(error.code(), Some(ErrorCode::NotFound));
+    assert!(error.to_string().contains(&second.snapshot_id), "{error}");
+    server.drain().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn limits_are_said_and_kept() {
+    let server = TestServer::start_limited(|limits| {
+        limits.max_open_microbatches = 2;
+        limits.max_frames_in_flight = 3;
+        limits.max_tokens_per_microbatch = 64;
+    })
+    .await;
+    let client = Client::connect(&server.endpoint()).await.unwrap();
+    let h = client.describe().await.unwrap().hidden_size;
+    let session = client.open(open_request(&client).await.unwrap()).await.unwrap();
+    let limits = session.limits();
+    assert_eq!((limits.max_open_microbatches, limits.max_frames_in_flight), (2, 3));
+
+    let (output, first, _) = session.forward(input(1, &[4], h)).await.unwrap();
+    let (_, second, _) = session.forward(input(2, &[4], h)).await.unwrap();
+    let error = session.forward(input(3, &[4], h)).await.err().unwrap();
+    assert_eq!(error.code(), Some(ErrorCode::Exhausted), "{error}");
+    assert!(error.to_string().contains('2'), "{error}");
+    first.backward(output.clone()).await.unwrap();
+    let (_, third, _) = session.forward(input(3, &[4], h)).await.unwrap();
+    second.backward(output.clone()).await.unwrap();
+    third.backward(output).await.unwrap();
+    session.step(0.1, 1.0).await.unwrap().await.unwrap();
+
+    // More frames than may be on their way: sending waits for room.
+    let expected = session.evaluate(input(1, &[60], h)).await.unwrap();
+    let mut pending = Vec::new();
+    for _ in 0..40 {
+        pending.push(session.send_evaluate(input(1, &[60], h)).await.unwrap());
+    }
+    for one in pending {
+        assert!(one.await.unwrap() == expected);
+    }
+
+    let error = session.evaluate(input(1, &[65], h)).await.unwrap_err();
+    assert!(matches!(error, ClientError::TooLarge { max_tokens: 64, .. }), "{error}");
+    session.evaluate(input(1, &[64], h)).await.unwrap();
+    server.drain().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn closed_sessions_can_be_taken_up_and_forgotten_ones_not() {
+    let server = TestServer::start().await;
+    let client = Client::connect(&server.endpoint()).await.unwrap();
+    let h = client.describe().await.unwrap().hidden_size;
+    let session = client.open(open_request(&client).await.unwrap()).await.unwrap();
+    train(&session, h, 0..2).await.unwrap();
+    let adapter = session.export().await.unwrap();
+    let id = session.id().clone();
+    let parked = session.close(false).await.unwrap().expect("a snapshot is taken");
+    assert_eq!(parked.step, 2);
+    let sessions = client.list_sessions().await.unwrap();
+    assert_eq!(sessions.len(), 1);
+    assert_eq!((&sessions[0].id, sessions[0].state), (&id, SessionState::Parked));
+    assert_eq!(sessions[0].snapshots.last(), Some(&parked));
+    assert_eq!(client.describe().await.unwrap().memory.adapter_bytes, 0);
+
+    let (session, restored) = client.restore(&id, None).await.unwrap();
+    assert_eq!(restored.snapshot, parked);
+    assert_same_adapter(&session.export().await.unwrap(), &adapter);
+
+    // A start from given values.
+    let mut request = open_request(&client).await.unwrap();
+    request.initial_adapter = adapter.tensors.clone();
+    let copy = client.open(request).await.unwrap();
+    let copied = copy.export().await.unwrap();
+    assert_eq!(copied.step, 0);
+    assert_same_adapter(&offshoot_client::ExportedAdapter { step: 2, ..copied }, &adapter);
+
+    assert_eq!(session.close(true).await.unwrap(), None);
+    let error = client.restore(&id, None).await.err().unwrap();
+    assert_eq!(error.code(), Some(ErrorCode::NotFound), "{error}");
+    server.drain().await;
+}
