@@ -29,9 +29,9 @@ pub enum TrainError {
     #[error("what the server sent does not fit: {problem}")]
     Answer { problem: String },
     #[error(
-        "the loss of step {step} is {loss}: training has diverged. Lower --learning-rate, or lengthen --warmup-steps, and go on from the last checkpoint with --resume latest"
+        "the {what} is {value}: training has diverged. Lower --learning-rate, or lengthen --warmup-steps, and go on from the last checkpoint with --resume latest"
     )]
-    Diverged { step: u64, loss: f64 },
+    Diverged { what: &'static str, value: f64 },
     #[error(transparent)]
     Adapter(#[from] AdapterError),
     #[error(transparent)]

@@ -106,6 +106,16 @@ impl SplitModel {
         self.top.set_state(state.top)
     }
 
+    /// Sets the adapters of bottom and top from PEFT's tensors for the whole model.
+    pub fn load_adapter(&mut self, tensors: &[(String, Tensor)]) -> Result<(), TrainError> {
+        for side in [&mut self.bottom, &mut self.top] {
+            if let Some(adapter) = &mut side.adapter {
+                adapter.load_named(tensors)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Back to the values that [`SplitModel::load`] began with.
     pub fn reset(&mut self) -> Result<(), TrainError> {
         let seed = self.seed;
@@ -130,6 +140,9 @@ impl SplitModel {
 
         let output = self.from_wire(&output, batch)?;
         let (loss, top_tape) = self.above(&output, batch, &run, scale);
+        if !loss.loss_sum.is_finite() {
+            return Err(TrainError::Diverged { what: "loss", value: loss.loss_sum });
+        }
         let grad = self.top.backward(top_tape, &loss.grad, &run, true).expect("it was wanted");
         let gradients = microbatch.backward(to_wire(&grad, session.wire_dtype())).await?;
 
@@ -203,6 +216,14 @@ impl SplitModel {
         });
         let ends = Tensor::from_slice(&ends.collect::<Vec<i64>>()).to_device(hidden.device());
         Ok(self.top.part.logits(&hidden.index_select(0, &ends)))
+    }
+
+    /// Float32 logits `[N, V]` of every position.
+    pub async fn logits(&self, session: &Session, batch: &Batch) -> Result<Tensor, TrainError> {
+        let run = Run::new(self, batch, None);
+        let hidden = self.top_output(session, batch, &run).await?;
+        let _guard = tch::no_grad_guard();
+        Ok(self.top.part.logits(&hidden))
     }
 
     /// `[N, H]` out of the last block, without dropout.

@@ -216,8 +216,8 @@ impl Run {
             tape_bytes = tape_bytes.max(result.tape_bytes);
         }
         let grad_norm = split.grad_norm(trunk_norm_squared);
-        if !(loss.is_finite() && grad_norm.is_finite()) {
-            return Err(TrainError::Diverged { step: self.step + 1, loss });
+        if !grad_norm.is_finite() {
+            return Err(TrainError::Diverged { what: "gradient's norm", value: grad_norm });
         }
         let learning_rate = schedule.learning_rate(self.step);
         let clip = clip_factor(grad_norm, self.options.max_grad_norm);
