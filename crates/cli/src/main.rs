@@ -6,6 +6,7 @@ mod openmp;
 mod serve;
 mod serve_config;
 mod train;
+mod verify;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -32,13 +33,14 @@ struct Cli {
 enum Command {
     Serve(serve::ServeArgs),
     Train(train::TrainArgs),
+    Verify(verify::VerifyArgs),
 }
 
 impl Command {
     fn default_log(&self) -> &'static str {
         match self {
             Command::Serve(_) => "info",
-            Command::Train(_) => "warn",
+            Command::Train(_) | Command::Verify(_) => "warn",
         }
     }
 
@@ -46,6 +48,7 @@ impl Command {
         match self {
             Command::Serve(args) => serve::run(args),
             Command::Train(args) => train::run(args),
+            Command::Verify(args) => verify::run(args),
         }
     }
 }

@@ -28,6 +28,7 @@ mod setup;
 mod split;
 pub mod tokenizer;
 mod train;
+pub mod verify;
 
 pub use error::TrainError;
 pub use options::{CancelToken, TrainOptions};
