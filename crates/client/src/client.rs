@@ -38,6 +38,14 @@ struct Shared {
     hidden_size: usize,
 }
 
+/// How a unary call is made.
+struct Call {
+    name: &'static str,
+    repeat: Repeat,
+    retry: Retry,
+    answer_bytes: usize,
+}
+
 /// Whether a call may be repeated when it is unknown how far the first one came.
 #[derive(Clone, Copy, PartialEq)]
 enum Repeat {
@@ -95,12 +103,9 @@ impl Client {
     }
 
     async fn describe_within(&self, retry: Retry) -> Result<ServerDescription, ClientError> {
-        let rpc = self.rpc(CONTROL_BYTES);
-        let answer = self
-            .unary("Describe", Repeat::Harmless, retry, async || {
-                rpc.clone().describe(v1::DescribeRequest {}).await
-            })
-            .await?;
+        let call = Call { retry, ..self.call("Describe") };
+        let ask = |mut rpc: Rpc, request| async move { rpc.describe(request).await };
+        let answer = self.unary(call, v1::DescribeRequest {}, ask).await?;
         ServerDescription::from_proto(answer)
     }
 
@@ -110,14 +115,9 @@ impl Client {
     /// opened a session already; [`list_sessions`](Client::list_sessions) tells.
     pub async fn open(&self, session: OpenSession) -> Result<Session, ClientError> {
         let wire_dtype = session.wire_dtype;
-        let request = session.into_proto();
-        let rpc = self.rpc(CONTROL_BYTES);
-        let retry = self.shared.options.retry;
-        let answer = self
-            .unary("OpenSession", Repeat::OnlyUnsent, retry, async || {
-                rpc.clone().open_session(request.clone()).await
-            })
-            .await?;
+        let call = Call { repeat: Repeat::OnlyUnsent, ..self.call("OpenSession") };
+        let ask = |mut rpc: Rpc, request| async move { rpc.open_session(request).await };
+        let answer = self.unary(call, session.into_proto(), ask).await?;
         self.attach(answer, wire_dtype, 0).await
     }
 
@@ -133,13 +133,8 @@ impl Client {
             session_id: id.to_string(),
             snapshot_id: snapshot_id.unwrap_or_default().to_string(),
         };
-        let rpc = self.rpc(CONTROL_BYTES);
-        let retry = self.shared.options.retry;
-        let answer = self
-            .unary("Restore", Repeat::Harmless, retry, async || {
-                rpc.clone().restore(request.clone()).await
-            })
-            .await?;
+        let ask = |mut rpc: Rpc, request| async move { rpc.restore(request).await };
+        let answer = self.unary(self.call("Restore"), request, ask).await?;
         let snapshot = answer.snapshot.ok_or_else(|| missing("Restore", "snapshot"))?;
         let opened = answer.session.ok_or_else(|| missing("Restore", "session"))?;
         let restored = Restored {
@@ -175,13 +170,8 @@ impl Client {
 
     /// All sessions that the server knows, live and parked.
     pub async fn list_sessions(&self) -> Result<Vec<SessionInfo>, ClientError> {
-        let rpc = self.rpc(CONTROL_BYTES);
-        let retry = self.shared.options.retry;
-        let answer = self
-            .unary("ListSessions", Repeat::Harmless, retry, async || {
-                rpc.clone().list_sessions(v1::ListSessionsRequest {}).await
-            })
-            .await?;
+        let ask = |mut rpc: Rpc, request| async move { rpc.list_sessions(request).await };
+        let answer = self.unary(self.call("ListSessions"), v1::ListSessionsRequest {}, ask).await?;
         Ok(answer.sessions.into_iter().map(SessionInfo::from_proto).collect())
     }
 
@@ -193,13 +183,8 @@ impl Client {
         forget: bool,
     ) -> Result<Option<v1::SnapshotInfo>, ClientError> {
         let request = v1::CloseSessionRequest { session_id: id.to_string(), forget };
-        let rpc = self.rpc(CONTROL_BYTES);
-        let retry = self.shared.options.retry;
-        let answer = self
-            .unary("CloseSession", Repeat::Harmless, retry, async || {
-                rpc.clone().close_session(request.clone()).await
-            })
-            .await?;
+        let ask = |mut rpc: Rpc, request| async move { rpc.close_session(request).await };
+        let answer = self.unary(self.call("CloseSession"), request, ask).await?;
         Ok(answer.snapshot)
     }
 
@@ -209,13 +194,8 @@ impl Client {
         after_sequence: u64,
     ) -> Result<v1::SnapshotInfo, ClientError> {
         let request = v1::SnapshotRequest { session_id: id.to_string(), after_sequence };
-        let rpc = self.rpc(CONTROL_BYTES);
-        let retry = self.shared.options.retry;
-        let answer = self
-            .unary("Snapshot", Repeat::Harmless, retry, async || {
-                rpc.clone().snapshot(request.clone()).await
-            })
-            .await?;
+        let ask = |mut rpc: Rpc, request| async move { rpc.snapshot(request).await };
+        let answer = self.unary(self.call("Snapshot"), request, ask).await?;
         answer.snapshot.ok_or_else(|| missing("Snapshot", "snapshot"))
     }
 
@@ -229,28 +209,34 @@ impl Client {
         let each = if include_gradients { 8 } else { 4 };
         let bytes = usize::try_from(adapter_parameters).unwrap_or(usize::MAX).saturating_mul(each);
         // Names and shapes are in the control part.
-        let rpc = self.rpc(bytes.saturating_add(CONTROL_BYTES));
-        let retry = self.shared.options.retry;
-        let answer = self
-            .unary("ExportAdapter", Repeat::Harmless, retry, async || {
-                rpc.clone().export_adapter(request.clone()).await
-            })
-            .await?;
+        let answer_bytes = bytes.saturating_add(CONTROL_BYTES);
+        let call = Call { answer_bytes, ..self.call("ExportAdapter") };
+        let ask = |mut rpc: Rpc, request| async move { rpc.export_adapter(request).await };
+        let answer = self.unary(call, request, ask).await?;
         ExportedAdapter::from_proto(answer)
     }
 
+    fn call(&self, name: &'static str) -> Call {
+        let retry = self.shared.options.retry;
+        Call { name, repeat: Repeat::Harmless, retry, answer_bytes: CONTROL_BYTES }
+    }
+
     /// Makes a unary call, again with backoff while the server is away.
-    async fn unary<T>(
+    async fn unary<Q: Clone, A, F>(
         &self,
-        name: &'static str,
-        repeat: Repeat,
-        retry: Retry,
-        call: impl AsyncFn() -> Result<tonic::Response<T>, Status>,
-    ) -> Result<T, ClientError> {
+        call: Call,
+        request: Q,
+        ask: impl Fn(Rpc, Q) -> F,
+    ) -> Result<A, ClientError>
+    where
+        F: Future<Output = Result<tonic::Response<A>, Status>>,
+    {
+        let Call { name, repeat, retry, answer_bytes } = call;
+        let rpc = self.rpc(answer_bytes);
         let mut backoff = Backoff::new(retry);
         let mut cause = String::new();
         while backoff.attempt().await {
-            let status = match call().await {
+            let status = match ask(rpc.clone(), request.clone()).await {
                 Ok(response) => return Ok(response.into_inner()),
                 Err(status) => status,
             };
@@ -327,6 +313,22 @@ fn to_endpoint(text: &str, options: &ClientOptions) -> Result<Endpoint, ClientEr
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Compiled, not run: whatever a session can do, it can do in a task of its own.
+    #[allow(dead_code)]
+    fn sessions_run_in_tasks(client: Client, session: Session, open: OpenSession) {
+        tokio::spawn(async move {
+            client.describe().await?;
+            client.list_sessions().await?;
+            client.open(open).await?;
+            client.restore(session.id(), None).await?;
+            client.close_session(session.id(), false).await?;
+            session.step(1e-3, 1.0).await?.await?;
+            session.snapshot().await?;
+            session.export().await?;
+            session.close(false).await
+        });
+    }
 
     #[test]
     fn addresses_with_and_without_a_scheme() {
