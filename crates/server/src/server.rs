@@ -163,6 +163,7 @@ impl RunningServer {
     pub async fn drain(self, timeout: Duration) -> usize {
         let begun = Instant::now();
         tracing::info!(timeout_seconds = timeout.as_secs_f64(), "draining");
+        self.registry.begin_drain();
         set_health(&self.health, ServingStatus::NotServing).await;
         // Some of the time is for writing.
         let reserve = (timeout / 4).min(Duration::from_secs(5));
