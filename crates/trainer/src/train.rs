@@ -174,7 +174,9 @@ impl Run {
 
     /// Trains to the last step, or until it is asked to end.
     async fn go_on(&mut self, cancel: &CancelToken) -> Result<(), TrainError> {
-        if self.step == 0 {
+        // Not again after a resumption: every frame counts in the numbers of those after it, and
+        // dropout masks depend on the numbers.
+        if self.step == 0 && self.saved.is_none() {
             self.evaluate().await?;
             self.sample().await?;
         }
