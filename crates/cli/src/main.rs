@@ -9,6 +9,7 @@ mod train;
 mod verify;
 
 use clap::{Parser, Subcommand};
+use std::io::IsTerminal;
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 
@@ -61,7 +62,11 @@ fn main() -> ExitCode {
             None => EnvFilter::try_from_default_env()
                 .unwrap_or_else(|_| EnvFilter::new(cli.command.default_log())),
         };
-        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+        tracing_subscriber::fmt()
+            .with_env_filter(filter)
+            .with_ansi(std::io::stderr().is_terminal())
+            .with_writer(std::io::stderr)
+            .init();
         cli.command.run()
     }) {
         Ok(code) => return code,

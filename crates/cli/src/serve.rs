@@ -24,7 +24,7 @@ pub fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
         .enable_all()
         .build()
         .context("cannot start threads")?;
-    let drained = runtime.block_on(async {
+    let lost = runtime.block_on(async {
         // Before the server starts, so that no signal finds the default handler.
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
@@ -40,7 +40,12 @@ pub fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
     })?;
     // Whatever is left does not hold the process.
     runtime.shutdown_background();
-    tracing::info!(?drained, "ended");
+    anyhow::ensure!(
+        lost == 0,
+        "{lost} sessions could not be saved within drain.timeout_seconds = {}; they are at their last snapshot",
+        timeout.as_secs_f64()
+    );
+    tracing::info!("every session is saved");
     Ok(ExitCode::SUCCESS)
 }
 

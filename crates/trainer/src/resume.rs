@@ -19,7 +19,7 @@ impl Run {
     /// After the server came back in an older state: back to the newest checkpoint whose snapshot it
     /// still has, or to the beginning. The steps after that are replayed exactly.
     pub async fn go_back(&mut self, cause: &ClientError) -> Result<(), TrainError> {
-        tracing::warn!(%cause, "the server rolled back");
+        tracing::info!(%cause, "the server rolled back");
         let own = self.session.id().to_string();
         let mut refused = Vec::new();
         let mut known = checkpoint::list(&self.options.output_dir)?;
