@@ -58,7 +58,7 @@ pub struct SnapshotRecord {
 }
 
 /// Hex blake3 of a blob's content.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct BlobName(String);
 
@@ -216,8 +216,8 @@ impl Store {
         };
         // Asked twice for the same point, as after a lost answer: it is there already.
         if let Some(head) = record.head().filter(|head| is_same(head, &snapshot)) {
-            let unnamed = snapshot.blobs().filter(|blob| !references.contains_key(blob));
-            unnamed.map(|blob| self.delete_blob(blob)).collect::<Result<(), _>>()?;
+            let mut unnamed = snapshot.blobs().filter(|blob| !references.contains_key(blob));
+            unnamed.try_for_each(|blob| self.delete_blob(blob))?;
             return Ok(head.clone());
         }
         record.n_snapshots += 1;

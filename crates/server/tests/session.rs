@@ -135,8 +135,7 @@ fn step() -> Ask {
 }
 
 async fn export(rpc: &mut Rpc, session: &str) -> v1::ExportAdapterResponse {
-    let request =
-        v1::ExportAdapterRequest { session_id: session.into(), include_gradients: true };
+    let request = v1::ExportAdapterRequest { session_id: session.into(), include_gradients: true };
     rpc.export_adapter(request).await.unwrap().into_inner()
 }
 
@@ -171,7 +170,8 @@ async fn a_drained_and_restarted_session_goes_on_with_the_same_numbers() {
     assert_eq!(stream.refused(2, backward(7, 5)).await, v1::ErrorCode::Sequence);
     assert_eq!(export(&mut rpc, &session).await, before);
 
-    let taken = |after_sequence| v1::SnapshotRequest { session_id: session.clone(), after_sequence };
+    let taken =
+        |after_sequence| v1::SnapshotRequest { session_id: session.clone(), after_sequence };
     let error = rpc.snapshot(taken(2)).await.unwrap_err();
     assert_eq!(error.code(), tonic::Code::FailedPrecondition);
     let snapshot = rpc.snapshot(taken(3)).await.unwrap().into_inner().snapshot.unwrap();
@@ -306,10 +306,7 @@ async fn an_opening_that_does_not_fit_names_both_sides() {
             lora: Some(v1::LoraConfig { target_modules: vec!["q_prj".into()], ..lora.clone() }),
             ..fine.clone()
         },
-        v1::OpenSessionRequest {
-            lora: Some(v1::LoraConfig { r: 1000, ..lora }),
-            ..fine.clone()
-        },
+        v1::OpenSessionRequest { lora: Some(v1::LoraConfig { r: 1000, ..lora }), ..fine.clone() },
     ] {
         let status = rpc.open_session(wrong).await.unwrap_err();
         refusals.push((status.code(), status.message().to_string()));
@@ -324,5 +321,43 @@ async fn an_opening_that_does_not_fit_names_both_sides() {
         assert_eq!(*code, expected, "{text}");
         assert!(words.iter().all(|word| text.contains(word)), "{text}");
     }
+    assert_eq!(server.drain(PATIENCE).await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_has_said_all_gets_its_answers() {
+    let store = tempfile::tempdir().unwrap();
+    let (server, mut rpc) = start(store.path()).await;
+    let session = open(&mut rpc).await;
+    let Stream { out, mut answers, .. } = Stream::attach(&mut rpc, &session, 0).await;
+    for (sequence, body) in [(1, forward(1, 1)), (2, backward(1, 5)), (3, step())] {
+        out.send(frame(sequence, body)).await.unwrap();
+    }
+    drop(out);
+    let mut sequences = Vec::new();
+    while let Some(answer) = answers.message().await.unwrap() {
+        assert!(!matches!(answer.body, Some(Answer::Error(_))), "{answer:?}");
+        sequences.push(answer.sequence);
+    }
+    assert_eq!(sequences, [1, 2, 3]);
+    assert_eq!(server.drain(PATIENCE).await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gradient_that_overflows_changes_nothing_but_uses_its_tape() {
+    let store = tempfile::tempdir().unwrap();
+    let (server, mut rpc) = start(store.path()).await;
+    let session = open(&mut rpc).await;
+    let mut stream = Stream::attach(&mut rpc, &session, 0).await;
+    stream.train(1).await;
+    stream.ask(4, forward(2, 1)).await;
+    let before = export(&mut rpc, &session).await;
+    let huge = HostTensor::from_f32(&[3e38; 5 * HIDDEN], vec![5, HIDDEN], WireDType::F32);
+    let huge = Ask::Backward(v1::Backward { microbatch: 2, grad: Some(huge.into_proto()) });
+    assert_eq!(stream.refused(5, huge).await, v1::ErrorCode::Invalid);
+    assert_eq!(export(&mut rpc, &session).await, before);
+    assert_eq!(stream.refused(5, backward(2, 5)).await, v1::ErrorCode::Microbatch);
+    stream.train(5).await;
+    drop(stream);
     assert_eq!(server.drain(PATIENCE).await, 0);
 }

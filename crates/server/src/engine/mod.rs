@@ -33,6 +33,7 @@ use worker::Worker;
 pub struct Engine {
     client: EngineClient,
     thread: JoinHandle<()>,
+    _end: AbortOnDrop,
 }
 
 /// What the rest of the server holds of the engine. Cloning is cheap.
@@ -60,6 +61,7 @@ pub struct EngineSession {
     client: EngineClient,
 }
 
+/// Ends the thread, and whoever waits for it.
 struct AbortOnDrop(Arc<Scheduler<Job>>);
 
 impl Drop for AbortOnDrop {
@@ -92,8 +94,9 @@ impl Engine {
         let spawned = std::thread::Builder::new().name(name.into()).spawn(body);
         let thread = spawned.map_err(|source| Error::Thread { name, source })?;
         let trunk = Arc::new(loaded.await.map_err(|_| Error::Gone { part: name })??);
-        let next_lane = Arc::default();
-        Ok(Engine { client: EngineClient { scheduler, trunk, stats, next_lane }, thread })
+        let (next_lane, end) = (Arc::default(), AbortOnDrop(scheduler.clone()));
+        let client = EngineClient { scheduler, trunk, stats, next_lane };
+        Ok(Engine { client, thread, _end: end })
     }
 
     /// To be handed around.
@@ -104,7 +107,8 @@ impl Engine {
     /// Runs what waits, then ends the thread. Blocks.
     pub fn join(self) {
         self.client.scheduler.close();
-        if self.thread.join().is_err() {
+        let Engine { thread, _end, .. } = self;
+        if thread.join().is_err() {
             tracing::error!("the engine thread had panicked");
         }
     }

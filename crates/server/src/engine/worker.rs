@@ -40,6 +40,7 @@ struct Slot {
 /// An open microbatch.
 struct OpenTape {
     tape: Tape,
+    bytes: u64,
     rows: Rows,
     dropout: Option<DropoutKey>,
     want_input_grad: bool,
@@ -147,7 +148,7 @@ impl Worker {
         let tapes = || self.slots.values().flat_map(|slot| slot.tapes.values());
         let adapter_bytes = self.slots.values().map(|slot| slot.adapters.bytes()).sum();
         stats.set(&stats.adapter_bytes, adapter_bytes);
-        stats.set(&stats.tape_bytes, tapes().map(|open| open.tape.bytes()).sum());
+        stats.set(&stats.tape_bytes, tapes().map(|open| open.bytes).sum());
         stats.set(&stats.n_tapes, tapes().count() as u64);
         stats.set(&stats.n_sessions, self.slots.len() as u64);
     }
@@ -189,7 +190,7 @@ impl Slot {
         let tape_bytes = tape.as_ref().map_or(0, Tape::bytes);
         if let Some(tape) = tape {
             let want_input_grad = work.want_input_grad;
-            let open = OpenTape { tape, rows, dropout, want_input_grad };
+            let open = OpenTape { tape, bytes: tape_bytes, rows, dropout, want_input_grad };
             self.tapes.insert(work.microbatch, open);
         }
         Ok(ForwardResult { hidden, tape_bytes, times: Times { queue, execute: begun.elapsed() } })
@@ -233,7 +234,7 @@ impl Slot {
         open: OpenTape,
         grad: &HostTensor,
     ) -> Result<(Option<HostTensor>, Tensor), Error> {
-        let OpenTape { tape, rows, dropout, want_input_grad } = open;
+        let OpenTape { tape, rows, dropout, want_input_grad, .. } = open;
         let grad = wire::upload(grad, part.kind(), part.device());
         let segment = Segment { rows: 0..rows.n_tokens(), adapter: Some(&self.adapters), dropout };
         let mut back = part.backward(tape, &grad, &rows, &[segment], want_input_grad);
@@ -312,5 +313,25 @@ impl Outcome for offshoot_adapters::AdapterState {}
 impl Outcome for BackwardResult {
     fn is_done(&self) -> bool {
         matches!(self, BackwardResult::Done { .. })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::sync::oneshot;
+
+    #[test]
+    fn a_panic_is_that_jobs_answer() {
+        let (reply, result) = oneshot::channel();
+        let done = answer(reply, "Step", || -> Result<StepResult, Error> {
+            let shape = [1, 2];
+            panic!("no such dimension in {shape:?}\nC++ stack");
+        });
+        assert!(!done);
+        let error = result.blocking_recv().unwrap().unwrap_err();
+        assert_eq!(error.label(), "panic");
+        let text = error.to_string();
+        assert!(text.contains("no such dimension in [1, 2]") && !text.contains("C++"), "{text}");
     }
 }

@@ -54,6 +54,9 @@ fn body_name(body: &Option<Body>) -> &'static str {
 /// Any other frame of a stream.
 pub fn frame(frame: v1::ClientFrame, rules: &FrameRules) -> Result<Frame, Error> {
     let v1::ClientFrame { sequence, acknowledged, body } = frame;
+    if sequence == 0 {
+        return Err(Error::Hello { found: format!("{} with sequence 0", body_name(&body)) });
+    }
     let digest = match &body {
         Some(body) => digest(body),
         None => return Err(Error::Missing { field: "the frame's body" }),

@@ -198,11 +198,11 @@ fn describe(engine: &EngineClient, limits: v1::Limits) -> v1::DescribeResponse {
 
 /// Resident set of this process; 0 where /proc is not there.
 fn resident_bytes() -> u64 {
-    let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
-    let pages: u64 = statm.split(' ').nth(1).and_then(|text| text.parse().ok()).unwrap_or(0);
-    // SAFETY: reads a constant of the system.
-    let page_bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
-    pages * u64::try_from(page_bytes).unwrap_or(0)
+    // Not statm: that counts pages, and their size cannot be asked for without unsafe code.
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let kilobytes = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let number = kilobytes.and_then(|text| text.trim().trim_end_matches(" kB").parse::<u64>().ok());
+    number.unwrap_or(0) * 1024
 }
 
 fn lora_config(spec: LoraSpec) -> v1::LoraConfig {

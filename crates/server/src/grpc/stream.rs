@@ -77,7 +77,12 @@ async fn read(
     loop {
         let frame = match frames.message().await {
             Ok(Some(frame)) => frame,
-            Ok(None) => return,
+            Ok(None) => {
+                // The client has said all that it will say and still reads: it gets its answers.
+                // Then all room is free but that for the last word.
+                let _ = answers.reserve_many(answers.max_capacity() - 1).await;
+                return;
+            }
             Err(status) => {
                 tracing::debug!(code = ?status.code(), "stream broke");
                 return;

@@ -5,7 +5,7 @@
 //! client that comes back while its session is being parked waits and then gets it revived. Frames
 //! do not come this way: a stream holds its actor's address.
 
-mod drain;
+mod parking;
 mod snapshot;
 
 pub use snapshot::to_proto as snapshot_info;
@@ -14,8 +14,8 @@ use crate::engine::{Admitted, EngineClient, Exported, Plan, Start};
 use crate::error::Error;
 use crate::pool::ActorPool;
 use crate::session::{
-    Attach, Cut, DRAIN_RETRY, Export, Info, Keep, Permit, Reason, Resume, Retire, SessionActor,
-    SessionId, SessionSeed, SessionView, StreamEnds,
+    Attach, DRAIN_RETRY, Export, Info, Permit, Reason, Resume, Retire, SessionActor, SessionId,
+    SessionSeed, SessionView, StreamEnds,
 };
 use crate::store::{Record, SnapshotRecord, Store};
 use actix::{Actor, Addr};
@@ -111,7 +111,7 @@ impl Registry {
             idle,
             draining: AtomicBool::new(false),
         });
-        tokio::spawn(drain::park_expired(Arc::downgrade(&registry), expired));
+        tokio::spawn(parking::park_expired(Arc::downgrade(&registry), expired));
         registry
     }
 
@@ -273,42 +273,6 @@ impl Registry {
         blocking(move || store.forget(id)).await?;
         tracing::info!(session = %id, "session forgotten");
         Ok(None)
-    }
-
-    /// Snapshots a live session and takes it off the device. If it cannot be made durable, it
-    /// stays.
-    async fn park(
-        &self,
-        id: SessionId,
-        slot: &mut Option<Live>,
-        reason: Reason,
-    ) -> Result<SnapshotRecord, Error> {
-        let live = live(slot).ok_or(Error::Gone { part: "session" })?;
-        let actor = live.actor.clone();
-        match self.write_cut(id, live, reason).await {
-            Ok(snapshot) => {
-                retire(slot.take()).await;
-                Ok(snapshot)
-            }
-            // It was not ended, or not by this.
-            Err(Error::Busy) => Err(Error::Busy),
-            Err(error) => {
-                actor.send(Keep).await.map_err(gone)?;
-                Err(error)
-            }
-        }
-    }
-
-    async fn write_cut(
-        &self,
-        id: SessionId,
-        live: &Live,
-        reason: Reason,
-    ) -> Result<SnapshotRecord, Error> {
-        let cut = live.actor.send(Cut { reason }).await.map_err(gone)??;
-        let copied = snapshot::Copied { adapters: cut.adapters, resume: cut.resume };
-        let store = self.store.clone();
-        blocking(move || store.add_snapshot(id, copied.encode())).await
     }
 
     /// The session on the device, brought back from the store if need be.

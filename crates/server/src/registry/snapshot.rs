@@ -110,6 +110,22 @@ mod tests {
     use super::*;
     use offshoot_proto::v1::{StepDone, server_frame::Body};
 
+    fn record() -> Record {
+        Record {
+            name: String::new(),
+            lora: Default::default(),
+            adamw: Default::default(),
+            seed: 0,
+            wire_dtype: "bf16".into(),
+            fingerprint: "abc".into(),
+            split_point_1: 1,
+            split_point_2: 3,
+            head: String::new(),
+            snapshots: Vec::new(),
+            n_snapshots: 0,
+        }
+    }
+
     #[test]
     fn a_session_survives_encoding() {
         let answer = |sequence| Recorded {
@@ -129,23 +145,47 @@ mod tests {
         let new = Copied { adapters: adapters.clone(), resume: resume.clone() }.encode();
         let dir = tempfile::tempdir().unwrap();
         let store = crate::store::Store::open(dir.path(), 2).unwrap();
-        let record = Record {
-            name: String::new(),
-            lora: Default::default(),
-            adamw: Default::default(),
-            seed: 0,
-            wire_dtype: "bf16".into(),
-            fingerprint: "abc".into(),
-            split_point_1: 1,
-            split_point_2: 3,
-            head: String::new(),
-            snapshots: Vec::new(),
-            n_snapshots: 0,
-        };
-        let taken = store.create(SessionId::new(), record, new).unwrap();
+        let taken = store.create(SessionId::new(), record(), new).unwrap();
         let back = Copied::decode(store.read(&taken).unwrap()).unwrap();
         assert_eq!(back.adapters, adapters);
         assert_eq!(back.resume, resume);
+    }
+
+    #[test]
+    fn a_snapshot_of_another_trunk_is_refused_and_says_what_differs() {
+        let trunk = TrunkInfo {
+            model_name: "m".into(),
+            model_type: "llama".into(),
+            fingerprint: "abc".into(),
+            n_layers: 4,
+            layers: 1..3,
+            hidden_size: 8,
+            compute_dtype: crate::config::ComputeDType::F32,
+            device: "cpu".into(),
+            lora_modules: Vec::new(),
+            default_targets: Vec::new(),
+            weights_bytes: 0,
+            parameters_per_rank: 0,
+        };
+        let snapshot = SnapshotRecord {
+            id: "1-step0".into(),
+            step: 0,
+            sequence: 0,
+            n_accumulated: 0,
+            state: Default::default(),
+            answers: None,
+            bytes: 0,
+        };
+        let session = SessionId::new();
+        let text = |record: &Record| match check(session, record, &snapshot, &trunk) {
+            Ok(()) => String::new(),
+            Err(error) => error.to_string(),
+        };
+        assert_eq!(text(&record()), "");
+        let other = text(&Record { fingerprint: "xyz".into(), ..record() });
+        assert!(["fingerprint", "xyz", "abc"].iter().all(|word| other.contains(word)), "{other}");
+        let other = text(&Record { split_point_2: 4, ..record() });
+        assert!(["range of layers", "1..4", "1..3"].iter().all(|w| other.contains(w)), "{other}");
     }
 
     #[test]

@@ -147,7 +147,7 @@ impl SessionActor {
     }
 
     fn answer(&mut self, permit: Permit, answer: ServerFrame) {
-        self.outbox.push(Pending::Ready { permit, answer: Box::new(answer) });
+        self.outbox.push_ready(permit, answer);
     }
 
     fn run(&mut self, ticket: Ticket, frame: Frame, permit: Permit, ctx: &mut Context<Self>) {

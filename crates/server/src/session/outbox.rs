@@ -82,6 +82,17 @@ pub(super) enum Pending {
     Cut { id: u64, asked: CutAsked, state: Option<Result<AdapterState, Error>> },
 }
 
+impl Pending {
+    /// Whether the stream that there is now waits for it.
+    fn is_asked(&self) -> bool {
+        match self {
+            Pending::Ready { .. } => true,
+            Pending::Frame { permit, .. } => permit.is_some(),
+            Pending::Cut { .. } => false,
+        }
+    }
+}
+
 /// Who wants a copy, and of which point.
 pub(super) struct CutAsked {
     /// The last frame that is to be in it.
@@ -105,6 +116,14 @@ pub(super) struct Outbox(VecDeque<Pending>);
 impl Outbox {
     pub fn push(&mut self, pending: Pending) {
         self.0.push_back(pending);
+    }
+
+    /// An answer that is ready at once. It stands behind all that this stream has asked for, and
+    /// before frames of an earlier stream that this one has not sent again yet: those will be asked
+    /// for later, so they are answered later.
+    pub fn push_ready(&mut self, permit: Permit, answer: ServerFrame) {
+        let asked = self.0.iter().rposition(Pending::is_asked).map_or(0, |last| last + 1);
+        self.0.insert(asked, Pending::Ready { permit, answer: Box::new(answer) });
     }
 
     /// The engine is done with a frame.
@@ -172,5 +191,53 @@ impl Outbox {
             }
             Pending::Cut { asked, state, .. } => Some(Next::Cut { asked, state: state? }),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::frame::{Effect, Head};
+    use super::super::state::{Admission, FrameLimits, Resume, SessionState};
+    use super::*;
+
+    #[test]
+    fn a_recorded_answer_does_not_wait_for_frames_that_come_again_later() {
+        let limits = FrameLimits { max_frames_in_flight: 9, max_open_microbatches: 9 };
+        let mut state = SessionState::new(limits, Resume::default());
+        let mut outbox = Outbox::default();
+        let tickets = [1, 2, 3].map(|sequence| {
+            let head = Head { sequence, acknowledged: 0, digest: [0; 32], effect: Effect::Nothing };
+            let Ok(Admission::Run(ticket)) = state.admit(&head) else { panic!("it is in order") };
+            outbox.push(Pending::Frame { ticket, sequence, permit: None, answer: None });
+            ticket
+        });
+        let (stream, mut answers) = mpsc::channel(9);
+        let permit = || stream.clone().try_reserve_owned().unwrap();
+        let refusal = |sequence| Error::TakenOver.to_frame(sequence);
+
+        // Frame 1 is settled meanwhile. The new stream sends 1 and 2 again, and something wrong.
+        outbox.answered(tickets[0], Answer::Step(Err(Error::TakenOver)));
+        assert!(matches!(outbox.next(), Some(Next::Frame { sequence: 1, permit: None, .. })));
+        outbox.push_ready(permit(), refusal(1));
+        outbox.redirect(tickets[1], permit());
+        outbox.push_ready(permit(), refusal(77));
+        for ticket in &tickets[1..] {
+            outbox.answered(*ticket, Answer::Step(Err(Error::TakenOver)));
+        }
+        while let Some(next) = outbox.next() {
+            match next {
+                Next::Ready { permit, answer } => drop(permit.send(Ok(*answer))),
+                Next::Frame { permit: Some(permit), sequence, .. } => {
+                    drop(permit.send(Ok(refusal(sequence))));
+                }
+                Next::Frame { permit: None, sequence, .. } => assert_eq!(sequence, 3),
+                Next::Cut { .. } => panic!("nobody asked for one"),
+            }
+        }
+        let mut came = Vec::new();
+        while let Ok(Ok(answer)) = answers.try_recv() {
+            came.push(answer.sequence);
+        }
+        assert_eq!(came, [1, 2, 77]);
     }
 }

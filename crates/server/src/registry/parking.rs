@@ -1,6 +1,9 @@
-use super::{Registry, live};
+//! How sessions leave the device: copied, made durable, and only then ended.
+
+use super::{Live, Registry, blocking, gone, live, retire, snapshot};
 use crate::error::Error;
-use crate::session::{DrainWhenQuiet, Reason, SessionId};
+use crate::session::{Cut, DrainWhenQuiet, Keep, Reason, SessionId};
+use crate::store::SnapshotRecord;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use tokio::sync::mpsc;
@@ -26,6 +29,42 @@ pub(super) async fn park_expired(registry: Weak<Registry>, mut expired: mpsc::Re
 }
 
 impl Registry {
+    /// Snapshots a live session and takes it off the device. If it cannot be made durable, it
+    /// stays.
+    pub(super) async fn park(
+        &self,
+        id: SessionId,
+        slot: &mut Option<Live>,
+        reason: Reason,
+    ) -> Result<SnapshotRecord, Error> {
+        let live = live(slot).ok_or(Error::Gone { part: "session" })?;
+        let actor = live.actor.clone();
+        match self.write_cut(id, live, reason).await {
+            Ok(snapshot) => {
+                retire(slot.take()).await;
+                Ok(snapshot)
+            }
+            // It was not ended, or not by this.
+            Err(Error::Busy) => Err(Error::Busy),
+            Err(error) => {
+                actor.send(Keep).await.map_err(gone)?;
+                Err(error)
+            }
+        }
+    }
+
+    pub(super) async fn write_cut(
+        &self,
+        id: SessionId,
+        live: &Live,
+        reason: Reason,
+    ) -> Result<SnapshotRecord, Error> {
+        let cut = live.actor.send(Cut { reason }).await.map_err(gone)??;
+        let copied = snapshot::Copied { adapters: cut.adapters, resume: cut.resume };
+        let store = self.store.clone();
+        blocking(move || store.add_snapshot(id, copied.encode())).await
+    }
+
     /// Takes no new sessions from now on, and live ones only until they are parked.
     pub fn begin_drain(&self) {
         self.draining.store(true, Ordering::Relaxed);
