@@ -277,3 +277,43 @@ async fn repeat(
     }
     first
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_stays_away_is_given_up() {
+    let server = TestServer::start().await;
+    let endpoint = server.endpoint();
+    let retry = Retry { max_elapsed: Duration::from_millis(100), ..quick().retry };
+    let options = ClientOptions { retry, ..quick() };
+    let client = Client::connect_with(&endpoint, options).await.unwrap();
+    let h = client.describe().await.unwrap().hidden_size;
+    let session = client.open(open_request(&client).await.unwrap()).await.unwrap();
+    session.evaluate(input(1, &[3], h)).await.unwrap();
+    server.drain().await;
+    let error = session.evaluate(input(1, &[3], h)).await.unwrap_err();
+    println!("{error}");
+    assert!(matches!(error, ClientError::Unreachable { .. }), "{error}");
+    assert!(error.to_string().contains(&endpoint), "{error}");
+    let error = client.list_sessions().await.unwrap_err();
+    assert!(matches!(error, ClientError::Unreachable { .. }), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_queue_is_waited_out() {
+    let (expected, adapter) = undisturbed(3).await;
+    let server = TestServer::start_limited(|limits| limits.max_queued_jobs = 1).await;
+    let client = Client::connect_with(&server.endpoint(), quick()).await.unwrap();
+    let h = client.describe().await.unwrap().hidden_size;
+    let mut running = tokio::task::JoinSet::new();
+    for _ in 0..3 {
+        let session = client.open(open_request(&client).await.unwrap()).await.unwrap();
+        running.spawn(async move {
+            let numbers = train(&session, h, 0..3).await.unwrap();
+            (numbers, session.export().await.unwrap())
+        });
+    }
+    for (numbers, exported) in running.join_all().await {
+        assert!(numbers == expected, "a number differs from the uninterrupted run's");
+        assert_same_adapter(&exported, &adapter);
+    }
+    server.drain().await;
+}

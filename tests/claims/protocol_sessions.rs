@@ -1,24 +1,45 @@
 //! The life of sessions: leases, takeover, limits, snapshots.
 
-use offshoot_client::{Client, ClientError, ClientOptions, ErrorCode, Retry, SessionState};
+use offshoot_client::{
+    Client, ClientError, ClientOptions, ErrorCode, ForwardInput, HostTensor, MemoryReport, Retry,
+    SessionInfo, SessionState, WireDType,
+};
 use offshoot_tests::proxy::Proxy;
 use offshoot_tests::raw::{self, RawStream};
 use offshoot_tests::run::{assert_same_adapter, input, open_request, train};
 use offshoot_tests::{TestServer, server_config};
 use std::time::Duration;
+use tokio::time::Instant;
 
-/// Until the server's only session is parked.
-async fn parked(client: &Client) {
-    let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
+/// Asks the server until its only session is in this state.
+async fn until(client: &Client, state: SessionState) -> SessionInfo {
+    let deadline = Instant::now() + Duration::from_secs(30);
     loop {
-        let sessions = client.list_sessions().await.unwrap();
+        let mut sessions = client.list_sessions().await.unwrap();
         assert_eq!(sessions.len(), 1);
-        if sessions[0].state == SessionState::Parked {
-            assert_eq!((sessions[0].adapter_bytes, sessions[0].tape_bytes), (0, 0));
-            return;
+        let session = sessions.remove(0);
+        if session.state == state {
+            return session;
         }
-        assert!(tokio::time::Instant::now() < deadline, "{:?}", sessions[0]);
-        tokio::task::yield_now().await;
+        assert!(Instant::now() < deadline, "{session:?}");
+    }
+}
+
+async fn until_parked(client: &Client) {
+    let session = until(client, SessionState::Parked).await;
+    assert_eq!((session.adapter_bytes, session.tape_bytes), (0, 0));
+}
+
+/// Asks the server until it counts so many bytes of adapters and of tapes: it counts after it has
+/// answered.
+async fn until_bytes(client: &Client, adapters: u64, tapes: u64) -> MemoryReport {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        let memory = client.describe().await.unwrap().memory;
+        if (memory.adapter_bytes, memory.tape_bytes) == (adapters, tapes) {
+            return memory;
+        }
+        assert!(Instant::now() < deadline, "{memory:?}, not {adapters} and {tapes}");
     }
 }
 
@@ -36,7 +57,7 @@ async fn a_vanished_client_is_parked_and_comes_back() {
     let expected = train(&session, h, 0..4).await.unwrap();
     let adapter = session.export().await.unwrap();
     session.close(true).await.unwrap();
-    assert_eq!(watcher.describe().await.unwrap().memory.adapter_bytes, 0);
+    until_bytes(&watcher, 0, 0).await;
 
     let proxy = Proxy::start(server.address()).await.unwrap();
     let retry = Retry { first_delay: Duration::from_millis(2), ..Retry::default() };
@@ -50,9 +71,8 @@ async fn a_vanished_client_is_parked_and_comes_back() {
     // Cut off for longer than the lease: the bytes come back, and then the client does.
     proxy.set_upstream(None);
     proxy.cut();
-    parked(&watcher).await;
-    let memory = watcher.describe().await.unwrap().memory;
-    assert_eq!((memory.adapter_bytes, memory.tape_bytes, memory.live_sessions), (0, 0, 0));
+    until_parked(&watcher).await;
+    assert_eq!(until_bytes(&watcher, 0, 0).await.live_sessions, 0);
     proxy.set_upstream(Some(server.address()));
     let second = train(&session, h, 2..3).await.unwrap();
 
@@ -60,7 +80,7 @@ async fn a_vanished_client_is_parked_and_comes_back() {
     session.settle().await.unwrap();
     let id = session.id().clone();
     drop((session, client));
-    parked(&watcher).await;
+    until_parked(&watcher).await;
     let (session, restored) = watcher.restore(&id, None).await.unwrap();
     assert_eq!(restored.snapshot.step, 3);
     let third = train(&session, h, 3..4).await.unwrap();
@@ -88,8 +108,8 @@ async fn parked_in_the_middle_of_a_microbatch_rolls_back() {
     assert!(report.tape_bytes > 0);
     proxy.set_upstream(None);
     proxy.cut();
-    parked(&watcher).await;
-    assert_eq!(watcher.describe().await.unwrap().memory.tape_bytes, 0);
+    until_parked(&watcher).await;
+    until_bytes(&watcher, 0, 0).await;
     proxy.set_upstream(Some(server.address()));
     let error = microbatch.backward(output).await.unwrap_err();
     let ClientError::RolledBack { lost_microbatches, .. } = &error else { panic!("{error}") };
@@ -208,7 +228,7 @@ async fn closed_sessions_can_be_taken_up_and_forgotten_ones_not() {
     assert_eq!(sessions.len(), 1);
     assert_eq!((&sessions[0].id, sessions[0].state), (&id, SessionState::Parked));
     assert_eq!(sessions[0].snapshots.last(), Some(&parked));
-    assert_eq!(client.describe().await.unwrap().memory.adapter_bytes, 0);
+    until_bytes(&client, 0, 0).await;
 
     let (session, restored) = client.restore(&id, None).await.unwrap();
     assert_eq!(restored.snapshot, parked);
@@ -225,5 +245,70 @@ async fn closed_sessions_can_be_taken_up_and_forgotten_ones_not() {
     assert_eq!(session.close(true).await.unwrap(), None);
     let error = client.restore(&id, None).await.err().unwrap();
     assert_eq!(error.code(), Some(ErrorCode::NotFound), "{error}");
+    server.drain().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dropped_session_finishes_its_steps() {
+    let server = TestServer::start().await;
+    let client = Client::connect(&server.endpoint()).await.unwrap();
+    let h = client.describe().await.unwrap().hidden_size;
+    let session = client.open(open_request(&client).await.unwrap()).await.unwrap();
+    train(&session, h, 0..3).await.unwrap();
+    drop(session);
+    assert_eq!(until(&client, SessionState::Detached).await.step, 3);
+    server.drain().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tapes_are_counted_and_given_back() {
+    let server = TestServer::start().await;
+    let client = Client::connect(&server.endpoint()).await.unwrap();
+    let h = client.describe().await.unwrap().hidden_size;
+    let session = client.open(open_request(&client).await.unwrap()).await.unwrap();
+    let (output, first, report) = session.forward(input(1, &[4, 3], h)).await.unwrap();
+    let (_, second, other) = session.forward(input(2, &[9], h)).await.unwrap();
+    assert!(report.tape_bytes > 0 && other.tape_bytes > report.tape_bytes);
+    assert!(report.round_trip >= report.queue + report.execute && !report.execute.is_zero());
+    let adapters = client.list_sessions().await.unwrap()[0].adapter_bytes;
+    let both = report.tape_bytes + other.tape_bytes;
+    let memory = until_bytes(&client, adapters, both).await;
+    assert_eq!((memory.open_microbatches, memory.live_sessions), (2, 1));
+    assert_eq!(client.list_sessions().await.unwrap()[0].tape_bytes, both);
+    let gradients = first.backward(output).await.unwrap();
+    assert_eq!(gradients.input.unwrap().shape(), [7, h]);
+    session.evaluate(input(3, &[5], h)).await.unwrap();
+    until_bytes(&client, adapters, other.tape_bytes).await;
+    let grad = HostTensor::from_f32(&vec![0.0; 9 * h], vec![9, h], WireDType::F32);
+    second.backward(grad).await.unwrap();
+    until_bytes(&client, adapters, 0).await;
+    session.step(0.1, 1.0).await.unwrap().await.unwrap();
+    server.drain().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_wire_dtype_is_kept() {
+    let server = TestServer::start().await;
+    let client = Client::connect(&server.endpoint()).await.unwrap();
+    let h = client.describe().await.unwrap().hidden_size;
+    let mut request = open_request(&client).await.unwrap();
+    let wide = client.open(request.clone()).await.unwrap();
+    request.wire_dtype = WireDType::Bf16;
+    let narrow = client.open(request).await.unwrap();
+    let id = narrow.id().clone();
+    let good = input(1, &[4, 3], h);
+    let rounded = HostTensor::from_f32(&good.hidden.to_f32(), vec![7, h], WireDType::Bf16);
+    let exact = HostTensor::from_f32(&rounded.to_f32(), vec![7, h], WireDType::F32);
+    let expected = wide.evaluate(ForwardInput { hidden: exact, ..good.clone() }).await.unwrap();
+    let expected = HostTensor::from_f32(&expected.to_f32(), vec![7, h], WireDType::Bf16);
+
+    let narrow_input = ForwardInput { hidden: rounded, ..good.clone() };
+    assert!(narrow.evaluate(narrow_input.clone()).await.unwrap() == expected);
+    let error = narrow.evaluate(good).await.unwrap_err();
+    assert!(error.to_string().contains("bf16") && error.to_string().contains("f32"), "{error}");
+    narrow.close(false).await.unwrap();
+    let (narrow, restored) = client.restore(&id, None).await.unwrap();
+    assert_eq!((restored.wire_dtype, narrow.wire_dtype()), (WireDType::Bf16, WireDType::Bf16));
+    assert!(narrow.evaluate(narrow_input).await.unwrap() == expected);
     server.drain().await;
 }
