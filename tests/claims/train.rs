@@ -166,6 +166,26 @@ async fn loss_falls_and_files_are_there() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_client_without_layers_trains_the_trunk() {
+    let place = Place::new();
+    let mut config = place.server();
+    (config.model.split_point_1, config.model.split_point_2) = (0, 4);
+    let server = TestServer::start_with(config).await;
+    let mut options = place.options(&server, "straight");
+    options.lora.target_modules = vec!["all-linear".into()];
+    let straight = run(options.clone()).await;
+    let adapter = peft::read_dir(&straight.adapter.clone().unwrap()).unwrap();
+    assert_eq!(adapter.tensors.len(), 4 * 7 * 2);
+    // PEFT takes names of modules, not the word.
+    assert_eq!(adapter.spec.target_modules.len(), 7);
+    options.output_dir = place.dir.path().join("branch");
+    let eight = straight.checkpoint.with_file_name("checkpoint_step_8");
+    options.resume = Some(eight.display().to_string());
+    assert_eq!(run(options).await.losses, straight.losses[8..]);
+    server.drain().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_large_step_in_small_pieces_is_the_same_step() {
     let place = Place::new();
     let mut losses = Vec::new();

@@ -185,6 +185,7 @@ impl ServeArgs {
 }
 
 #[cfg(test)]
+#[expect(clippy::result_large_err, reason = "figment's Jail wants its own error")]
 mod tests {
     use super::*;
     use crate::{Cli, Command};

@@ -7,35 +7,47 @@ pub enum TrainError {
     /// A line of a data file, or the whole file (`line` is none).
     #[error("{}: {problem}", place(path, line))]
     Data { path: PathBuf, line: Option<usize>, problem: String },
+    /// The files were read and nothing is left to learn.
     #[error("no sample to train on in {files}: {problem}")]
     NoSamples { files: String, problem: String },
+    /// A tokenizer's file or metadata, or a text that it cannot take.
     #[error("tokenizer {origin}: {problem}")]
     Tokenizer { origin: String, problem: String },
+    /// A conversation for a model that has no template for one.
     #[error(
         "this model has no chat template, and {wanted_for}. An Instruct model has one (in tokenizer_config.json or chat_template.jinja); for a base model use plain text or prompt and completion"
     )]
     NoChatTemplate { wanted_for: &'static str },
+    /// The template cannot be read, or refuses a conversation.
     #[error("the model's chat template: {problem}")]
     ChatTemplate { problem: String },
+    /// An option that no run, or not this run, can have.
     #[error("--{option} = {value}: {problem}")]
     Option { option: &'static str, value: String, problem: String },
     /// Client and server would not compute one model.
     #[error("the server does not fit: {problem}")]
     Mismatch { problem: String },
+    /// A directory that is no checkpoint, not of this run, or without its snapshot.
     #[error("checkpoint {}: {problem}", path.display())]
     Checkpoint { path: PathBuf, problem: String },
+    /// A file operation failed.
     #[error("{}: {source}", path.display())]
     Io { path: PathBuf, source: std::io::Error },
+    /// The server's tensors are not what was asked for.
     #[error("what the server sent does not fit: {problem}")]
     Answer { problem: String },
+    /// A number that is not finite.
     #[error(
         "the {what} is {value}: training has diverged. Lower --learning-rate, or lengthen --warmup-steps, and go on from the last checkpoint with --resume latest"
     )]
     Diverged { what: &'static str, value: f64 },
+    /// LoRA settings or adapter files.
     #[error(transparent)]
     Adapter(#[from] AdapterError),
+    /// Model files.
     #[error(transparent)]
     Model(#[from] offshoot_model::ModelError),
+    /// The connection, or what the server refused.
     #[error(transparent)]
     Client(#[from] offshoot_client::ClientError),
 }

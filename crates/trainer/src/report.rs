@@ -168,7 +168,7 @@ impl Reporter {
             bar.set_position(event.step);
             bar.set_message(format!("loss {:.4}", event.loss));
         }
-        let due = event.step % self.log_interval == 0 || event.step == self.n_steps;
+        let due = event.step.is_multiple_of(self.log_interval) || event.step == self.n_steps;
         if due || event.step == 1 {
             let Interval { seconds, n_steps, loss, tokens } = &self.interval;
             let text = format!(

@@ -1,3 +1,5 @@
+//! Text drawn from the split model, to see what it has learned.
+
 use crate::TrainError;
 use crate::data::Batch;
 use crate::split::SplitModel;

@@ -218,7 +218,8 @@ fn resolve_targets(lora: &LoraSpec, server: &ServerDescription, config: &ModelCo
     if lora.target_modules.is_empty() {
         lora.target_modules = server.default_target_modules.clone();
     }
-    if lora.target_modules.is_empty() {
+    // PEFT knows "all-linear" as a word of its own only, not in a list of modules.
+    if lora.target_modules.is_empty() || lora.target_modules.iter().any(|t| t == "all-linear") {
         lora.target_modules = config.default_targets();
     }
     lora

@@ -138,7 +138,7 @@ impl SplitModel {
         let input = forward_input(batch, &hidden, session, self.bottom.adapter.is_some());
         let (output, microbatch, report) = session.forward(input).await?;
 
-        let output = self.from_wire(&output, batch)?;
+        let output = self.receive(&output, batch)?;
         let (loss, top_tape) = self.above(&output, batch, &run, scale);
         if !loss.loss_sum.is_finite() {
             return Err(TrainError::Diverged { what: "loss", value: loss.loss_sum });
@@ -151,7 +151,7 @@ impl SplitModel {
                 problem: "a backward brought no gradient for the bottom, which asked for one"
                     .into(),
             })?;
-            let grad = self.from_wire(&grad, batch)?;
+            let grad = self.receive(&grad, batch)?;
             self.bottom.backward(bottom_tape, &grad, &run, false);
         }
         Ok(MicrobatchResult {
@@ -239,7 +239,7 @@ impl SplitModel {
             self.bottom.part.forward_eval(&hidden, &run.rows, &[run.segment(&self.bottom)])
         };
         let input = forward_input(batch, &hidden, session, false);
-        let output = self.from_wire(&session.evaluate(input).await?, batch)?;
+        let output = self.receive(&session.evaluate(input).await?, batch)?;
         let _guard = tch::no_grad_guard();
         Ok(self.top.part.forward_eval(&output, &run.rows, &[run.segment(&self.top)]))
     }
@@ -266,7 +266,7 @@ impl SplitModel {
     }
 
     /// Checked to be `[N, H]`, on the client's device in the client's dtype.
-    fn from_wire(&self, tensor: &HostTensor, batch: &Batch) -> Result<Tensor, TrainError> {
+    fn receive(&self, tensor: &HostTensor, batch: &Batch) -> Result<Tensor, TrainError> {
         let expected = [batch.n_tokens(), self.top.part.config().hidden_size as usize];
         if tensor.shape() != expected {
             let found = tensor.shape();
