@@ -61,7 +61,8 @@ def train(args):
     torch.set_num_threads(args.threads)
     torch.manual_seed(1)
     dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    model = AutoModelForCausalLM.from_pretrained(args.model, attn_implementation="sdpa", dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model, attn_implementation="sdpa", dtype=dtype)
     if model.config.model_type == "gpt2":
         targets = ["c_attn", "c_proj", "c_fc"]
     else:

@@ -73,11 +73,8 @@ def prepare(python):
         subprocess.run([python, "-W", "ignore", ROOT / "benches/peft_whole.py", "convert", gguf,
                         partial], check=True)
         partial.rename(folder)
-    # One paragraph: every sample that is cut from it, but the last, is full.
-    text = DEMO / "bench.txt"
-    words = (DEMO / "scribe.txt").read_text(encoding="utf-8").split()
-    text.write_text(" ".join(words) + "\n", encoding="utf-8")
-    return gguf, folder, text
+    # It has no blank line, so that every sample but the last is full.
+    return gguf, folder, DEMO / "scribe.txt"
 
 
 class Process:
@@ -141,8 +138,7 @@ def wait_ready(server):
 def run_offshoot(args, gguf, text, dtype, cores):
     with tempfile.TemporaryDirectory(dir=DEMO) as scratch:
         scratch = pathlib.Path(scratch)
-        # Two pools on the same cores: the one that waits must not spin.
-        environment = {"OMP_NUM_THREADS": str(args.threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        environment = {"OMP_NUM_THREADS": str(args.threads)}
         server = Process(
             [args.offshoot, "serve", "--model-name", gguf, *SPLIT, "--dtype", dtype,
              "--host=127.0.0.1", "--port=0"],
@@ -156,9 +152,8 @@ def run_offshoot(args, gguf, text, dtype, cores):
                 f"--server-port={port}", "--lora-rank=8", "--lora-alpha=16", "--lora-dropout=0",
                 f"--batch-size={args.batch}", f"--max-seq-length={args.seq}",
                 "--learning-rate=1e-4", f"--max-steps={n_steps}", "--log-interval=1",
-                f"--train-file={text}", f"--output-dir={scratch / 'out'}"]
-            if dtype != "f32":
-                command.append(f"--mixed-precision={dtype}")
+                f"--train-file={text}", f"--output-dir={scratch / 'out'}",
+                f"--dtype={dtype}", f"--wire-dtype={dtype}"]
             client = Process(command, cores, environment, scratch)
             return watch(args, dtype, server, client, scratch / "out/metrics.jsonl")
         finally:
@@ -219,7 +214,7 @@ def machine():
 
 def table(runs, tokens):
     """Medians over all measured steps of all rounds, and the ratio of the tokens per second."""
-    rows = ["| dtype | side | steps/s | tokens/s | rounds' medians, tokens/s | resident MB | peak MB |",
+    rows = ["| dtype | side | steps/s | tokens/s | tokens/s by round | resident MB | peak MB |",
             "|---|---|---|---|---|---|---|"]
     speed = {}
     for dtype in dict.fromkeys(r["dtype"] for r in runs):
@@ -288,9 +283,9 @@ def main():
 - Commit: {commit}
 - Machine: {machine()}; both sides pinned to {args.threads} cores, {args.threads} threads a process
 - Peer: {", ".join(PINNED)}
-- Speeds are medians over the measured steps ({args.steps} of each run, {args.rounds} rounds in turn,
-  after {args.warm} steps of warm-up). Resident is read during these steps, peak over the whole
-  process.
+- Speeds are medians over the measured steps ({args.steps} of each run, {args.rounds} rounds in
+  turn, after {args.warm} steps of warm-up). Resident is read during these steps, peak over the
+  whole process.
 - raw.jsonl has every step.
 """
     (out / "result.md").write_text(result)

@@ -3,7 +3,7 @@
     python3 texts.py PACKAGES OUT
 
 Writes to OUT: support.jsonl, support.eval.jsonl   {"prompt", "completion"} a line
-               scribe.txt, scribe.eval.txt         paragraphs, a blank line between two
+               scribe.txt, scribe.eval.txt         one paragraph a line
 Needs PyYAML in PACKAGES (its pure Python half is enough). The same packages give the same bytes.
 """
 
@@ -46,7 +46,7 @@ def support():
                          ("support.eval.jsonl", [p for p in pairs if p[0] in held_out])):
         with (OUT / name).open("w", encoding="utf-8") as f:
             for q, a in chosen:
-                row = {"prompt": f"Question: {q}\nAnswer:", "completion": f" {a}"}
+                row = {"prompt": q, "completion": a}
                 f.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -56,11 +56,12 @@ def scribe():
     text = source.read_text(encoding="utf-8").split('"""')[1]
     # Brackets mark words that the translators added.
     text = text.replace("[", "").replace("]", "")
-    # Long enough to fill most of a sample, short enough not to be cut.
+    # Without genealogies and speeches that fill pages.
     paragraphs = [p.strip() for p in text.splitlines() if 250 <= len(p.strip()) <= 600]
     random.Random(SEED).shuffle(paragraphs)
-    for name, chosen in (("scribe.txt", paragraphs[24:2024]), ("scribe.eval.txt", paragraphs[:24])):
-        (OUT / name).write_text("\n\n".join(chosen) + "\n", encoding="utf-8")
+    # No blank lines: the trainer takes the whole as one text, and every sample is full.
+    for name, chosen in (("scribe.txt", paragraphs[20:]), ("scribe.eval.txt", paragraphs[:20])):
+        (OUT / name).write_text("\n".join(chosen) + "\n", encoding="utf-8")
 
 
 OUT.mkdir(parents=True, exist_ok=True)

@@ -75,13 +75,23 @@ impl Metrics {
         let missing = |what| format!("team {} wrote no {what} to metrics.jsonl", team.name);
         Ok(TeamReport {
             team,
-            train_loss: ends(&losses).with_context(|| missing("training step"))?,
+            train_loss: mean_ends(&losses).with_context(|| missing("training step"))?,
             eval_loss: ends(&evals).with_context(|| missing("evaluation"))?,
             sample: ends(&samples).with_context(|| missing("sample"))?,
             tokens_per_second: n_tokens / seconds,
             adapter,
         })
     }
+}
+
+/// Steps whose mean is called the first, or the last, training loss: one batch says little.
+pub const LOSS_WINDOW: usize = 10;
+
+fn mean_ends(losses: &[f64]) -> Option<[f64; 2]> {
+    // Of a short run, one half is the beginning and the other the end.
+    let n = LOSS_WINDOW.min(losses.len().div_ceil(2));
+    let mean = |part: &[f64]| part.iter().sum::<f64>() / n as f64;
+    (n > 0).then(|| [mean(&losses[..n]), mean(&losses[losses.len() - n..])])
 }
 
 /// First and last.

@@ -33,22 +33,19 @@ pub struct Options {
     #[arg(long)]
     split_point_2: Option<u32>,
     /// Optimizer steps of each team
-    #[arg(long, default_value_t = 50)]
+    #[arg(long, default_value_t = 40)]
     steps: u32,
-    /// Sequences in a step
-    #[arg(long, default_value_t = 4)]
-    batch_size: u32,
     /// Tokens that a sequence is cut to
     #[arg(long, default_value_t = 128)]
     max_seq_length: u32,
     /// Highest learning rate of the schedule
-    #[arg(long, default_value_t = 1e-3)]
+    #[arg(long, default_value_t = 2e-3)]
     learning_rate: f64,
     /// dtype of the weights and products on both sides
     #[arg(long, default_value = "f32")]
     dtype: String,
     /// Both teams are asked to go on from this, before and after training
-    #[arg(long, default_value = "Question: My computer is slow. What should I do?\nAnswer:")]
+    #[arg(long, default_value = "My computer is slow.")]
     sample_prompt: String,
 }
 
@@ -59,6 +56,8 @@ pub struct Team {
     about: &'static str,
     train: &'static str,
     eval: &'static str,
+    /// Sequences in a step: both teams' steps have some 500 tokens.
+    batch_size: u32,
 }
 
 const TEAMS: [Team; 2] = [
@@ -67,12 +66,14 @@ const TEAMS: [Team; 2] = [
         about: "questions and answers",
         train: "support.jsonl",
         eval: "support.eval.jsonl",
+        batch_size: 16,
     },
     Team {
         name: "scribe",
         about: "the King James Bible",
         train: "scribe.txt",
         eval: "scribe.eval.txt",
+        batch_size: 4,
     },
 ];
 
@@ -189,7 +190,7 @@ fn client_arguments(
         "--lora-rank=8".into(),
         "--lora-alpha=16".into(),
         "--lora-dropout=0.05".into(),
-        format!("--batch-size={}", options.batch_size),
+        format!("--batch-size={}", team.batch_size),
         format!("--max-seq-length={}", options.max_seq_length),
         format!("--learning-rate={}", options.learning_rate),
         format!("--warmup-steps={warmup}"),
@@ -198,11 +199,9 @@ fn client_arguments(
         format!("--eval-interval={}", options.steps),
         "--log-interval=1".into(),
         format!("--sample-prompt={}", options.sample_prompt),
+        format!("--dtype={}", options.dtype),
         "--seed=1".into(),
     ]);
-    if options.dtype != "f32" {
-        arguments.push(format!("--mixed-precision={}", options.dtype));
-    }
     arguments
 }
 

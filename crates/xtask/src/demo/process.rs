@@ -28,8 +28,6 @@ impl Process {
             .stdin(Stdio::null())
             .stdout(file.try_clone()?)
             .stderr(file)
-            // Three processes share the cores: a pool that waits by spinning slows the others.
-            .env("OMP_WAIT_POLICY", "PASSIVE")
             .spawn()
             .with_context(|| format!("cannot start {}", binary().display()))?;
         Ok(Self { name, child, log: log.to_owned(), ended: None })

@@ -5,6 +5,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 
 use super::Team;
+use super::metrics::LOSS_WINDOW;
 
 pub struct Report {
     pub teams: Vec<TeamReport>,
@@ -60,9 +61,11 @@ impl Report {
             println!("{label:24}{:>22}{:>22}", cell(&self.teams[0]), cell(&self.teams[1]));
         };
         row("text", &|t| t.team.about.into());
-        row("training loss", &|t| change(t.train_loss));
+        row("training loss*", &|t| change(t.train_loss));
         row("evaluation loss", &|t| change(t.eval_loss));
         row("tokens per second", &|t| format!("{:.0}", t.tokens_per_second));
+
+        println!("* mean of the first and of the last {LOSS_WINDOW} steps (half of a shorter run)");
 
         println!("\nMemory of the server (resident)");
         let [none, one, two] = [0, 1, 2].map(|n| self.memory.median(n) / 1e6);
