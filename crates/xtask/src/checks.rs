@@ -1,6 +1,6 @@
 //! What has to pass before a change is ready.
 
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use anyhow::{Result, ensure};
 
@@ -10,24 +10,21 @@ use crate::setup;
 /// All tests. The runner's closing line is the last thing that it prints.
 pub fn test(args: &[String]) -> Result<()> {
     setup::libtorch()?;
-    // Several busy thread pools on few cores are far slower than one thread each.
-    let one_thread = |command: &mut Command| {
-        command.env("OMP_NUM_THREADS", "1");
+    let names_packages = args.iter().any(|arg| arg.starts_with("-p") || arg == "--package");
+    let scope: &[&str] = if names_packages { &[] } else { &["--workspace"] };
+    let tests = |verb: &[&str], args: &[String]| {
+        let mut command = cargo();
+        // Several busy thread pools on few cores are far slower than one thread each.
+        run(command.args(verb).args(scope).args(args).env("OMP_NUM_THREADS", "1"))
     };
-    // A filter for the tests is none for the examples in the docs.
+    if !has_nextest() {
+        return tests(&["test"], args);
+    }
+    // nextest leaves the examples in the docs out; a filter is for tests, not for them.
     if args.is_empty() {
-        let mut docs = cargo();
-        one_thread(&mut docs);
-        run(docs.args(["test", "--doc", "--workspace"]))?;
+        tests(&["test", "--doc"], args)?;
     }
-    let mut tests = cargo();
-    one_thread(&mut tests);
-    if has_nextest() {
-        tests.args(["nextest", "run", "--workspace"]);
-    } else {
-        tests.args(["test", "--workspace", "--all-targets"]);
-    }
-    run(tests.args(args))
+    tests(&["nextest", "run"], args)
 }
 
 fn has_nextest() -> bool {
