@@ -53,13 +53,18 @@ async fn split_equals_whole() {
         let reference = Reference::read(&fixture(family).join("reference.safetensors")).unwrap();
         // From the first layer; LoRA in all three parts; up to the last layer.
         for (s1, s2) in [(0, 2), (1, 3), (2, 4)] {
-            let subject = subject(family, s1, s2);
+            let mut subject = subject(family, s1, s2);
             let store = tempfile::tempdir().unwrap();
             let (server, client) = serve(family, subject.split, store.path()).await;
             let split = subject.split(&client).await.unwrap();
             let what = format!("{family} cut at {s1} and {s2}");
             assert_passes(&what, split.compare(&subject.uncut().unwrap()));
             assert_passes(&format!("{what}, PEFT"), split.compare_recorded(&reference));
+            // Masks are drawn by name, so that they are the same on both sides of a cut.
+            subject.adapter.spec.lora_dropout = 0.2;
+            let dropped = subject.split(&client).await.unwrap();
+            assert!((dropped.loss - split.loss).abs() > 1e-4, "{what}: dropout does nothing");
+            assert_passes(&format!("{what}, dropout"), dropped.compare(&subject.uncut().unwrap()));
             server.drain().await;
         }
     }

@@ -113,6 +113,7 @@ pub fn forward(
         position_ids: input.position_ids,
         mode: mode as i32,
         want_input_grad: input.want_input_grad,
+        dropout_key: input.dropout_key,
     }
 }
 

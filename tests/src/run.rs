@@ -30,6 +30,7 @@ pub fn input(seed: u64, seq_lens: &[u32], hidden_size: usize) -> ForwardInput {
         seq_lens: seq_lens.to_vec(),
         position_ids: vec![],
         want_input_grad: true,
+        dropout_key: seed,
     }
 }
 

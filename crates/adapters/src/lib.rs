@@ -38,7 +38,9 @@ pub enum AdapterError {
     Setting { field: &'static str, value: String, expected: &'static str },
     #[error("{origin}: tensor \"{name}\" is missing; {hint}")]
     MissingTensor { origin: String, name: String, hint: String },
-    #[error("{origin}: tensor \"{name}\" has shape {found:?}, expected {expected:?}; was the adapter made for another model or rank?")]
+    #[error(
+        "{origin}: tensor \"{name}\" has shape {found:?}, expected {expected:?}; was the adapter made for another model or rank?"
+    )]
     Shape { origin: String, name: String, found: Vec<i64>, expected: Vec<i64> },
     #[error("{origin}: tensor \"{name}\" is in no layer that is trained here; {hint}")]
     UnexpectedTensor { origin: String, name: String, hint: String },

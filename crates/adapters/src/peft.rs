@@ -62,15 +62,21 @@ pub fn write_dir(
 pub fn read_dir(dir: &Path) -> Result<PeftAdapter, AdapterError> {
     let path = dir.join(CONFIG);
     let text = std::fs::read_to_string(&path).map_err(|e| {
-        file_error(&path, format!("{e}; expected a PEFT adapter directory with {CONFIG} and {WEIGHTS}"))
+        file_error(
+            &path,
+            format!("{e}; expected a PEFT adapter directory with {CONFIG} and {WEIGHTS}"),
+        )
     })?;
-    let config: Value = serde_json::from_str(&text)
-        .map_err(|e| file_error(&path, format!("not JSON: {e}")))?;
+    let config: Value =
+        serde_json::from_str(&text).map_err(|e| file_error(&path, format!("not JSON: {e}")))?;
     refuse_unsupported(&path, &config)?;
 
     let path = dir.join(WEIGHTS);
     let bytes = std::fs::read(&path).map_err(|e| {
-        file_error(&path, format!("{e}; adapters saved as .bin are not read: save with safe_serialization=True"))
+        file_error(
+            &path,
+            format!("{e}; adapters saved as .bin are not read: save with safe_serialization=True"),
+        )
     })?;
     let tensors = from_safetensors(&path, &bytes)?;
     let spec = parse_spec(&dir.join(CONFIG), &config, &tensors)?;
@@ -99,7 +105,8 @@ fn refuse_unsupported(path: &Path, config: &Value) -> Result<(), AdapterError> {
     for (field, off) in off {
         let value = &config[field];
         if !value.is_null() && *value != off {
-            let problem = format!("{field} is {value}; Offshoot trains plain LoRA, where it is {off}");
+            let problem =
+                format!("{field} is {value}; Offshoot trains plain LoRA, where it is {off}");
             return Err(file_error(path, problem));
         }
     }
@@ -113,9 +120,7 @@ fn parse_spec(
 ) -> Result<LoraSpec, AdapterError> {
     let missing = |field: &str| file_error(path, format!("{field} is missing or no number"));
     let targets = match &config["target_modules"] {
-        Value::Array(names) => {
-            names.iter().filter_map(Value::as_str).map(str::to_owned).collect()
-        }
+        Value::Array(names) => names.iter().filter_map(Value::as_str).map(str::to_owned).collect(),
         // A pattern or "all-linear": the tensors say which modules it met.
         _ => modules_of(tensors),
     };
@@ -164,8 +169,8 @@ pub fn to_safetensors(tensors: &[(String, Tensor)]) -> Vec<u8> {
         })
         .collect();
     let views = buffers.iter().map(|(name, shape, bytes)| {
-        let view = TensorView::new(Dtype::F32, shape.clone(), bytes)
-            .expect("four bytes for each value");
+        let view =
+            TensorView::new(Dtype::F32, shape.clone(), bytes).expect("four bytes for each value");
         (*name, view)
     });
     // PEFT and Transformers look for this mark.
@@ -183,7 +188,10 @@ fn from_safetensors(path: &Path, bytes: &[u8]) -> Result<Vec<(String, Tensor)>, 
                 Dtype::F16 => Kind::Half,
                 Dtype::BF16 => Kind::BFloat16,
                 other => {
-                    return Err(file_error(path, format!("\"{name}\" is {other:?}, expected F32, F16 or BF16")));
+                    return Err(file_error(
+                        path,
+                        format!("\"{name}\" is {other:?}, expected F32, F16 or BF16"),
+                    ));
                 }
             };
             let shape: Vec<i64> = view.shape().iter().map(|&n| n as i64).collect();
@@ -223,7 +231,11 @@ mod tests {
     #[test]
     fn an_adapter_survives_its_directory() {
         let dir = tempfile::tempdir().unwrap();
-        let spec = LoraSpec { lora_alpha: 7.5, target_modules: vec!["q_proj".into()], ..LoraSpec::default() };
+        let spec = LoraSpec {
+            lora_alpha: 7.5,
+            target_modules: vec!["q_proj".into()],
+            ..LoraSpec::default()
+        };
         write(dir.path(), &spec);
         let read = read_dir(dir.path()).unwrap();
         assert_eq!(read.spec, spec);
@@ -238,7 +250,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         write(dir.path(), &LoraSpec::default());
         let path = dir.path().join(CONFIG);
-        let mut config: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+        let mut config: Value =
+            serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
         config["target_modules"] = json!(".*q_proj");
         std::fs::write(&path, config.to_string()).unwrap();
         assert_eq!(read_dir(dir.path()).unwrap().spec.target_modules, ["self_attn.q_proj"]);

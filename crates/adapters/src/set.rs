@@ -198,7 +198,8 @@ impl AdapterSet {
     /// Sets the parameters from PEFT's tensors. All of this set's must be there; others, of layers
     /// that are trained elsewhere, are passed over. Nothing changes if one does not fit.
     pub fn load_named(&mut self, tensors: &[(String, Tensor)]) -> Result<(), AdapterError> {
-        let by_name: HashMap<&str, &Tensor> = tensors.iter().map(|(n, t)| (n.as_str(), t)).collect();
+        let by_name: HashMap<&str, &Tensor> =
+            tensors.iter().map(|(n, t)| (n.as_str(), t)).collect();
         let loaded = self.parameters.zeros_like();
         for (i, site) in self.sites.iter().enumerate() {
             let (a, b) = self.views(&loaded, i);
@@ -257,9 +258,8 @@ impl AdapterState {
     /// One safetensors file.
     pub fn to_safetensors(&self) -> Vec<u8> {
         let buffers =
-            [&self.parameters, &self.gradients, &self.first_moments, &self.second_moments].map(
-                |values| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>(),
-            );
+            [&self.parameters, &self.gradients, &self.first_moments, &self.second_moments]
+                .map(|values| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>());
         let views = STATE_TENSORS.iter().zip(&buffers).map(|(name, bytes)| {
             let view = TensorView::new(Dtype::F32, vec![bytes.len() / 4], bytes)
                 .expect("four bytes for each value");
@@ -317,13 +317,9 @@ mod tests {
     #[test]
     fn a_module_starts_the_same_wherever_the_model_is_cut() {
         let whole = set();
-        let part = AdapterSet::init(
-            whole.spec().clone(),
-            vec![whole.sites()[1].clone()],
-            11,
-            Device::Cpu,
-        )
-        .unwrap();
+        let part =
+            AdapterSet::init(whole.spec().clone(), vec![whole.sites()[1].clone()], 11, Device::Cpu)
+                .unwrap();
         assert!(whole.matrices(1).0.equal(&part.matrices(0).0));
         assert!(!whole.matrices(0).0.equal(&whole.matrices(0).0.zeros_like()));
         assert!(whole.matrices(1).1.equal(&whole.matrices(1).1.zeros_like()));

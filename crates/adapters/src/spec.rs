@@ -35,9 +35,8 @@ impl LoraSpec {
     }
 
     pub fn validate(&self) -> Result<(), AdapterError> {
-        let wrong = |field, value: String, expected| {
-            Err(AdapterError::Setting { field, value, expected })
-        };
+        let wrong =
+            |field, value: String, expected| Err(AdapterError::Setting { field, value, expected });
         if self.r == 0 {
             return wrong("r", self.r.to_string(), "a rank of at least 1");
         }

@@ -71,10 +71,14 @@ async fn compare(args: VerifyArgs) -> anyhow::Result<ExitCode> {
         None => None,
     };
     let split = split_points(&args, &config, there.as_ref()).await?;
-    let adapter = match &args.adapter {
+    let mut adapter = match &args.adapter {
         Some(dir) => peft::read_dir(dir)?,
         None => random_adapter(&checkpoint, &config)?,
     };
+    if given.is_some() {
+        // Split and uncut draw the same masks, PyTorch draws others.
+        adapter.spec.lora_dropout = 0.0;
+    }
     let sequences = match &args.case {
         Some(path) => verify::read_case(path)?,
         None => verify::draw_case(&config, 1),

@@ -42,8 +42,13 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let h = server.hidden_size;
     let values: Vec<f32> = (0..16 * h).map(|_| rand::random::<f32>() - 0.5).collect();
     let hidden = HostTensor::from_f32(&values, vec![16, h], WireDType::F32);
-    let input =
-        ForwardInput { hidden, seq_lens: vec![6, 10], position_ids: vec![], want_input_grad: true };
+    let input = ForwardInput {
+        hidden,
+        seq_lens: vec![6, 10],
+        position_ids: vec![],
+        want_input_grad: true,
+        dropout_key: 1,
+    };
 
     let (output, microbatch, report) = session.forward(input.clone()).await?;
     println!(

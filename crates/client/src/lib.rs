@@ -27,7 +27,7 @@
 //!     })
 //!     .await?;
 //! let h = server.hidden_size;
-//! for _ in 0..10 {
+//! for step in 0..10 {
 //!     // From the bottom: two sequences of 3 and 5 tokens, packed.
 //!     let hidden = HostTensor::from_f32(&vec![0.5; 8 * h], vec![8, h], WireDType::F32);
 //!     let input = ForwardInput {
@@ -35,6 +35,7 @@
 //!         seq_lens: vec![3, 5],
 //!         position_ids: vec![],
 //!         want_input_grad: false,
+//!         dropout_key: step,
 //!     };
 //!     let (output, microbatch, report) = session.forward(input).await?;
 //!     // Through the top to the loss and back: here the loss is half the sum of squares.

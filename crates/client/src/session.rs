@@ -40,6 +40,9 @@ pub struct ForwardInput {
     /// Whether the backward is to give the gradient by `hidden`. False when nothing below the trunk
     /// is trained: then it is neither computed nor sent. Ignored by evaluation.
     pub want_input_grad: bool,
+    /// Decides the dropout masks, together with the session's seed. A function of the step, another
+    /// one for each microbatch: then a replayed step sees the same masks. Ignored by evaluation.
+    pub dropout_key: u64,
 }
 
 /// What a backward gives.
@@ -178,6 +181,7 @@ fn to_proto(input: ForwardInput, mode: v1::Mode) -> v1::Forward {
         position_ids: input.position_ids,
         mode: mode as i32,
         want_input_grad: input.want_input_grad && mode == v1::Mode::Train,
+        dropout_key: input.dropout_key,
     }
 }
 

@@ -7,6 +7,7 @@ use tch::{Kind, Tensor};
 pub struct DropoutKey {
     /// The session's seed.
     pub seed: u64,
+    /// Another one for each microbatch.
     pub microbatch: u64,
 }
 

@@ -148,11 +148,9 @@ mod tests {
 
     #[test]
     fn wrong_length_is_named() {
-        let error = HostTensor::new(WireDType::Bf16, vec![2, 3], Bytes::from(vec![0; 13])).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "a tensor of shape [2, 3] in bf16 has 12 bytes, 13 came"
-        );
+        let error =
+            HostTensor::new(WireDType::Bf16, vec![2, 3], Bytes::from(vec![0; 13])).unwrap_err();
+        assert_eq!(error.to_string(), "a tensor of shape [2, 3] in bf16 has 12 bytes, 13 came");
         let huge = vec![u32::MAX as usize; 4];
         assert!(matches!(
             HostTensor::new(WireDType::F32, huge, Bytes::new()),

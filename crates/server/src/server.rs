@@ -38,6 +38,7 @@ pub struct RunningServer {
     health: HealthReporter,
     shutdown: oneshot::Sender<()>,
     served: JoinHandle<Result<(), tonic::transport::Error>>,
+    store_closed: oneshot::Receiver<()>,
 }
 
 impl Server {
@@ -54,6 +55,7 @@ impl Server {
             Store::open(&store.dir, store.snapshots_kept).map(Arc::new)
         });
         let store = opening.await.map_err(|_| Error::Gone { part: "store" })??;
+        let store_closed = store.closed();
         let engine = Engine::start(model, &limits).await?;
         let (pool, threads) = ActorPool::start(session.n_actor_threads).await?;
         let client = engine.client();
@@ -83,6 +85,7 @@ impl Server {
             health,
             shutdown,
             served,
+            store_closed,
         })
     }
 }
@@ -190,6 +193,7 @@ impl RunningServer {
 
     async fn end(self) {
         let RunningServer { engine, registry, threads, shutdown, mut served, .. } = self;
+        let store_closed = self.store_closed;
         registry.begin_drain();
         // Actors first: their streams end with them, so that connections can close.
         join_blocking(move || threads.join()).await;
@@ -201,6 +205,10 @@ impl RunningServer {
         self.client.abort();
         join_blocking(move || engine.join()).await;
         drop(registry);
+        // A client that came back at the last moment may still be in the registry.
+        if tokio::time::timeout(CLOSE_TIMEOUT, store_closed).await.is_err() {
+            tracing::warn!("the store is still in use");
+        }
     }
 }
 

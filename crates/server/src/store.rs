@@ -15,6 +15,7 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard};
+use tokio::sync::oneshot;
 
 /// Of the records and the blobs. Another one is refused.
 const FORMAT_VERSION: u32 = 1;
@@ -111,6 +112,8 @@ pub struct Store {
     /// How many snapshots name each blob. Held while blobs and records change, so that no blob is
     /// collected between its writing and its record.
     references: Mutex<HashMap<BlobName, usize>>,
+    /// The last field, so that it is dropped after the records are closed.
+    closes: Mutex<Option<oneshot::Sender<()>>>,
 }
 
 impl Store {
@@ -125,10 +128,19 @@ impl Store {
         })?;
         check_version(&db, dir)?;
         let sessions = db.open_tree("sessions").map_err(records_error(dir))?;
-        let references = Mutex::default();
-        let store = Store { dir: dir.to_path_buf(), db, sessions, snapshots_kept, references };
+        let (references, closes) = (Mutex::default(), Mutex::default());
+        let dir = dir.to_path_buf();
+        let store = Store { dir, db, sessions, snapshots_kept, references, closes };
         store.collect()?;
         Ok(store)
+    }
+
+    /// Ends when the store is closed and another server can open it: a call that nobody waits for
+    /// any more may hold it a little longer than its owner does.
+    pub fn closed(&self) -> oneshot::Receiver<()> {
+        let (closes, closed) = oneshot::channel();
+        *self.closes.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(closes);
+        closed
     }
 
     /// Makes a new session durable, with its first snapshot.

@@ -123,6 +123,7 @@ fn forward(microbatch: u64, seed: u64) -> Ask {
         position_ids: Vec::new(),
         mode: v1::Mode::Train as i32,
         want_input_grad: true,
+        dropout_key: microbatch,
     })
 }
 

@@ -125,7 +125,7 @@ impl SplitModel {
 
     /// Forward and backward of one microbatch through bottom, trunk and top; gradients of
     /// `scale` times the summed loss are added to what earlier microbatches of the step left.
-    /// `number` names the dropout masks of the client's layers.
+    /// `number` names the dropout masks of all three parts.
     pub async fn microbatch(
         &mut self,
         session: &Session,
@@ -135,7 +135,11 @@ impl SplitModel {
     ) -> Result<MicrobatchResult, TrainError> {
         let run = Run::new(self, batch, Some(DropoutKey { seed: self.seed, microbatch: number }));
         let (hidden, bottom_tape) = self.below(batch, &run);
-        let input = forward_input(batch, &hidden, session, self.bottom.adapter.is_some());
+        let input = ForwardInput {
+            want_input_grad: self.bottom.adapter.is_some(),
+            dropout_key: number,
+            ..forward_input(batch, &hidden, session)
+        };
         let (output, microbatch, report) = session.forward(input).await?;
 
         let output = self.receive(&output, batch)?;
@@ -238,7 +242,7 @@ impl SplitModel {
             let hidden = self.bottom.part.embed(&run.ids, &run.rows);
             self.bottom.part.forward_eval(&hidden, &run.rows, &[run.segment(&self.bottom)])
         };
-        let input = forward_input(batch, &hidden, session, false);
+        let input = forward_input(batch, &hidden, session);
         let output = self.receive(&session.evaluate(input).await?, batch)?;
         let _guard = tch::no_grad_guard();
         Ok(self.top.part.forward_eval(&output, &run.rows, &[run.segment(&self.top)]))
@@ -362,17 +366,14 @@ pub fn clip_factor(norm: f64, max_norm: f64) -> f64 {
     if max_norm > 0.0 { (max_norm / (norm + 1e-6)).min(1.0) } else { 1.0 }
 }
 
-fn forward_input(
-    batch: &Batch,
-    hidden: &Tensor,
-    session: &Session,
-    want_input_grad: bool,
-) -> ForwardInput {
+/// Of an evaluation.
+fn forward_input(batch: &Batch, hidden: &Tensor, session: &Session) -> ForwardInput {
     ForwardInput {
         hidden: to_wire(hidden, session.wire_dtype()),
         seq_lens: batch.seq_lens.iter().map(|&n| n as u32).collect(),
         position_ids: Vec::new(),
-        want_input_grad,
+        want_input_grad: false,
+        dropout_key: 0,
     }
 }
 

@@ -9,7 +9,7 @@ use offshoot_adapters::peft::PeftAdapter;
 use offshoot_adapters::{AdamW, AdapterSet, LoraSpec, Site};
 use offshoot_client::{Client, LoraConfig, OpenSession, Session, WireDType};
 use offshoot_model::weights::Checkpoint;
-use offshoot_model::{ModelConfig, Part, PartSpec, Rows, Segment, SplitPoints};
+use offshoot_model::{DropoutKey, ModelConfig, Part, PartSpec, Rows, Segment, SplitPoints};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use safetensors::SafeTensors;
@@ -23,6 +23,10 @@ pub const LOGITS_BOUND: f64 = 1e-5;
 /// Largest relative error of a LoRA tensor's gradient, in float32.
 pub const GRADIENT_BOUND: f64 = 1e-4;
 
+/// Names the dropout masks that both sides draw, with [`SEED`].
+const DROPOUT_KEY: u64 = 3;
+const SEED: u64 = 5;
+
 /// What is compared: a model, an adapter for all of it, and token sequences.
 pub struct Subject {
     pub checkpoint: Checkpoint,
@@ -33,8 +37,8 @@ pub struct Subject {
     pub sequences: Vec<Vec<i64>>,
 }
 
-/// What one microbatch gives: the mean loss over all predicted tokens of all sequences, and its
-/// gradients.
+/// What one microbatch gives: the mean loss over all predicted tokens of all sequences and its
+/// gradients, with the adapter's dropout on, and the logits without dropout.
 pub struct Numbers {
     pub loss: f64,
     /// `[T, V]` of each sequence.
@@ -79,9 +83,10 @@ pub fn draw_case(config: &ModelConfig, seed: u64) -> Vec<Vec<i64>> {
     [17, 5, 31, 2].map(|n| sequence(n.min(config.max_positions))).into()
 }
 
-/// An adapter with a B that is not zero, so that every gradient is.
+/// An adapter with dropout and with a B that is not zero, so that no gradient is.
 pub fn draw_adapter(config: &ModelConfig, sites: &[Site], seed: u64) -> PeftAdapter {
-    let spec = LoraSpec { target_modules: config.default_targets(), ..LoraSpec::default() };
+    let target_modules = config.default_targets();
+    let spec = LoraSpec { lora_dropout: 0.1, target_modules, ..LoraSpec::default() };
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut matrix = |rows: i64, columns: i64| {
         let bound = 1.0 / (columns as f32).sqrt();
@@ -124,11 +129,6 @@ impl Subject {
         Ok(())
     }
 
-    /// Without dropout, whose masks the reference does not draw.
-    fn spec(&self) -> LoraSpec {
-        LoraSpec { lora_dropout: 0.0, ..self.adapter.spec.clone() }
-    }
-
     fn batch(&self) -> Batch {
         let mut batch = Batch::default();
         for ids in &self.sequences {
@@ -143,34 +143,36 @@ impl Subject {
         let (config, spec) = (&self.config, PartSpec::whole(&self.config));
         let part = Part::load(&self.checkpoint, config, spec, Kind::Float, Device::Cpu)?;
         let sites = part.sites(&self.adapter.spec.target_modules)?;
-        let mut adapter = AdapterSet::init(self.spec(), sites, 0, Device::Cpu)?;
+        let mut adapter = AdapterSet::init(self.adapter.spec.clone(), sites, SEED, Device::Cpu)?;
         adapter.load_named(&self.adapter.tensors)?;
 
         let batch = self.batch();
         let rows = Rows::new(&batch.seq_lens, None, Device::Cpu);
         let labels = Tensor::from_slice(&batch.labels);
-        let segments =
-            [Segment { rows: 0..rows.n_tokens(), adapter: Some(&adapter), dropout: None }];
-        let hidden = part.embed(&Tensor::from_slice(&batch.ids), &rows);
-        let (hidden, tape) = part.forward_train(&hidden, &rows, &segments);
+        let segment =
+            |dropout| [Segment { rows: 0..rows.n_tokens(), adapter: Some(&adapter), dropout }];
+        let embedded = part.embed(&Tensor::from_slice(&batch.ids), &rows);
+        let logits = part.logits(&part.forward_eval(&embedded, &rows, &segment(None)));
+        let segments = segment(Some(DropoutKey { seed: SEED, microbatch: DROPOUT_KEY }));
+        let (hidden, tape) = part.forward_train(&embedded, &rows, &segments);
         let loss = part.loss(&hidden, &labels, 1.0 / n_predicted(&batch));
         let back = part.backward(tape, &loss.grad, &rows, &segments, false);
         adapter.accumulate(&back.lora[0]);
         Ok(Numbers {
             loss: loss.loss_sum / n_predicted(&batch),
-            logits: self.by_sequence(&part.logits(&hidden)),
+            logits: self.by_sequence(&logits),
             gradients: adapter.named_gradients().into_iter().collect(),
         })
     }
 
     /// Bottom and top in this process, the trunk on a server. The session is deleted afterwards.
     pub async fn split(&self, client: &Client) -> Result<Numbers, TrainError> {
-        let spec = self.spec();
+        let spec = self.adapter.spec.clone();
         let options = SplitOptions {
             split: self.split,
             lora: spec.clone(),
             adamw: AdamW::default(),
-            seed: 0,
+            seed: SEED,
             kind: Kind::Float,
             device: Device::Cpu,
         };
@@ -193,7 +195,7 @@ impl Subject {
                     target_modules: spec.target_modules,
                 },
                 adamw: offshoot_client::ADAMW_DEFAULTS,
-                seed: 0,
+                seed: SEED,
                 wire_dtype: WireDType::F32,
                 initial_adapter: self.adapter.tensors.iter().filter_map(to_host).collect(),
             })
@@ -207,7 +209,7 @@ impl Subject {
         let batch = self.batch();
         let logits = self.by_sequence(&model.logits(session, &batch).await?);
         let scale = 1.0 / n_predicted(&batch);
-        let result = model.microbatch(session, &batch, 0, scale).await?;
+        let result = model.microbatch(session, &batch, DROPOUT_KEY, scale).await?;
         let trunk = session.export_with_gradients().await?.gradients;
         let own = model.adapters().into_iter().flatten().flat_map(AdapterSet::named_gradients);
         let trunk = trunk.into_iter().map(|(name, tensor)| (name, host_to_tensor(&tensor)));

@@ -174,7 +174,7 @@ impl Slot {
         let rows = Rows::new(&work.seq_lens, work.position_ids.as_deref(), part.device());
         let train = work.mode == Mode::Train;
         let drops = train && self.adapters.spec().lora_dropout > 0.0;
-        let key = DropoutKey { seed: self.seed, microbatch: work.microbatch };
+        let key = DropoutKey { seed: self.seed, microbatch: work.dropout_key };
         let dropout = drops.then_some(key);
         let segment = Segment { rows: 0..rows.n_tokens(), adapter: Some(&self.adapters), dropout };
         let (y, tape) = if train {

@@ -101,6 +101,7 @@ fn forward(forward: v1::Forward, rules: &FrameRules) -> Result<ForwardWork, Erro
         position_ids: (found != 0).then_some(position_ids),
         mode,
         want_input_grad: forward.want_input_grad,
+        dropout_key: forward.dropout_key,
     })
 }
 
@@ -162,7 +163,8 @@ fn digest(body: &Body) -> Digest {
         Body::Hello(_) => {}
         Body::Forward(forward) => {
             let flags = [forward.mode as u64, forward.want_input_grad.into()];
-            numbers(&mut hasher, [1, forward.microbatch].into_iter().chain(flags));
+            let names = [1, forward.microbatch, forward.dropout_key];
+            numbers(&mut hasher, names.into_iter().chain(flags));
             tensor(&mut hasher, &forward.hidden);
             numbers(&mut hasher, forward.seq_lens.iter().map(|&n| n.into()));
             numbers(&mut hasher, forward.position_ids.iter().map(|&n| n.into()));

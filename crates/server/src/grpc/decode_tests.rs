@@ -14,6 +14,7 @@ fn fine() -> v1::Forward {
         position_ids: vec![],
         mode: v1::Mode::Train as i32,
         want_input_grad: false,
+        dropout_key: 1,
     }
 }
 
@@ -81,6 +82,7 @@ fn any_change_of_a_frame_changes_its_digest() {
         v1::Forward { microbatch: 2, ..fine() },
         v1::Forward { mode: v1::Mode::Eval as i32, ..fine() },
         v1::Forward { want_input_grad: true, ..fine() },
+        v1::Forward { dropout_key: 2, ..fine() },
         v1::Forward { seq_lens: vec![1, 2], ..fine() },
         v1::Forward { seq_lens: vec![3], position_ids: vec![0, 1, 2], ..fine() },
         v1::Forward { hidden: tensor(&[1.0, 1.0, 1.0, 1.0, 1.0, 2.0], &[3, 2]), ..fine() },

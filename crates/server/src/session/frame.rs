@@ -82,6 +82,8 @@ pub struct ForwardWork {
     pub position_ids: Option<Vec<i64>>,
     pub mode: Mode,
     pub want_input_grad: bool,
+    /// With the session's seed, names the dropout masks.
+    pub dropout_key: u64,
 }
 
 /// Why a forward runs.
