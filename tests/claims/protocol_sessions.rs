@@ -312,3 +312,26 @@ async fn the_wire_dtype_is_kept() {
     assert!(narrow.evaluate(narrow_input).await.unwrap() == expected);
     server.drain().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn dropout_is_named_by_the_client() {
+    let server = TestServer::start().await;
+    let client = Client::connect(&server.endpoint()).await.unwrap();
+    let h = client.describe().await.unwrap().hidden_size;
+    let session = client.open(open_request(&client).await.unwrap()).await.unwrap();
+    // B starts at zero: without a step no mask shows.
+    train(&session, h, 0..1).await.unwrap();
+    let mut outputs = Vec::new();
+    for dropout_key in [7, 8, 7] {
+        let input = ForwardInput { dropout_key, ..input(1, &[4, 3], h) };
+        let evaluated = session.evaluate(input.clone()).await.unwrap();
+        let (output, microbatch, _) = session.forward(input).await.unwrap();
+        microbatch.backward(output.clone()).await.unwrap();
+        outputs.push((evaluated, output));
+    }
+    assert!(outputs[0] == outputs[2], "the same key, the same masks");
+    assert!(outputs[0].1 != outputs[1].1, "another key, other masks");
+    assert!(outputs[0].0 == outputs[1].0, "no masks in evaluation");
+    session.step(0.1, 1.0).await.unwrap().await.unwrap();
+    server.drain().await;
+}

@@ -60,8 +60,7 @@
 //! - **The server comes back in an older state** (it was killed, or the session was away for longer
 //!   than its lease in the middle of a microbatch): every call gets [`ClientError::RolledBack`].
 //!   [`Client::restore`] goes back to a snapshot; the caller sets its own layers back to the same
-//!   step and sends its data again from there. Microbatches get the same numbers as before, and so
-//!   the same dropout masks, if the same frames are sent.
+//!   step and sends its data again from there, with the same [`ForwardInput::dropout_key`]s.
 //! - **A frame is refused:** its call gets [`ClientError::Refused`], and the session goes on. Frames
 //!   that were sent behind it and have no answer yet are not applied: their calls get
 //!   [`ClientError::Aborted`]. The next frame takes the refused one's number. A refused step that

@@ -190,8 +190,7 @@ impl<R> Window<R> {
     }
 
     /// Takes a request in. A forward in training mode gets its place in the session's order as its
-    /// microbatch number: unique, and the same in a run that is replayed from a snapshot, so that
-    /// dropout masks are the same too.
+    /// microbatch number, which is unique and stays its own if a backward overtakes it.
     pub(crate) fn push(&mut self, request: Request, reply: R) {
         let place = self.answered + 1 + self.entries.len() as u64;
         let call = request.call();
