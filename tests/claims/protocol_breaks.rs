@@ -119,6 +119,39 @@ async fn drained_restart_goes_on() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn answers_that_were_lost_survive_a_restart() {
+    let mut adapters = Vec::new();
+    for lost in [false, true] {
+        let store = tempfile::tempdir().unwrap();
+        let mut server = TestServer::start_with(server_config(store.path())).await;
+        let proxy = Proxy::start(server.address()).await.unwrap();
+        let (_client, h, session) = through(&proxy).await;
+        train(&session, h, 0..2).await.unwrap();
+        session.settle().await.unwrap();
+
+        // The server takes both steps, and nobody hears of it. A step doubled would show.
+        proxy.mute(lost);
+        let first = session.step(0.01, 1.0).await.unwrap();
+        let second = session.step(0.02, 1.0).await.unwrap();
+        if lost {
+            let watcher = Client::connect(&server.endpoint()).await.unwrap();
+            while watcher.list_sessions().await.unwrap()[0].step < 4 {}
+            proxy.set_upstream(None);
+            proxy.cut();
+            server.drain().await;
+            server = TestServer::start_with(server_config(store.path())).await;
+            proxy.mute(false);
+            proxy.set_upstream(Some(server.address()));
+        }
+        assert_eq!((first.await.unwrap(), second.await.unwrap()), (3, 4));
+        train(&session, h, 2..3).await.unwrap();
+        adapters.push(session.export().await.unwrap());
+        server.drain().await;
+    }
+    assert_same_adapter(&adapters[1], &adapters[0]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn drain_waits_for_an_open_microbatch() {
     let (_, adapter) = undisturbed(1).await;
     let store = tempfile::tempdir().unwrap();

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
@@ -24,6 +24,8 @@ struct Shared {
     connections: AtomicUsize,
     /// Counts up to end all connections that there are.
     cuts: watch::Sender<u64>,
+    /// What the server says is dropped.
+    muted: AtomicBool,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -40,6 +42,7 @@ impl Proxy {
             plan: Mutex::default(),
             connections: AtomicUsize::new(0),
             cuts: watch::channel(0).0,
+            muted: AtomicBool::new(false),
         });
         let accepting = tokio::spawn(accept(listener, shared.clone()));
         Ok(Proxy { address, shared, accepting })
@@ -66,6 +69,12 @@ impl Proxy {
         self.shared.cuts.send_modify(|n| *n += 1);
     }
 
+    /// From now on, what clients say arrives and what the server answers does not. A connection that
+    /// has lost bytes must be [`cut`](Proxy::cut) before the proxy is loud again.
+    pub fn mute(&self, muted: bool) {
+        self.shared.muted.store(muted, Ordering::SeqCst);
+    }
+
     /// Connections accepted so far.
     pub fn connections(&self) -> usize {
         self.shared.connections.load(Ordering::SeqCst)
@@ -87,36 +96,38 @@ impl Drop for Proxy {
 async fn accept(listener: TcpListener, shared: Arc<Shared>) {
     while let Ok((client, _)) = listener.accept().await {
         shared.connections.fetch_add(1, Ordering::SeqCst);
-        let upstream = *lock(&shared.upstream);
-        let Some(upstream) = upstream else { continue };
-        let budget = lock(&shared.plan).pop_front().unwrap_or(i64::MAX);
         let cuts = shared.cuts.subscribe();
-        tokio::spawn(carry(client, upstream, budget, cuts));
+        tokio::spawn(carry(client, shared.clone(), cuts));
     }
 }
 
-async fn carry(
-    client: TcpStream,
-    upstream: SocketAddr,
-    budget: i64,
-    mut cuts: watch::Receiver<u64>,
-) {
+async fn carry(client: TcpStream, shared: Arc<Shared>, mut cuts: watch::Receiver<u64>) {
+    let Some(upstream) = *lock(&shared.upstream) else { return };
+    let budget = AtomicI64::new(lock(&shared.plan).pop_front().unwrap_or(i64::MAX));
     let Ok(server) = TcpStream::connect(upstream).await else { return };
     let (from_client, to_client) = client.into_split();
     let (from_server, to_server) = server.into_split();
-    let budget = Arc::new(AtomicI64::new(budget));
+    let never = AtomicBool::new(false);
     // Whichever ends first takes the other with it, and all four halves are closed.
     tokio::select! {
-        () = pass(from_client, to_server, budget.clone()) => {}
-        () = pass(from_server, to_client, budget) => {}
+        () = pass(from_client, to_server, &budget, &never) => {}
+        () = pass(from_server, to_client, &budget, &shared.muted) => {}
         _ = cuts.changed() => {}
     }
 }
 
-async fn pass(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, budget: Arc<AtomicI64>) {
+async fn pass(
+    mut from: OwnedReadHalf,
+    mut to: OwnedWriteHalf,
+    budget: &AtomicI64,
+    muted: &AtomicBool,
+) {
     let mut buffer = vec![0; 16 << 10];
     loop {
         let Ok(read @ 1..) = from.read(&mut buffer).await else { return };
+        if muted.load(Ordering::SeqCst) {
+            continue;
+        }
         let left = budget.fetch_sub(read as i64, Ordering::SeqCst).max(0);
         let part = read.min(usize::try_from(left).unwrap_or(usize::MAX));
         if to.write_all(&buffer[..part]).await.is_err() || part < read {
