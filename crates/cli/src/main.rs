@@ -55,8 +55,9 @@ impl Command {
 }
 
 fn main() -> ExitCode {
+    offshoot_model::allocator::keep_freed_memory();
     let cli = Cli::parse();
-    let error = match openmp::wait_passively().and_then(|()| {
+    let error = match openmp::share_cores().and_then(|()| {
         let filter = match &cli.log {
             Some(filter) => EnvFilter::try_new(filter)?,
             None => EnvFilter::try_from_default_env()

@@ -8,6 +8,7 @@ use std::time::Instant;
 use tch::{Device, Kind, Tensor};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
+    offshoot_model::allocator::keep_freed_memory();
     let args: Vec<String> = std::env::args().collect();
     let kind = if args.get(2).is_some_and(|k| k == "bf16") { Kind::BFloat16 } else { Kind::Float };
     let number = |i: usize, default| args.get(i).and_then(|n| n.parse().ok()).unwrap_or(default);

@@ -81,7 +81,6 @@ impl Engine {
         let body = move || {
             // Whatever ends this thread, nobody waits for it in vain.
             let _end = AbortOnDrop(queue.clone());
-            start::tune_allocator();
             let (part, trunk) = match start::load(&config) {
                 Ok(loaded) => loaded,
                 Err(error) => return drop(ready.send(Err(error))),

@@ -43,20 +43,6 @@ fn kind_of(dtype: ComputeDType) -> Kind {
     }
 }
 
-/// glibc keeps freed memory of the size of tapes for itself unless it maps each such block: 1.4 GB
-/// stayed after three dropped graphs, 0.3 GB with this threshold.
-pub(super) fn tune_allocator() {
-    #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    {
-        const MAP_FROM_BYTES: libc::c_int = 262_144;
-        // SAFETY: sets one number inside the allocator, under its own lock.
-        let set = unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, MAP_FROM_BYTES) };
-        if set != 1 {
-            tracing::warn!("the allocator kept its own threshold; memory may not return");
-        }
-    }
-}
-
 fn device(config: &TrunkConfig) -> Result<Device, Error> {
     let unavailable = |cause| Error::Device { device: config.device.clone(), cause };
     let device = parse_device(&config.device).ok_or_else(|| unavailable("unknown name"))?;

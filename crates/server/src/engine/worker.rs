@@ -62,6 +62,7 @@ impl Worker {
                 let released = matches!(taken.job.command, Command::Release);
                 self.execute(taken);
                 if released {
+                    offshoot_model::allocator::return_freed_memory();
                     scheduler.forget(lane);
                 }
                 self.count();
