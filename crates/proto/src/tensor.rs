@@ -44,6 +44,9 @@ impl WireDType {
     }
 }
 
+/// Of a tensor from the wire; hidden states have two. Longer shapes would fill logs and answers.
+const MAX_DIMENSIONS: usize = 8;
+
 /// Why bytes are no tensor.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TensorError {
@@ -53,6 +56,8 @@ pub enum TensorError {
     Length { shape: Vec<usize>, dtype: &'static str, expected: usize, found: usize },
     #[error("a tensor of shape {shape:?} is too large to address")]
     TooLarge { shape: Vec<usize> },
+    #[error("a tensor has {found} dimensions, at most {MAX_DIMENSIONS} are taken")]
+    Dimensions { found: usize },
     #[error("a tensor is missing from the message")]
     Missing,
 }
@@ -123,9 +128,13 @@ impl HostTensor {
         }
     }
 
-    /// Checks dtype and length; the bytes are not copied.
+    /// Checks dtype, number of dimensions and length; the bytes are not copied.
     pub fn from_proto(tensor: Option<v1::Tensor>) -> Result<Self, TensorError> {
         let tensor = tensor.ok_or(TensorError::Missing)?;
+        let found = tensor.shape.len();
+        if found > MAX_DIMENSIONS {
+            return Err(TensorError::Dimensions { found });
+        }
         let shape = tensor.shape.iter().map(|&n| n as usize).collect();
         HostTensor::new(WireDType::from_proto(tensor.dtype)?, shape, tensor.data)
     }
@@ -143,6 +152,17 @@ mod tests {
             let came = HostTensor::from_proto(Some(sent.clone().into_proto())).unwrap();
             assert_eq!(came, sent);
             assert_eq!(came.to_f32(), values);
+        }
+    }
+
+    #[test]
+    fn a_shape_without_end_is_refused_and_not_repeated() {
+        let tensor = |n| v1::Tensor { dtype: 1, shape: vec![1; n], data: vec![0; 4].into() };
+        assert!(HostTensor::from_proto(Some(tensor(8))).is_ok());
+        for n in [9, 1_000_000] {
+            let error = HostTensor::from_proto(Some(tensor(n))).unwrap_err();
+            let text = format!("a tensor has {n} dimensions, at most 8 are taken");
+            assert_eq!(error.to_string(), text);
         }
     }
 
