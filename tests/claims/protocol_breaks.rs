@@ -182,6 +182,29 @@ async fn drain_waits_for_an_open_microbatch() {
     server.drain().await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn drain_waits_for_no_step_and_keeps_its_gradients() {
+    let (_, adapter) = undisturbed(1).await;
+    let store = tempfile::tempdir().unwrap();
+    let server = TestServer::start_with(server_config(store.path())).await;
+    let proxy = Proxy::start(server.address()).await.unwrap();
+    let (_client, h, session) = through(&proxy).await;
+    let (output, first, _) = session.forward(input(0, &[5, 2, 4], h)).await.unwrap();
+    let (second_output, second, _) = session.forward(input(1, &[3, 6], h)).await.unwrap();
+    first.backward(output).await.unwrap();
+    let norm_squared = second.backward(second_output).await.unwrap().norm_squared;
+    session.evaluate(input(2, &[7], h)).await.unwrap();
+
+    // The client is attached and says nothing.
+    let drain = tokio::time::timeout(Duration::from_secs(20), server.drain());
+    drain.await.expect("a drain that does not wait for the Step");
+    let server = TestServer::start_with(server_config(store.path())).await;
+    proxy.set_upstream(Some(server.address()));
+    session.step(0.01, (0.5 / norm_squared.sqrt()).min(1.0)).await.unwrap();
+    assert_same_adapter(&session.export().await.unwrap(), &adapter);
+    server.drain().await;
+}
+
 async fn raw_open(client: &Client) -> v1::OpenSessionRequest {
     let server = client.describe().await.unwrap();
     v1::OpenSessionRequest {

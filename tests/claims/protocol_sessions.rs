@@ -173,6 +173,55 @@ async fn restore_sets_back_and_ends_the_old_session() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_that_was_asked_for_outlives_drains_and_parkings() {
+    let store = tempfile::tempdir().unwrap();
+    let mut server = TestServer::start_with(server_config(store.path())).await;
+    let mut client = Client::connect(&server.endpoint()).await.unwrap();
+    let h = client.describe().await.unwrap().hidden_size;
+    let mut session = client.open(open_request(&client).await.unwrap()).await.unwrap();
+    let id = session.id().clone();
+    train(&session, h, 0..1).await.unwrap();
+    let first = session.snapshot().await.unwrap();
+    let expected = train(&session, h, 1..3).await.unwrap();
+    let adapter = session.export().await.unwrap();
+
+    // Asked for while it is parked: the snapshot of the parking is it.
+    let parked = session.close(false).await.unwrap().unwrap();
+    let asked = offshoot_proto::v1::SnapshotRequest {
+        session_id: id.as_str().into(),
+        after_sequence: parked.sequence,
+    };
+    let mut rpc = raw::rpc(&server.endpoint()).await;
+    let answer = rpc.snapshot(asked).await.unwrap().into_inner().snapshot.unwrap();
+    assert_eq!(answer.snapshot_id, parked.snapshot_id);
+
+    let mut newest = parked.clone();
+    for step in 3..7 {
+        (session, _) = client.restore(&id, None).await.unwrap();
+        train(&session, h, step..step + 1).await.unwrap();
+        session.close(false).await.unwrap();
+        (session, _) = client.restore(&id, None).await.unwrap();
+        session.evaluate(input(1, &[2], h)).await.unwrap();
+        session.settle().await.unwrap();
+        server.drain().await;
+        server = TestServer::start_with(server_config(store.path())).await;
+        client = Client::connect(&server.endpoint()).await.unwrap();
+        let sessions = client.list_sessions().await.unwrap();
+        newest = sessions[0].snapshots.last().unwrap().clone();
+        assert_eq!(sessions[0].snapshots, [first.clone(), parked.clone(), newest.clone()]);
+    }
+    assert_eq!(newest.step, 7);
+    let (_, restored) = client.restore(&id, Some(&parked.snapshot_id)).await.unwrap();
+    assert_eq!(restored.snapshot, parked);
+    let (session, restored) = client.restore(&id, Some(&first.snapshot_id)).await.unwrap();
+    assert_eq!(restored.snapshot, first);
+    let numbers = train(&session, h, 1..3).await.unwrap();
+    assert!(numbers == expected, "a replayed number differs");
+    assert_same_adapter(&session.export().await.unwrap(), &adapter);
+    server.drain().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn limits_are_said_and_kept() {
     let server = TestServer::start_limited(|limits| {
         limits.max_open_microbatches = 2;

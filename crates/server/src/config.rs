@@ -142,13 +142,15 @@ impl Default for SessionConfig {
 #[serde(default, deny_unknown_fields)]
 pub struct StoreConfig {
     pub dir: PathBuf,
-    /// Snapshots of one session; older ones are deleted.
+    /// Snapshots of one session that its client asked for; older ones are deleted. The trainer
+    /// keeps its last five checkpoints and the best one. Of those that the server takes by itself,
+    /// when a session leaves the device, the newest is kept.
     pub snapshots_kept: usize,
 }
 
 impl Default for StoreConfig {
     fn default() -> Self {
-        StoreConfig { dir: "offshoot-store".into(), snapshots_kept: 3 }
+        StoreConfig { dir: "offshoot-store".into(), snapshots_kept: 8 }
     }
 }
 

@@ -6,10 +6,12 @@
 //! dies. Files that no record names are deleted. All methods block; callers run them beside the
 //! runtime's threads.
 
+mod record;
+
+pub use record::{BlobName, Origin, Record, SnapshotRecord};
+
 use crate::error::Error;
 use crate::session::SessionId;
-use offshoot_adapters::{AdamW, LoraSpec};
-use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -18,57 +20,15 @@ use std::sync::{Mutex, MutexGuard};
 use tokio::sync::oneshot;
 
 /// Of the records and the blobs. Another one is refused.
-const FORMAT_VERSION: u32 = 1;
+const FORMAT_VERSION: u32 = 2;
 const VERSION_KEY: &[u8] = b"format_version";
-
-/// A session as it lies on disk.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Record {
-    pub name: String,
-    pub lora: LoraSpec,
-    pub adamw: AdamW,
-    pub seed: u64,
-    /// `f32` or `bf16`.
-    pub wire_dtype: String,
-    /// Of the base model.
-    pub fingerprint: String,
-    pub split_point_1: usize,
-    pub split_point_2: usize,
-    /// Where the session goes on: one of `snapshots`.
-    pub head: String,
-    /// In the order in which they were taken.
-    pub snapshots: Vec<SnapshotRecord>,
-    /// Snapshots taken so far, for their names.
-    pub n_snapshots: u64,
-}
-
-/// One snapshot of a session.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SnapshotRecord {
-    pub id: String,
-    pub step: u64,
-    pub sequence: u64,
-    /// Backwards accumulated since the last Step.
-    pub n_accumulated: u64,
-    /// safetensors of the adapter's state.
-    pub state: BlobName,
-    /// Recorded answers, if there are any.
-    pub answers: Option<BlobName>,
-    /// Of both blobs.
-    pub bytes: u64,
-}
-
-/// Hex blake3 of a blob's content.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct BlobName(String);
 
 /// A snapshot on its way to the disk.
 #[derive(Debug)]
 pub struct NewSnapshot {
     pub step: u64,
     pub sequence: u64,
-    pub n_accumulated: u64,
+    pub origin: Origin,
     pub state: Vec<u8>,
     pub answers: Option<Vec<u8>>,
 }
@@ -81,33 +41,12 @@ pub struct StoredSnapshot {
     pub answers: Option<Vec<u8>>,
 }
 
-impl Record {
-    /// A snapshot of this session.
-    pub fn snapshot(&self, id: &str) -> Option<&SnapshotRecord> {
-        self.snapshots.iter().find(|snapshot| snapshot.id == id)
-    }
-
-    /// The snapshot that the session goes on from.
-    pub fn head(&self) -> Option<&SnapshotRecord> {
-        self.snapshot(&self.head)
-    }
-
-    fn blobs(&self) -> impl Iterator<Item = &BlobName> {
-        self.snapshots.iter().flat_map(SnapshotRecord::blobs)
-    }
-}
-
-impl SnapshotRecord {
-    fn blobs(&self) -> impl Iterator<Item = &BlobName> {
-        std::iter::once(&self.state).chain(&self.answers)
-    }
-}
-
 /// See the module's text.
 pub struct Store {
     dir: PathBuf,
     db: sled::Db,
     sessions: sled::Tree,
+    /// Of those that a client asked for.
     snapshots_kept: usize,
     /// How many snapshots name each blob. Held while blobs and records change, so that no blob is
     /// collected between its writing and its record.
@@ -162,6 +101,13 @@ impl Store {
         let mut references = self.references();
         let record = self.known(session)?;
         self.append(&mut references, session, record, snapshot)
+    }
+
+    /// The client asked for a snapshot at the point where the session goes on: the head is it.
+    pub fn claim_head(&self, session: SessionId) -> Result<SnapshotRecord, Error> {
+        let mut references = self.references();
+        let record = self.known(session)?;
+        self.claim(&mut references, session, record)
     }
 
     /// Sets where the session goes on.
@@ -221,28 +167,42 @@ impl Store {
             id: format!("{}-step{}", record.n_snapshots + 1, new.step),
             step: new.step,
             sequence: new.sequence,
-            n_accumulated: new.n_accumulated,
+            origin: new.origin,
             state: self.write_blob(&new.state)?,
             answers: new.answers.as_deref().map(|bytes| self.write_blob(bytes)).transpose()?,
             bytes: (new.state.len() + new.answers.map_or(0, |a| a.len())) as u64,
         };
         // Asked twice for the same point, as after a lost answer: it is there already.
-        if let Some(head) = record.head().filter(|head| is_same(head, &snapshot)) {
+        if let Some(head) = record.head().filter(|head| is_same(head, &snapshot)).cloned() {
             let mut unnamed = snapshot.blobs().filter(|blob| !references.contains_key(blob));
             unnamed.try_for_each(|blob| self.delete_blob(blob))?;
-            return Ok(head.clone());
+            return match new.origin {
+                Origin::Client => self.claim(references, session, record),
+                Origin::Server => Ok(head),
+            };
         }
-        record.n_snapshots += 1;
-        record.head = snapshot.id.clone();
-        record.snapshots.push(snapshot.clone());
-        let n_dropped = record.snapshots.len().saturating_sub(self.snapshots_kept);
-        let dropped: Vec<SnapshotRecord> = record.snapshots.drain(..n_dropped).collect();
+        record.push(snapshot.clone());
+        let dropped = record.drop_surplus(self.snapshots_kept);
         self.put(session, &record)?;
         for blob in snapshot.blobs() {
             *references.entry(blob.clone()).or_default() += 1;
         }
         self.release(references, dropped.iter().flat_map(SnapshotRecord::blobs))?;
         Ok(snapshot)
+    }
+
+    fn claim(
+        &self,
+        references: &mut HashMap<BlobName, usize>,
+        session: SessionId,
+        mut record: Record,
+    ) -> Result<SnapshotRecord, Error> {
+        let unknown = || Error::UnknownSession(session.to_string());
+        let head = record.claim_head().ok_or_else(unknown)?;
+        let dropped = record.drop_surplus(self.snapshots_kept);
+        self.put(session, &record)?;
+        self.release(references, dropped.iter().flat_map(SnapshotRecord::blobs))?;
+        Ok(head)
     }
 
     fn known(&self, session: SessionId) -> Result<Record, Error> {

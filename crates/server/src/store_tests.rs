@@ -1,4 +1,5 @@
 use super::*;
+use offshoot_adapters::{AdamW, LoraSpec};
 use std::collections::BTreeSet;
 
 fn record() -> Record {
@@ -17,14 +18,24 @@ fn record() -> Record {
     }
 }
 
+/// One that a client asked for.
 fn snapshot(step: u64) -> NewSnapshot {
     NewSnapshot {
         step,
         sequence: 3 * step,
-        n_accumulated: 0,
+        origin: Origin::Client,
         state: vec![step as u8; 1000],
         answers: Some(vec![step as u8; 10]),
     }
+}
+
+/// One that the server took by itself.
+fn own(step: u64) -> NewSnapshot {
+    NewSnapshot { origin: Origin::Server, ..snapshot(step) }
+}
+
+fn kept(store: &Store, session: SessionId) -> Vec<u64> {
+    store.record(session).unwrap().unwrap().snapshots.iter().map(|s| s.step).collect()
 }
 
 fn files(store: &Store) -> BTreeSet<String> {
@@ -66,8 +77,7 @@ fn the_last_few_snapshots_are_kept_and_the_files_of_others_go() {
     for step in 1..=3 {
         store.add_snapshot(session, snapshot(step)).unwrap();
     }
-    let kept = store.record(session).unwrap().unwrap();
-    assert_eq!(kept.snapshots.iter().map(|s| s.step).collect::<Vec<_>>(), [2, 3]);
+    assert_eq!(kept(&store, session), [2, 3]);
     assert_eq!(files(&store), named(&store));
     let first = store.record(other).unwrap().unwrap();
     store.read(first.head().unwrap()).unwrap();
@@ -76,6 +86,60 @@ fn the_last_few_snapshots_are_kept_and_the_files_of_others_go() {
     store.forget(other).unwrap();
     assert!(files(&store).is_empty());
     assert!(store.record(session).unwrap().is_none());
+}
+
+#[test]
+fn what_the_server_takes_by_itself_pushes_out_nothing_that_was_asked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path(), 2).unwrap();
+    let session = SessionId::new();
+    store.create(session, record(), own(0)).unwrap();
+    store.add_snapshot(session, snapshot(1)).unwrap();
+    for step in 2..=5 {
+        store.add_snapshot(session, own(step)).unwrap();
+    }
+    assert_eq!(kept(&store, session), [1, 5]);
+    for step in 6..=8 {
+        store.add_snapshot(session, snapshot(step)).unwrap();
+    }
+    assert_eq!(kept(&store, session), [5, 7, 8]);
+    // A session that was set back to one of the server's goes on from there.
+    let oldest = store.record(session).unwrap().unwrap().snapshots[0].clone();
+    store.set_head(session, &oldest.id).unwrap();
+    assert_eq!(store.record(session).unwrap().unwrap().head().unwrap().step, 5);
+    store.add_snapshot(session, own(9)).unwrap();
+    assert_eq!(kept(&store, session), [7, 8, 9]);
+    assert_eq!(files(&store), named(&store));
+}
+
+#[test]
+fn a_snapshot_of_the_server_can_become_one_that_was_asked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path(), 2).unwrap();
+    let session = SessionId::new();
+    store.create(session, record(), own(0)).unwrap();
+    store.add_snapshot(session, snapshot(1)).unwrap();
+    // At the same point, as after a drain; and while it is parked.
+    let drained = store.add_snapshot(session, own(2)).unwrap();
+    assert_eq!(drained.origin, Origin::Server);
+    let asked = store.add_snapshot(session, snapshot(2)).unwrap();
+    assert_eq!((&asked.id, asked.origin), (&drained.id, Origin::Client));
+    assert_eq!(store.add_snapshot(session, own(2)).unwrap(), asked);
+    let parked = store.add_snapshot(session, own(3)).unwrap();
+    assert_eq!(store.claim_head(session).unwrap().id, parked.id);
+    for step in 4..=6 {
+        store.add_snapshot(session, own(step)).unwrap();
+    }
+    assert_eq!(kept(&store, session), [2, 3, 6]);
+
+    // Set back and asked for again: the newest of its kind, and the one before goes first.
+    store.set_head(session, &asked.id).unwrap();
+    store.add_snapshot(session, snapshot(2)).unwrap();
+    store.add_snapshot(session, snapshot(7)).unwrap();
+    assert_eq!(kept(&store, session), [6, 2, 7]);
+    assert_eq!(files(&store), named(&store));
+    store.forget(session).unwrap();
+    assert!(files(&store).is_empty());
 }
 
 #[test]
@@ -149,6 +213,6 @@ fn another_format_version_is_refused() {
     store.db.insert(VERSION_KEY, b"99").unwrap();
     drop(store);
     let error = Store::open(dir.path(), 3).err().unwrap();
-    assert!(matches!(error, Error::StoreVersion { expected: 1, .. }), "{error}");
+    assert!(matches!(error, Error::StoreVersion { expected: FORMAT_VERSION, .. }), "{error}");
     assert!(error.to_string().contains("99"), "{error}");
 }

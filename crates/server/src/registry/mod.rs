@@ -17,7 +17,7 @@ use crate::session::{
     Attach, DRAIN_RETRY, Export, Info, Permit, Reason, Resume, Retire, SessionActor, SessionId,
     SessionSeed, SessionView, StreamEnds,
 };
-use crate::store::{Record, SnapshotRecord, Store};
+use crate::store::{Origin, Record, SnapshotRecord, Store};
 use actix::{Actor, Addr};
 use dashmap::DashMap;
 use offshoot_adapters::LoraSpec;
@@ -146,7 +146,7 @@ impl Registry {
         let first =
             snapshot::Copied { adapters: session.state().await?, resume: Resume::default() };
         let (store, created) = (self.store.clone(), record.clone());
-        blocking(move || store.create(id, created, first.encode())).await?;
+        blocking(move || store.create(id, created, first.encode(Origin::Server))).await?;
         let resume = Resume::default();
         *slot = Some(Live {
             actor: self.spawn(id, session, admitted, resume),
@@ -184,7 +184,11 @@ impl Registry {
             None => {
                 let head = self.head(id).await?;
                 let (server, client) = (head.sequence, after);
-                if server == client { Ok(head) } else { Err(Error::Point { server, client }) }
+                if server != client {
+                    return Err(Error::Point { server, client });
+                }
+                let store = self.store.clone();
+                blocking(move || store.claim_head(id)).await
             }
         }
     }

@@ -3,7 +3,7 @@
 use super::{Live, Registry, blocking, gone, live, retire, snapshot};
 use crate::error::Error;
 use crate::session::{Cut, DrainWhenQuiet, Keep, Reason, SessionId};
-use crate::store::SnapshotRecord;
+use crate::store::{Origin, SnapshotRecord};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use tokio::sync::mpsc;
@@ -59,10 +59,14 @@ impl Registry {
         live: &Live,
         reason: Reason,
     ) -> Result<SnapshotRecord, Error> {
+        let origin = match reason {
+            Reason::Snapshot { .. } => Origin::Client,
+            Reason::Lease | Reason::Close | Reason::Drain => Origin::Server,
+        };
         let cut = live.actor.send(Cut { reason }).await.map_err(gone)??;
         let copied = snapshot::Copied { adapters: cut.adapters, resume: cut.resume };
         let store = self.store.clone();
-        blocking(move || store.add_snapshot(id, copied.encode())).await
+        blocking(move || store.add_snapshot(id, copied.encode(origin))).await
     }
 
     /// Takes no new sessions from now on, and live ones only until they are parked.

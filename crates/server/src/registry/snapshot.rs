@@ -1,7 +1,7 @@
 use crate::engine::TrunkInfo;
 use crate::error::Error;
 use crate::session::{Recorded, Resume, SessionId};
-use crate::store::{NewSnapshot, Record, SnapshotRecord, StoredSnapshot};
+use crate::store::{NewSnapshot, Origin, Record, SnapshotRecord, StoredSnapshot};
 use offshoot_adapters::AdapterState;
 use offshoot_proto::v1::{ServerFrame, SnapshotInfo};
 use offshoot_proto::{WireDType, v1};
@@ -15,12 +15,12 @@ pub(super) struct Copied {
 
 impl Copied {
     /// For the store. Takes as long as copying the tensors once.
-    pub fn encode(self) -> NewSnapshot {
+    pub fn encode(self, origin: Origin) -> NewSnapshot {
         let Copied { adapters, resume } = self;
         NewSnapshot {
             step: resume.step,
             sequence: resume.applied,
-            n_accumulated: resume.n_accumulated,
+            origin,
             state: adapters.to_safetensors(),
             answers: (!resume.answers.is_empty()).then(|| encode_answers(&resume.answers)),
         }
@@ -33,7 +33,6 @@ impl Copied {
         let resume = Resume {
             applied: record.sequence,
             step: record.step,
-            n_accumulated: record.n_accumulated,
             answers: answers.unwrap_or_default(),
         };
         Ok(Copied { adapters: AdapterState::from_safetensors(&state)?, resume })
@@ -133,8 +132,7 @@ mod tests {
             digest: [sequence as u8; 32],
             answer: ServerFrame { sequence, body: Some(Body::Step(StepDone { step: 9 })) },
         };
-        let resume =
-            Resume { applied: 5, step: 2, n_accumulated: 1, answers: vec![answer(4), answer(5)] };
+        let resume = Resume { applied: 5, step: 2, answers: vec![answer(4), answer(5)] };
         let adapters = AdapterState {
             parameters: vec![1.0, 2.0],
             gradients: vec![3.0, 4.0],
@@ -142,7 +140,8 @@ mod tests {
             second_moments: vec![7.0, 8.0],
             n_steps: 2,
         };
-        let new = Copied { adapters: adapters.clone(), resume: resume.clone() }.encode();
+        let new = Copied { adapters: adapters.clone(), resume: resume.clone() };
+        let new = new.encode(Origin::Server);
         let dir = tempfile::tempdir().unwrap();
         let store = crate::store::Store::open(dir.path(), 2).unwrap();
         let taken = store.create(SessionId::new(), record(), new).unwrap();
@@ -171,7 +170,7 @@ mod tests {
             id: "1-step0".into(),
             step: 0,
             sequence: 0,
-            n_accumulated: 0,
+            origin: Origin::Server,
             state: Default::default(),
             answers: None,
             bytes: 0,

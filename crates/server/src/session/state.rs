@@ -69,8 +69,6 @@ pub enum Settled {
 pub struct Resume {
     pub applied: u64,
     pub step: u64,
-    /// Backwards accumulated since the last Step.
-    pub n_accumulated: u64,
     pub answers: Vec<Recorded>,
 }
 
@@ -87,15 +85,12 @@ pub struct SessionState {
     /// The last frame that changed the session.
     applied: u64,
     step: u64,
-    n_accumulated: u64,
     /// Tape bytes by microbatch.
     open: BTreeMap<u64, u64>,
     answers: VecDeque<Recorded>,
     in_flight: VecDeque<InFlight>,
     next_ticket: u64,
     draining: bool,
-    /// A training Forward was refused because of the drain: the client is at a boundary.
-    held_back: bool,
 }
 
 impl SessionState {
@@ -105,13 +100,11 @@ impl SessionState {
             limits,
             applied: resume.applied,
             step: resume.step,
-            n_accumulated: resume.n_accumulated,
             open: BTreeMap::new(),
             answers: resume.answers.into(),
             in_flight: VecDeque::new(),
             next_ticket: 0,
             draining: false,
-            held_back: false,
         }
     }
 
@@ -135,7 +128,6 @@ impl SessionState {
         Resume {
             applied: self.applied,
             step: self.step,
-            n_accumulated: self.n_accumulated,
             answers: self.answers.iter().cloned().collect(),
         }
     }
@@ -200,10 +192,10 @@ impl SessionState {
         self.draining = true;
     }
 
-    /// Whether nothing is left that a snapshot would tear apart: no frame in flight, no open
-    /// microbatch, and no accumulated gradient whose Step is still to come.
+    /// Whether nothing is left that a snapshot would tear apart: no frame in flight and no open
+    /// microbatch. Accumulated gradients are in the snapshot, so their Step may come later.
     pub fn is_quiet(&self) -> bool {
-        self.is_settled() && self.open.is_empty() && (self.n_accumulated == 0 || self.held_back)
+        self.is_settled() && self.open.is_empty()
     }
 
     /// Whether no frame is in flight.
@@ -250,14 +242,11 @@ impl SessionState {
         open
     }
 
-    fn check_effect(&mut self, effect: Effect) -> Result<(), Error> {
+    fn check_effect(&self, effect: Effect) -> Result<(), Error> {
         let open = self.expected_open();
         match effect {
             Effect::Nothing => Ok(()),
-            Effect::Open(_) if self.draining => {
-                self.held_back = true;
-                Err(Error::Draining { retry_after: DRAIN_RETRY })
-            }
+            Effect::Open(_) if self.draining => Err(Error::Draining { retry_after: DRAIN_RETRY }),
             Effect::Open(microbatch) if open.contains(&microbatch) => {
                 Err(Error::OpenTape { microbatch })
             }
@@ -283,10 +272,8 @@ impl SessionState {
             }
             Effect::Close(microbatch) => {
                 self.open.remove(&microbatch);
-                self.n_accumulated += 1;
             }
-            Effect::Step => self.n_accumulated = 0,
-            Effect::Nothing => {}
+            Effect::Step | Effect::Nothing => {}
         }
         self.step = step.unwrap_or(self.step);
         self.answers.push_back(Recorded { sequence: head.sequence, digest: head.digest, answer });

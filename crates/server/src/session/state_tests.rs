@@ -164,21 +164,20 @@ fn a_tape_that_was_used_up_by_a_refusal_is_gone() {
 }
 
 #[test]
-fn a_drain_lets_open_microbatches_and_their_step_finish() {
+fn a_drain_lets_open_microbatches_finish_and_waits_for_no_step() {
     let mut state = state();
     go(&mut state, &head(1, Effect::Open(1)));
     state.drain();
     assert!(matches!(state.admit(&head(2, Effect::Open(2))), Err(Error::Draining { .. })));
+    assert!(!state.is_quiet(), "a tape is held, which no snapshot has");
+    let close = run(&mut state, &head(2, Effect::Close(1)));
+    assert!(!state.is_quiet(), "the engine is still at it");
+    applied(&mut state, close, 2);
+    assert!(state.is_quiet(), "the gradients are in the snapshot");
+    // A Step that comes at once is taken.
+    let step = run(&mut state, &head(3, Effect::Step));
     assert!(!state.is_quiet());
-    go(&mut state, &head(2, Effect::Close(1)));
-    assert!(state.is_quiet(), "the client wanted to begin another microbatch: no Step follows");
-
-    let mut state = self::state();
-    go(&mut state, &head(1, Effect::Open(1)));
-    state.drain();
-    go(&mut state, &head(2, Effect::Close(1)));
-    assert!(!state.is_quiet(), "a Step may follow");
-    go(&mut state, &head(3, Effect::Step));
+    applied(&mut state, step, 3);
     assert!(state.is_quiet());
 }
 
