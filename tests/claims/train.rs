@@ -25,8 +25,7 @@ impl Place {
         let mut text = String::new();
         for i in 0..23 {
             let words = "the trunk holds every branch and each branch holds its leaves ";
-            writeln!(text, "{} {}\n", "Sentence", &words.repeat(3)[i..(i * 5 + 20).min(120)])
-                .unwrap();
+            writeln!(text, "Sentence {}\n", &words.repeat(3)[i..(i * 5 + 20).min(120)]).unwrap();
         }
         fs::write(dir.path().join("train.txt"), &text).unwrap();
         let held_out = "{\"prompt\": \"What holds leaves?\", \"completion\": \"A branch.\"}\n";

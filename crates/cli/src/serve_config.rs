@@ -87,7 +87,7 @@ struct ListenArgs {
     /// Where sessions survive; one server each [default: offshoot-store].
     #[arg(long, value_name = "DIR")]
     store_dir: Option<PathBuf>,
-    /// Snapshots kept of each session; the trainer keeps five checkpoints and the best.
+    /// Snapshots kept of those that a session's client asked for; the trainer keeps five checkpoints and the best.
     #[arg(long, value_name = "N")]
     snapshots_kept: Option<usize>,
     /// Settings as a TOML file; a key that is unknown is an error.

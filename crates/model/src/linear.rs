@@ -68,10 +68,11 @@ impl Linear {
         let y = x.linear(&self.weight.to_kind(x.kind()), self.bias.as_ref());
         let lora = segments.iter().map(|segment| {
             let pair = self.pair(segment, x.kind())?;
-            let mut x = segment.of(x);
-            if let Some(mask) = self.mask(segment, &x) {
-                x = x * mask;
-            }
+            let x = segment.of(x);
+            let x = match self.mask(segment, &x) {
+                Some(mask) => x * mask,
+                None => x,
+            };
             let h = x.matmul(&pair.a.tr()); // [n, r]
             let _ = segment.of(&y).addmm_(&h, &pair.scaled_b.tr());
             Some(h)

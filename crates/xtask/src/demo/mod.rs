@@ -44,8 +44,9 @@ pub struct Options {
     /// dtype of the weights and products on both sides
     #[arg(long, default_value = "f32")]
     dtype: String,
-    /// Both teams are asked to go on from this, before and after training
-    #[arg(long, default_value = "My computer is slow.")]
+    /// Both teams are asked to go on from this, before and after training. The line break is what
+    /// stands between prompt and completion in support's training text
+    #[arg(long, default_value = "My computer is slow.\n")]
     sample_prompt: String,
 }
 

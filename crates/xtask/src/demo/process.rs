@@ -18,11 +18,19 @@ pub struct Process {
     ended: Option<ExitStatus>,
 }
 
+/// Threads of each process: a server and two clients share the cores, and thread pools that have
+/// more threads than there are cores wait for each other most of the time.
+fn threads_each() -> usize {
+    const PROCESSES: usize = 3;
+    std::thread::available_parallelism().map_or(1, |cores| (cores.get() / PROCESSES).max(1))
+}
+
 impl Process {
     pub fn start(name: &'static str, log: &Path, arguments: Vec<String>) -> Result<Self> {
         let file = File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
         let child = Command::new(binary())
             .args(arguments)
+            .env("OMP_NUM_THREADS", threads_each().to_string())
             // What a process writes beside its named outputs lands in the run's folder.
             .current_dir(log.parent().unwrap_or(Path::new(".")))
             .stdin(Stdio::null())
