@@ -241,3 +241,65 @@ impl SplitPoints {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+    use std::path::Path;
+
+    fn fixture(name: &str) -> Value {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures");
+        serde_json::from_str(&std::fs::read_to_string(root.join(name)).unwrap()).unwrap()
+    }
+
+    fn error(json: &Value) -> String {
+        ModelConfig::from_json(json).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn old_and_new_spellings_mean_the_same() {
+        for family in ["llama", "qwen2"] {
+            let new = ModelConfig::from_json(&fixture(&format!("{family}/config.json"))).unwrap();
+            let old =
+                ModelConfig::from_json(&fixture(&format!("{family}/config.v4.json"))).unwrap();
+            assert_eq!(new, old, "{family}");
+        }
+    }
+
+    #[test]
+    fn unknown_architecture_names_the_known_ones() {
+        let text = error(&json!({"model_type": "mamba"}));
+        assert_eq!(
+            text,
+            "model_type \"mamba\" is not supported; known are gpt2, llama, qwen2, qwen3, gemma"
+        );
+        assert!(error(&json!({})).contains("\"(none)\""));
+    }
+
+    #[test]
+    fn what_the_decoder_cannot_do_is_refused_by_field() {
+        let with = |field: &str, value: Value| {
+            let mut json = fixture("llama/config.json");
+            json[field] = value;
+            error(&json)
+        };
+        let text = with("hidden_size", json!("wide"));
+        assert_eq!(text, "config.json: hidden_size is \"wide\", expected a positive whole number");
+        assert!(with("quantization_config", json!({"bits": 4})).contains("quantization_config"));
+        assert!(with("use_sliding_window", json!(true)).contains("use_sliding_window is true"));
+        assert!(with("hidden_act", json!("relu")).contains("expected silu, gelu"));
+        let text = with("rope_parameters", json!({"rope_type": "yarn", "rope_theta": 1e4}));
+        assert!(text.contains("\"yarn\", expected default, linear or llama3"), "{text}");
+    }
+
+    #[test]
+    fn split_points_are_in_order_and_inside_the_model() {
+        assert_eq!(SplitPoints::new(0, 30, 30).unwrap(), SplitPoints { s1: 0, s2: 30 });
+        for (s1, s2) in [(20, 20), (21, 20), (0, 31), (30, 31)] {
+            let text = SplitPoints::new(s1, s2, 30).unwrap_err().to_string();
+            assert!(text.starts_with(&format!("split points {s1} and {s2} do not fit")), "{text}");
+            assert!(text.contains("<= 30"), "{text}");
+        }
+    }
+}

@@ -122,3 +122,29 @@ impl ModelConfig {
         names
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn targets_end_at_a_dot() {
+        let gpt2 = Layout::of(Family::Gpt2);
+        for target in ["c_proj", "attn.c_proj", "transformer.h.1.attn.c_proj", "all-linear"] {
+            assert!(gpt2.is_target("transformer.h.1.attn.c_proj", target), "{target}");
+            gpt2.check_targets(&[target.into()]).unwrap();
+        }
+        assert!(!gpt2.is_target("transformer.h.1.attn.c_proj", "proj"));
+        assert!(!gpt2.is_target("transformer.h.1.attn.c_proj", "mlp.c_proj"));
+    }
+
+    #[test]
+    fn an_unknown_target_names_the_known_ones() {
+        let layout = Layout::of(Family::Gpt2);
+        let text = layout.check_targets(&["c_fc".into(), "q_proj".into()]).unwrap_err().to_string();
+        assert_eq!(
+            text,
+            "target module \"q_proj\" is no linear layer of a gpt2 block; known are attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj (or \"all-linear\")"
+        );
+    }
+}
