@@ -1,5 +1,5 @@
 use crate::attention;
-use crate::linear::{Linear, LoraGradients, LoraTape};
+use crate::linear::{Incoming, Linear, LoraGradients, LoraTape, Sink};
 use crate::norm::Norm;
 use crate::rope::RopeTables;
 use crate::tape::bytes_of;
@@ -149,42 +149,36 @@ impl Block {
         gradients: &LoraGradients,
         want_input: bool,
     ) -> Option<Tensor> {
-        let grad = self.backward_mlp(tape, grad, pass, gradients);
-        self.backward_attention(tape, grad, pass, gradients, want_input)
+        let sink = Sink { segments: pass.segments, gradients };
+        let grad = self.backward_mlp(tape, grad, &sink);
+        self.backward_attention(tape, grad, pass, &sink, want_input)
     }
 
     /// From the gradient by the block's output to that by `x_mid`.
-    fn backward_mlp(
-        &self,
-        tape: &BlockTape,
-        mut grad: Tensor,
-        pass: &Pass,
-        gradients: &LoraGradients,
-    ) -> Tensor {
-        let (at, segments) = (self.first_mlp_linear(), pass.segments);
+    fn backward_mlp(&self, tape: &BlockTape, mut grad: Tensor, sink: &Sink) -> Tensor {
+        let lora = &tape.lora[self.first_mlp_linear()..];
         let normed = self.post_attention_norm.forward(&tape.x_mid);
         let by_normed = match &self.mlp {
             Mlp::Gated { gate, up, down, activation } => {
                 let (g, u) = (&tape.mlp[0], &tape.mlp[1]);
                 let activated = activation.forward(g);
                 let product = &activated * u;
-                let by_product =
-                    down.backward(&product, &grad, &tape.lora[at + 2], segments, gradients);
+                let incoming = Incoming { x: &product, grad: &grad, tape: &lora[2] };
+                let by_product = down.backward(&incoming, sink);
                 let by_g = activation.backward(&(&by_product * u), g);
                 let by_u = by_product * activated;
-                let mut by_normed =
-                    gate.backward(&normed, &by_g, &tape.lora[at], segments, gradients);
-                let lora = &tape.lora[at + 1];
-                up.backward_into(&normed, &by_u, lora, segments, gradients, &mut by_normed);
+                let incoming = Incoming { x: &normed, grad: &by_g, tape: &lora[0] };
+                let mut by_normed = gate.backward(&incoming, sink);
+                let incoming = Incoming { x: &normed, grad: &by_u, tape: &lora[1] };
+                up.backward_into(&incoming, sink, &mut by_normed);
                 by_normed
             }
             Mlp::Plain { up, down, activation } => {
                 let u = &tape.mlp[0];
-                let lora = &tape.lora[at + 1];
-                let by_activated =
-                    down.backward(&activation.forward(u), &grad, lora, segments, gradients);
-                let by_u = activation.backward(&by_activated, u);
-                up.backward(&normed, &by_u, &tape.lora[at], segments, gradients)
+                let activated = activation.forward(u);
+                let incoming = Incoming { x: &activated, grad: &grad, tape: &lora[1] };
+                let by_u = activation.backward(&down.backward(&incoming, sink), u);
+                up.backward(&Incoming { x: &normed, grad: &by_u, tape: &lora[0] }, sink)
             }
         };
         let _ = grad.g_add_(&self.post_attention_norm.backward(&tape.x_mid, &by_normed));
@@ -197,13 +191,13 @@ impl Block {
         tape: &BlockTape,
         mut grad: Tensor,
         pass: &Pass,
-        gradients: &LoraGradients,
+        sink: &Sink,
         want_input: bool,
     ) -> Option<Tensor> {
-        let segments = pass.segments;
-        let o_lora = &tape.lora[self.first_mlp_linear() - 1];
+        let attended = tape.attended.flatten(1, 2); // [N, A D]
+        let o_tape = &tape.lora[self.first_mlp_linear() - 1];
         let by_attended =
-            self.o.backward(&tape.attended.flatten(1, 2), &grad, o_lora, segments, gradients);
+            self.o.backward(&Incoming { x: &attended, grad: &grad, tape: o_tape }, sink);
         let BlockTape { q, k, v, attended: output, log_sums, .. } = tape;
         let saved = attention::Saved { q, k, v, output, log_sums };
         let [mut by_q, mut by_k, by_v] =
@@ -217,13 +211,12 @@ impl Block {
 
         let normed = self.input_norm.forward(&tape.x);
         let mut by_normed: Option<Tensor> = None;
-        let mut through = |linear: &Linear, grad: &Tensor, lora: &LoraTape| match &mut by_normed {
-            _ if !want_input => {
-                linear.backward_lora(&normed, grad, lora, segments, gradients, None);
-            }
-            Some(sum) => linear.backward_into(&normed, grad, lora, segments, gradients, sum),
-            None => {
-                by_normed = Some(linear.backward(&normed, grad, lora, segments, gradients));
+        let mut through = |linear: &Linear, grad: &Tensor, tape: &LoraTape| {
+            let incoming = Incoming { x: &normed, grad, tape };
+            match &mut by_normed {
+                _ if !want_input => linear.backward_lora(&incoming, sink, None),
+                Some(sum) => linear.backward_into(&incoming, sink, sum),
+                None => by_normed = Some(linear.backward(&incoming, sink)),
             }
         };
         let flat = [by_q, by_k, by_v].map(|grad| grad.flatten(1, 2)); // [N, heads D] each

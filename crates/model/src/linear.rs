@@ -29,6 +29,21 @@ impl LoraTape {
 /// One flat float32 gradient `[P]` for each segment with an adapter.
 pub(crate) type LoraGradients = Vec<Option<Tensor>>;
 
+/// What the backward of one linear layer begins with.
+pub(crate) struct Incoming<'a> {
+    /// `[N, in]`, as the forward saw it.
+    pub x: &'a Tensor,
+    /// `[N, out]`, by the forward's result.
+    pub grad: &'a Tensor,
+    pub tape: &'a LoraTape,
+}
+
+/// The segments of a pass and where their LoRA gradients go.
+pub(crate) struct Sink<'a> {
+    pub segments: &'a [Segment<'a>],
+    pub gradients: &'a LoraGradients,
+}
+
 /// A segment's LoRA pair at one linear layer.
 struct Pair {
     /// Index of the site in the adapter set.
@@ -81,47 +96,24 @@ impl Linear {
         (y, tape)
     }
 
-    /// Writes the LoRA gradients of every segment into `gradients` and returns the gradient by `x`.
-    ///
-    /// `x` `[N, in]` as the forward saw it, `grad` `[N, out]`.
-    pub fn backward(
-        &self,
-        x: &Tensor,
-        grad: &Tensor,
-        tape: &LoraTape,
-        segments: &[Segment],
-        gradients: &LoraGradients,
-    ) -> Tensor {
-        let mut grad_x = grad.matmul(&self.weight.to_kind(grad.kind()));
-        self.backward_lora(x, grad, tape, segments, gradients, Some(&mut grad_x));
+    /// Writes the LoRA gradients of every segment and returns the gradient `[N, in]` by `x`.
+    pub fn backward(&self, incoming: &Incoming, sink: &Sink) -> Tensor {
+        let mut grad_x = incoming.grad.matmul(&self.weight.to_kind(incoming.grad.kind()));
+        self.backward_lora(incoming, sink, Some(&mut grad_x));
         grad_x
     }
 
     /// The same, adding the gradient by `x` to `grad_x`.
-    pub fn backward_into(
-        &self,
-        x: &Tensor,
-        grad: &Tensor,
-        tape: &LoraTape,
-        segments: &[Segment],
-        gradients: &LoraGradients,
-        grad_x: &mut Tensor,
-    ) {
+    pub fn backward_into(&self, incoming: &Incoming, sink: &Sink, grad_x: &mut Tensor) {
+        let grad = incoming.grad;
         let _ = grad_x.addmm_(grad, &self.weight.to_kind(grad.kind()));
-        self.backward_lora(x, grad, tape, segments, gradients, Some(grad_x));
+        self.backward_lora(incoming, sink, Some(grad_x));
     }
 
-    /// The same without a gradient by `x`: LoRA gradients only.
-    pub fn backward_lora(
-        &self,
-        x: &Tensor,
-        grad: &Tensor,
-        tape: &LoraTape,
-        segments: &[Segment],
-        gradients: &LoraGradients,
-        mut grad_x: Option<&mut Tensor>,
-    ) {
-        for ((segment, h), flat) in segments.iter().zip(&tape.0).zip(gradients) {
+    /// LoRA gradients, and LoRA's share of the gradient by `x` if there is a place for it.
+    pub fn backward_lora(&self, incoming: &Incoming, sink: &Sink, mut grad_x: Option<&mut Tensor>) {
+        let Incoming { x, grad, tape } = incoming;
+        for ((segment, h), flat) in sink.segments.iter().zip(&tape.0).zip(sink.gradients) {
             let (Some(h), Some(flat), Some(adapter)) = (h, flat, segment.adapter) else { continue };
             let Some(pair) = self.pair(segment, x.kind()) else { continue };
             let (x, grad) = (segment.of(x), segment.of(grad));
@@ -181,7 +173,9 @@ mod tests {
         let (y, tape) = linear.forward(&x, &segments);
         let gradients: LoraGradients =
             segments.iter().map(|s| s.adapter.map(AdapterSet::new_gradient)).collect();
-        let by_x = linear.backward(&x, &grad, &tape, &segments, &gradients);
+        let incoming = Incoming { x: &x, grad: &grad, tape: &tape };
+        let sink = Sink { segments: &segments, gradients: &gradients };
+        let by_x = linear.backward(&incoming, &sink);
 
         let x = x.set_requires_grad(true);
         let mut leaves = vec![x.shallow_clone()];
