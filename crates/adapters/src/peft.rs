@@ -181,7 +181,11 @@ pub fn to_safetensors(tensors: &[(String, Tensor)]) -> Vec<u8> {
 fn from_safetensors(path: &Path, bytes: &[u8]) -> Result<Vec<(String, Tensor)>, AdapterError> {
     let file = SafeTensors::deserialize(bytes)
         .map_err(|e| file_error(path, format!("not a safetensors file ({e}); was it cut off?")))?;
-    file.iter()
+    // The library hands tensors out in the order of a hash map; here it is that of their names.
+    let mut named: Vec<_> = file.iter().collect();
+    named.sort_by(|(a, _), (b, _)| a.cmp(b));
+    named
+        .into_iter()
         .map(|(name, view)| {
             let kind = match view.dtype() {
                 Dtype::F32 => Kind::Float,

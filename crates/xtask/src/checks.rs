@@ -24,7 +24,7 @@ pub fn test(args: &[String]) -> Result<()> {
     if args.is_empty() {
         tests(&["test", "--doc"], args)?;
     }
-    tests(&["nextest", "run"], args)
+    tests(&["nextest", "run", "--no-fail-fast"], args)
 }
 
 fn has_nextest() -> bool {
