@@ -3,6 +3,7 @@
 use crate::{AdapterError, LoraSpec};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::path::Path;
 use tch::{Device, Kind, Tensor};
 
@@ -182,8 +183,7 @@ fn from_safetensors(path: &Path, bytes: &[u8]) -> Result<Vec<(String, Tensor)>, 
     let file = SafeTensors::deserialize(bytes)
         .map_err(|e| file_error(path, format!("not a safetensors file ({e}); was it cut off?")))?;
     // The library hands tensors out in the order of a hash map; here it is that of their names.
-    let mut named: Vec<_> = file.iter().collect();
-    named.sort_by(|(a, _), (b, _)| a.cmp(b));
+    let named: BTreeMap<&str, TensorView<'_>> = file.iter().collect();
     named
         .into_iter()
         .map(|(name, view)| {
