@@ -25,6 +25,7 @@ mod engine;
 mod error;
 mod finite;
 mod grpc;
+mod ledger;
 mod pool;
 mod registry;
 mod scheduler;

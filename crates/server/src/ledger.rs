@@ -1,0 +1,276 @@
+//! The bytes of one device: what is reserved, of which kind, and what is left of the budget. Bytes
+//! are reserved before they are used and given back by drop, so what the ledger says is never less
+//! than what is there.
+//!
+//! It decides, purely; whoever is refused shrinks, waits for [`Ledger::freed`], or asks by
+//! [`Ledger::press`] that idle sessions leave.
+
+use serde::Serialize;
+use std::fmt;
+use std::future::Future;
+use std::sync::{Arc, Mutex, MutexGuard};
+use tokio::sync::Notify;
+
+/// What bytes are for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BytesKind {
+    /// The frozen trunk.
+    Weights,
+    /// Parameters, gradients and moments of the sessions on the device.
+    Adapters,
+    /// What open microbatches keep for their backwards.
+    Tapes,
+    /// What a batch needs while it runs.
+    Workspace,
+}
+
+/// Bytes by what they are for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct ByKind {
+    pub weights: u64,
+    pub adapters: u64,
+    pub tapes: u64,
+    pub workspace: u64,
+}
+
+/// A ledger at a glance.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Usage {
+    /// None: unlimited.
+    pub budget: Option<u64>,
+    pub now: ByKind,
+    /// The most of each kind so far. The kinds had theirs at different times.
+    pub peak: ByKind,
+    /// The most of all kinds together so far.
+    pub peak_total: u64,
+}
+
+/// What did not fit. It waits, or becomes RESOURCE_EXHAUSTED.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shortage {
+    pub kind: BytesKind,
+    pub need: u64,
+    /// What this kind could have had.
+    pub free: u64,
+    pub budget: u64,
+}
+
+/// The bytes of one device. Cloning shares them.
+#[derive(Clone)]
+pub struct Ledger(Arc<Shared>);
+
+struct Shared {
+    // Never held across an await; every use is a few additions.
+    books: Mutex<Books>,
+    freed: Arc<Notify>,
+    pressed: Notify,
+}
+
+/// Bytes that are taken. Dropping it gives them back and wakes who waits.
+#[must_use = "dropping it gives the bytes back"]
+pub struct Reservation {
+    ledger: Ledger,
+    kind: BytesKind,
+    bytes: u64,
+}
+
+/// The pure part.
+#[derive(Debug)]
+struct Books {
+    usage: Usage,
+    /// Adapters leave so much free for tapes and workspace.
+    work_room: u64,
+    /// The most that somebody needs and did not get, until idle sessions are asked to leave.
+    missing: u64,
+}
+
+impl ByKind {
+    /// All kinds together.
+    pub fn total(&self) -> u64 {
+        self.weights + self.adapters + self.tapes + self.workspace
+    }
+
+    /// The bytes of one kind.
+    pub fn of(&self, kind: BytesKind) -> u64 {
+        match kind {
+            BytesKind::Weights => self.weights,
+            BytesKind::Adapters => self.adapters,
+            BytesKind::Tapes => self.tapes,
+            BytesKind::Workspace => self.workspace,
+        }
+    }
+
+    fn of_mut(&mut self, kind: BytesKind) -> &mut u64 {
+        match kind {
+            BytesKind::Weights => &mut self.weights,
+            BytesKind::Adapters => &mut self.adapters,
+            BytesKind::Tapes => &mut self.tapes,
+            BytesKind::Workspace => &mut self.workspace,
+        }
+    }
+}
+
+impl BytesKind {
+    /// As an operator would say it.
+    pub fn name(self) -> &'static str {
+        match self {
+            BytesKind::Weights => "weights",
+            BytesKind::Adapters => "adapters",
+            BytesKind::Tapes => "tapes",
+            BytesKind::Workspace => "workspace",
+        }
+    }
+}
+
+impl fmt::Display for Shortage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Shortage { kind, need, free, budget } = self;
+        let name = kind.name();
+        write!(f, "{need} bytes of {name} are needed, {free} are free of a budget of {budget}")
+    }
+}
+
+impl Ledger {
+    /// Nothing is taken yet. Without a budget everything fits, and is still counted.
+    pub fn new(budget: Option<u64>) -> Self {
+        let usage = Usage { budget, ..Usage::default() };
+        let books = Mutex::new(Books { usage, work_room: 0, missing: 0 });
+        Ledger(Arc::new(Shared { books, freed: Arc::default(), pressed: Notify::new() }))
+    }
+
+    /// Takes bytes at once, or none of them.
+    pub fn reserve(&self, kind: BytesKind, bytes: u64) -> Result<Reservation, Shortage> {
+        self.books().take(kind, bytes)?;
+        Ok(Reservation { ledger: self.clone(), kind, bytes })
+    }
+
+    /// Counts bytes that are there already, even beyond the budget.
+    pub fn count(&self, kind: BytesKind, bytes: u64) -> Reservation {
+        self.books().add(kind, bytes);
+        Reservation { ledger: self.clone(), kind, bytes }
+    }
+
+    /// From now on adapters leave so much free for tapes and workspace, but at most half of what
+    /// the weights leave: with a budget full of adapters nobody could take a step.
+    pub fn set_work_room(&self, bytes: u64) {
+        self.books().work_room = bytes;
+    }
+
+    /// What tapes and workspace could still take. None: unlimited.
+    pub fn free(&self) -> Option<u64> {
+        self.books().free(BytesKind::Workspace)
+    }
+
+    /// What is taken now, and was at most.
+    pub fn usage(&self) -> Usage {
+        self.books().usage
+    }
+
+    /// Resolves when something has been given back since this was called, even if that was before
+    /// the first poll: call it, then try to reserve, then wait.
+    pub fn freed(&self) -> impl Future<Output = ()> + Send + use<> {
+        // `notify_waiters` reaches every future made before it.
+        self.0.freed.clone().notified_owned()
+    }
+
+    /// Asks that idle sessions leave until this would fit. Returns at once.
+    pub fn press(&self, shortage: Shortage) {
+        let mut books = self.books();
+        books.missing = books.missing.max(shortage.need.saturating_sub(shortage.free));
+        drop(books);
+        self.0.pressed.notify_one();
+    }
+
+    /// Waits for [`Ledger::press`]: how many bytes are missing. For one caller.
+    pub async fn pressed(&self) -> u64 {
+        loop {
+            let missing = std::mem::take(&mut self.books().missing);
+            if missing > 0 {
+                return missing;
+            }
+            self.0.pressed.notified().await;
+        }
+    }
+
+    fn books(&self) -> MutexGuard<'_, Books> {
+        // Each use is whole even if another thread panicked.
+        self.0.books.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+impl Reservation {
+    /// How many.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Takes more, or gives some back. An error changes nothing.
+    pub fn resize(&mut self, bytes: u64) -> Result<(), Shortage> {
+        if bytes > self.bytes {
+            self.ledger.books().take(self.kind, bytes - self.bytes)?;
+        } else {
+            self.give(self.bytes - bytes);
+        }
+        self.bytes = bytes;
+        Ok(())
+    }
+
+    fn give(&self, bytes: u64) {
+        if bytes > 0 {
+            self.ledger.books().give(self.kind, bytes);
+            self.ledger.0.freed.notify_waiters();
+        }
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        self.give(self.bytes);
+    }
+}
+
+impl fmt::Debug for Reservation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Reservation({} bytes of {})", self.bytes, self.kind.name())
+    }
+}
+
+impl Books {
+    fn free(&self, kind: BytesKind) -> Option<u64> {
+        let Usage { budget, now, .. } = &self.usage;
+        let free = budget.as_ref()?.saturating_sub(now.total());
+        if kind != BytesKind::Adapters {
+            return Some(free);
+        }
+        // Work that runs already stands in its room.
+        let room = self.work_room.min(budget.as_ref()?.saturating_sub(now.weights) / 2);
+        Some(free.saturating_sub(room.saturating_sub(now.tapes + now.workspace)))
+    }
+
+    fn take(&mut self, kind: BytesKind, need: u64) -> Result<(), Shortage> {
+        if let (Some(free), Some(budget)) = (self.free(kind), self.usage.budget)
+            && need > free
+        {
+            return Err(Shortage { kind, need, free, budget });
+        }
+        self.add(kind, need);
+        Ok(())
+    }
+
+    fn add(&mut self, kind: BytesKind, bytes: u64) {
+        let Usage { now, peak, peak_total, .. } = &mut self.usage;
+        *now.of_mut(kind) += bytes;
+        *peak.of_mut(kind) = peak.of(kind).max(now.of(kind));
+        *peak_total = now.total().max(*peak_total);
+    }
+
+    fn give(&mut self, kind: BytesKind, bytes: u64) {
+        // Only reservations give back, and each only what it took.
+        *self.usage.now.of_mut(kind) -= bytes;
+    }
+}
+
+#[cfg(test)]
+#[path = "ledger_tests.rs"]
+mod tests;
