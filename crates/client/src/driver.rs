@@ -31,6 +31,7 @@ pub(crate) struct Answer {
     pub(crate) body: server_frame::Body,
     pub(crate) microbatch: u64,
     pub(crate) round_trip: Duration,
+    pub(crate) retries: u32,
 }
 
 // Tensors stay out of logs.
@@ -277,9 +278,10 @@ impl Driver {
         match self.window.applied(sequence) {
             Outcome::Answered(entry) => {
                 let microbatch = entry.microbatch();
-                let round_trip = entry.reply.since.elapsed();
+                let (round_trip, retries) = (entry.reply.since.elapsed(), entry.retries);
                 // Nobody may be waiting, as after a step.
-                let _ = entry.reply.to.send(Ok(Answer { body, microbatch, round_trip }));
+                let answer = Answer { body, microbatch, round_trip, retries };
+                let _ = entry.reply.to.send(Ok(answer));
                 Ok(())
             }
             Outcome::Unexpected { due } => Err(unexpected(sequence, due)),

@@ -276,7 +276,10 @@ impl PendingForward {
         let call = self.answer.call;
         let answer = self.answer.answer().await?;
         let Body::Forward(done) = answer.body else { return wrong_answer(call) };
-        let report = FrameReport::new(answer.round_trip, done.timing, done.tape_bytes);
+        let report = FrameReport {
+            retries: answer.retries,
+            ..FrameReport::new(answer.round_trip, done.timing, done.tape_bytes)
+        };
         let microbatch =
             Microbatch { id: answer.microbatch, claim: self.claim, sender: self.sender };
         Ok((tensor(call, done.hidden)?, microbatch, report))
@@ -313,7 +316,10 @@ impl PendingBackward {
         let answer = self.answer.answer().await?;
         let Body::Backward(done) = answer.body else { return wrong_answer(call) };
         Ok(Gradients {
-            report: FrameReport::new(answer.round_trip, done.timing, 0),
+            report: FrameReport {
+                retries: answer.retries,
+                ..FrameReport::new(answer.round_trip, done.timing, 0)
+            },
             norm_squared: done.grad_norm_squared,
             input: match done.grad {
                 Some(grad) => Some(tensor(call, Some(grad))?),

@@ -234,6 +234,8 @@ pub struct FrameReport {
     pub execute: Duration,
     /// What the open microbatch holds on the device until its backward; 0 for other frames.
     pub tape_bytes: u64,
+    /// How often the server was too full for the frame and asked to send it again later.
+    pub retries: u32,
 }
 
 impl FrameReport {
@@ -244,6 +246,7 @@ impl FrameReport {
             queue: Duration::from_micros(timing.queue_micros),
             execute: Duration::from_micros(timing.execute_micros),
             tape_bytes,
+            retries: 0,
         }
     }
 

@@ -31,6 +31,8 @@ pub(crate) struct Entry<R> {
     interest: Interest,
     /// Of a backward: the tape is needed as long as this is not answered.
     _claim: Option<Claim>,
+    /// How often the server asked to send it again later.
+    pub(crate) retries: u32,
     pub(crate) reply: R,
 }
 
@@ -204,7 +206,7 @@ impl<R> Window<R> {
             }
             Request::Step(step) => (Body::Step(step), Interest::new(), None),
         };
-        self.entries.push_back(Entry { call, body, interest, _claim: claim, reply });
+        self.entries.push_back(Entry { call, body, interest, _claim: claim, retries: 0, reply });
     }
 
     /// The next frame for the wire, if one may go.
@@ -279,6 +281,12 @@ impl<R> Window<R> {
         };
         self.flow = Flow::Returning { cause, returned: returned + 1 };
         if cause != Cause::Final {
+            if first
+                && cause == Cause::Retry
+                && let Some(entry) = self.entries.front_mut()
+            {
+                entry.retries += 1;
+            }
             return Outcome::Kept;
         }
         match self.take_front() {

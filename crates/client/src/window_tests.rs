@@ -165,6 +165,31 @@ fn a_backward_refused_with_a_hint_is_not_hurried() {
 }
 
 #[test]
+fn only_the_frame_that_was_too_much_counts_its_retries() {
+    let (mut w, claim) = (window(), Claim::default());
+    w.push(forward(&claim), "f1");
+    w.push(forward(&claim), "f2");
+    w.push(step(), "s");
+    sent(&mut w);
+    let retries = |w: &mut Window<_>, sequence| match w.applied(sequence) {
+        Outcome::Answered(entry) => entry.retries,
+        _ => panic!("frame {sequence} was not due"),
+    };
+    assert_eq!(retries(&mut w, 1), 0);
+    for _ in 0..2 {
+        refuse(&mut w, 2, Cause::Retry);
+        refuse(&mut w, 3, Cause::Final);
+        w.release();
+        sent(&mut w);
+    }
+    refuse(&mut w, 2, Cause::Drain);
+    refuse(&mut w, 3, Cause::Final);
+    w.release();
+    sent(&mut w);
+    assert_eq!((retries(&mut w, 2), retries(&mut w, 3)), (2, 0));
+}
+
+#[test]
 fn after_a_break_everything_unanswered_goes_out_again() {
     let (mut w, claim) = (window(), Claim::default());
     w.push(forward(&claim), "f");
