@@ -12,8 +12,9 @@ pub struct DropoutKey {
 }
 
 impl DropoutKey {
-    /// A mask `[n_rows, width]` for the module at `path`: 0 with probability `p`, else 1 / (1 - p).
-    pub(crate) fn mask(&self, path: &str, shape: [i64; 2], p: f64, like: &Tensor) -> Tensor {
+    /// The mask of shape `[n_rows, width]` that multiplies the LoRA input of the module at `path`: 0
+    /// with probability `p`, else 1 / (1 - p), in the dtype and on the device of `like`.
+    pub fn mask(&self, path: &str, shape: [i64; 2], p: f64, like: &Tensor) -> Tensor {
         let mut hasher = blake3::Hasher::new();
         hasher.update(b"offshoot dropout").update(&self.seed.to_le_bytes());
         hasher.update(&self.microbatch.to_le_bytes()).update(path.as_bytes());
