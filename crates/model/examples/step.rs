@@ -26,13 +26,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let start = Instant::now();
         let hidden = part.embed(&ids, &rows);
         let segments = [Segment { rows: 0..n, adapter: Some(&adapter), dropout: None }];
-        let (hidden, tape) = part.forward_train(&hidden, &rows, &segments);
+        let (hidden, tape) = part.forward_train(&hidden, &rows, &segments[0]);
         let (forward, bytes) = (start.elapsed(), tape.bytes());
         let start = Instant::now();
         let loss = part.loss(&hidden, &ids, 1.0 / n as f64);
         let head = start.elapsed();
         let start = Instant::now();
-        let back = part.backward(tape, &loss.grad, &rows, &segments, false);
+        let back = part.backward(&[&tape], &loss.grad, &rows, &segments, false);
         adapter.accumulate(&back.lora[0]);
         let backward = start.elapsed();
         let start = Instant::now();

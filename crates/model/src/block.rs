@@ -1,8 +1,8 @@
 use crate::attention;
-use crate::linear::{Incoming, Linear, LoraGradients, LoraTape, Sink};
+use crate::linear::{Incoming, Linear, Sink};
+use crate::lora::{LoraGradients, LoraPass, LoraTape};
 use crate::norm::Norm;
 use crate::rope::RopeTables;
-use crate::tape::bytes_of;
 use crate::{Activation, Rows, Segment};
 use tch::Tensor;
 
@@ -39,42 +39,64 @@ pub(crate) enum Mlp {
     Plain { up: Linear, down: Linear, activation: Activation },
 }
 
-/// What a block's forward saves, by name of the value in [`Block::forward`].
-pub(crate) struct BlockTape {
-    x: Tensor,
+/// What a block's forward saves, by name of the value in [`Block::forward`], all `[N, ...]`: as whole
+/// tensors while it runs, as the rows of one segment on its tape.
+pub(crate) struct Saved<T> {
+    x: T,
+    x_mid: T,
     /// Queries and keys before the head norms, where there are any.
-    raw: Option<(Tensor, Tensor)>,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attended: Tensor,
-    log_sums: Vec<Tensor>,
-    x_mid: Tensor,
+    raw: Option<(T, T)>,
+    q: T,
+    k: T,
+    v: T,
+    attended: T,
+    /// Log-sum-exp of each query's scores, float32 `[N, A]`.
+    log_sums: T,
     /// Inputs of the activation product: gate and up, or up alone.
-    mlp: Vec<Tensor>,
-    /// In the order of [`Block::linears`].
-    lora: Vec<LoraTape>,
+    mlp: Vec<T>,
 }
 
-impl BlockTape {
-    pub fn bytes(&self) -> u64 {
-        let raw = self.raw.iter().flat_map(|(q, k)| [q, k]);
-        let tensors = [&self.x, &self.q, &self.k, &self.v, &self.attended, &self.x_mid];
-        let saved: u64 = tensors
-            .into_iter()
-            .chain(raw)
-            .chain(&self.log_sums)
-            .chain(&self.mlp)
-            .map(bytes_of)
-            .sum();
-        saved + self.lora.iter().map(LoraTape::bytes).sum::<u64>()
+impl<T> Saved<T> {
+    /// The block's input.
+    pub fn x(&self) -> &T {
+        &self.x
     }
+
+    /// Each value in an order that is always the same.
+    pub fn map<'a, U>(&'a self, mut f: impl FnMut(&'a T) -> U) -> Saved<U> {
+        Saved {
+            x: f(&self.x),
+            x_mid: f(&self.x_mid),
+            raw: self.raw.as_ref().map(|(q, k)| (f(q), f(k))),
+            q: f(&self.q),
+            k: f(&self.k),
+            v: f(&self.v),
+            attended: f(&self.attended),
+            log_sums: f(&self.log_sums),
+            mlp: self.mlp.iter().map(f).collect(),
+        }
+    }
+
+    /// All values in the order of [`Saved::map`].
+    pub fn list(&self) -> Vec<&T> {
+        let mut all = Vec::new();
+        self.map(|value| all.push(value));
+        all
+    }
+}
+
+/// What a block's forward leaves for its backward over the same rows.
+pub(crate) struct BlockTape {
+    pub saved: Saved<Tensor>,
+    /// In the order of [`Block::linears`].
+    pub lora: Vec<LoraTape>,
 }
 
 /// What is the same for every block of one pass.
 pub(crate) struct Pass<'a> {
     pub rows: &'a Rows,
     pub segments: &'a [Segment<'a>],
+    pub lora: LoraPass,
     /// None: positions are in the embeddings.
     pub rope: Option<&'a RopeTables>,
 }
@@ -98,7 +120,7 @@ impl Block {
     pub fn forward(&self, x: &Tensor, pass: &Pass) -> (Tensor, BlockTape) {
         let mut lora = Vec::with_capacity(7);
         let mut run = |linear: &Linear, x: &Tensor| {
-            let (y, tape) = linear.forward(x, pass.segments);
+            let (y, tape) = linear.forward(x, pass.segments, &pass.lora);
             lora.push(tape);
             y
         };
@@ -136,7 +158,8 @@ impl Block {
         };
         let _ = y.g_add_(&x_mid);
         let x = x.shallow_clone();
-        (y, BlockTape { x, raw, q, k, v, attended, log_sums, x_mid, mlp, lora })
+        let saved = Saved { x, x_mid, raw, q, k, v, attended, log_sums, mlp };
+        (y, BlockTape { saved, lora })
     }
 
     /// The gradient `[N, H]` by the block's input, or None if none is wanted; LoRA gradients go into
@@ -149,7 +172,7 @@ impl Block {
         gradients: &LoraGradients,
         want_input: bool,
     ) -> Option<Tensor> {
-        let sink = Sink { segments: pass.segments, gradients };
+        let sink = Sink { segments: pass.segments, lora: &pass.lora, gradients };
         let grad = self.backward_mlp(tape, grad, &sink);
         self.backward_attention(tape, grad, pass, &sink, want_input)
     }
@@ -157,10 +180,11 @@ impl Block {
     /// From the gradient by the block's output to that by `x_mid`.
     fn backward_mlp(&self, tape: &BlockTape, mut grad: Tensor, sink: &Sink) -> Tensor {
         let lora = &tape.lora[self.first_mlp_linear()..];
-        let normed = self.post_attention_norm.forward(&tape.x_mid);
+        let saved = &tape.saved;
+        let normed = self.post_attention_norm.forward(&saved.x_mid);
         let by_normed = match &self.mlp {
             Mlp::Gated { gate, up, down, activation } => {
-                let (g, u) = (&tape.mlp[0], &tape.mlp[1]);
+                let (g, u) = (&saved.mlp[0], &saved.mlp[1]);
                 let activated = activation.forward(g);
                 let product = &activated * u;
                 let incoming = Incoming { x: &product, grad: &grad, tape: &lora[2] };
@@ -174,14 +198,14 @@ impl Block {
                 by_normed
             }
             Mlp::Plain { up, down, activation } => {
-                let u = &tape.mlp[0];
+                let u = &saved.mlp[0];
                 let activated = activation.forward(u);
                 let incoming = Incoming { x: &activated, grad: &grad, tape: &lora[1] };
                 let by_u = activation.backward(&down.backward(&incoming, sink), u);
                 up.backward(&Incoming { x: &normed, grad: &by_u, tape: &lora[0] }, sink)
             }
         };
-        let _ = grad.g_add_(&self.post_attention_norm.backward(&tape.x_mid, &by_normed));
+        let _ = grad.g_add_(&self.post_attention_norm.backward(&saved.x_mid, &by_normed));
         grad
     }
 
@@ -194,22 +218,23 @@ impl Block {
         sink: &Sink,
         want_input: bool,
     ) -> Option<Tensor> {
-        let attended = tape.attended.flatten(1, 2); // [N, A D]
+        let saved = &tape.saved;
+        let attended = saved.attended.flatten(1, 2); // [N, A D]
         let o_tape = &tape.lora[self.first_mlp_linear() - 1];
         let by_attended =
             self.o.backward(&Incoming { x: &attended, grad: &grad, tape: o_tape }, sink);
-        let BlockTape { q, k, v, attended: output, log_sums, .. } = tape;
-        let saved = attention::Saved { q, k, v, output, log_sums };
+        let Saved { q, k, v, attended: output, log_sums, .. } = saved;
+        let attended = attention::Attended { q, k, v, output, log_sums };
         let [mut by_q, mut by_k, by_v] =
-            attention::backward(&saved, &self.heads(&by_attended), pass.rows);
+            attention::backward(&attended, &self.heads(&by_attended), pass.rows);
         if let Some(rope) = pass.rope {
             (by_q, by_k) = (rope.rotate_back(&by_q), rope.rotate_back(&by_k));
         }
-        if let (Some((q_norm, k_norm)), Some((q_raw, k_raw))) = (&self.head_norms, &tape.raw) {
+        if let (Some((q_norm, k_norm)), Some((q_raw, k_raw))) = (&self.head_norms, &saved.raw) {
             (by_q, by_k) = (q_norm.backward(q_raw, &by_q), k_norm.backward(k_raw, &by_k));
         }
 
-        let normed = self.input_norm.forward(&tape.x);
+        let normed = self.input_norm.forward(&saved.x);
         let mut by_normed: Option<Tensor> = None;
         let mut through = |linear: &Linear, grad: &Tensor, tape: &LoraTape| {
             let incoming = Incoming { x: &normed, grad, tape };
@@ -229,7 +254,7 @@ impl Block {
             Qkv::Fused(qkv) => through(qkv, &Tensor::cat(&flat, -1), &tape.lora[0]),
         }
         let by_normed = by_normed?;
-        let _ = grad.g_add_(&self.input_norm.backward(&tape.x, &by_normed));
+        let _ = grad.g_add_(&self.input_norm.backward(&saved.x, &by_normed));
         Some(grad)
     }
 

@@ -26,9 +26,9 @@
 //! let rows = Rows::new(&[5, 3], None, Device::Cpu); // two sequences, N = 8
 //! let hidden = Tensor::randn([8, config.hidden_size], (Kind::Float, Device::Cpu));
 //!
-//! let segments = [Segment { rows: 0..8, adapter: Some(&adapter), dropout: None }];
-//! let (output, tape) = trunk.forward_train(&hidden, &rows, &segments);
-//! let back = trunk.backward(tape, &output.ones_like(), &rows, &segments, true);
+//! let segment = Segment { rows: 0..8, adapter: Some(&adapter), dropout: None };
+//! let (output, tape) = trunk.forward_train(&hidden, &rows, &segment);
+//! let back = trunk.backward(&[&tape], &output.ones_like(), &rows, &[segment], true);
 //! assert_eq!(back.input.unwrap().size(), hidden.size());
 //! adapter.accumulate(&back.lora[0]);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
@@ -43,8 +43,10 @@ mod error;
 mod head;
 mod layout;
 mod linear;
+mod lora;
 mod norm;
 mod parts;
+mod passes;
 mod rope;
 mod rows;
 mod tape;
@@ -54,8 +56,10 @@ pub use config::{Activation, Family, ModelConfig, SplitPoints};
 pub use dropout::DropoutKey;
 pub use error::ModelError;
 pub use head::LossOutput;
+pub use lora::LoraMode;
 pub(crate) use norm::Norm;
-pub use parts::{Backward, Part, PartSpec, compute_kind};
+pub use parts::{Part, PartSpec, compute_kind};
+pub use passes::Backward;
 pub use rope::Rope;
 pub use rows::{Rows, Segment};
-pub use tape::Tape;
+pub use tape::{Tape, TapeSize};

@@ -1,5 +1,6 @@
 use crate::Segment;
-use tch::{Kind, Tensor};
+use crate::lora::{LoraGradients, LoraLayer, LoraPass, LoraTape};
+use tch::Tensor;
 
 /// A frozen linear layer that may carry one LoRA pair for each segment:
 /// `y = x W^T + b + s B A dropout(x)` (arXiv 2106.09685).
@@ -16,19 +17,6 @@ pub(crate) struct Linear {
     pub bias: Option<Tensor>,
 }
 
-/// What the backward of a [`Linear`] needs besides its input: for each segment
-/// `h = A dropout(x)`, `[n, r]`, where the segment has LoRA here.
-pub(crate) struct LoraTape(Vec<Option<Tensor>>);
-
-impl LoraTape {
-    pub fn bytes(&self) -> u64 {
-        self.0.iter().flatten().map(crate::tape::bytes_of).sum()
-    }
-}
-
-/// One flat float32 gradient `[P]` for each segment with an adapter.
-pub(crate) type LoraGradients = Vec<Option<Tensor>>;
-
 /// What the backward of one linear layer begins with.
 pub(crate) struct Incoming<'a> {
     /// `[N, in]`, as the forward saw it.
@@ -41,17 +29,8 @@ pub(crate) struct Incoming<'a> {
 /// The segments of a pass and where their LoRA gradients go.
 pub(crate) struct Sink<'a> {
     pub segments: &'a [Segment<'a>],
+    pub lora: &'a LoraPass,
     pub gradients: &'a LoraGradients,
-}
-
-/// A segment's LoRA pair at one linear layer.
-struct Pair {
-    /// Index of the site in the adapter set.
-    site: usize,
-    /// `[r, in]`.
-    a: Tensor,
-    /// `[out, r]`, times the scaling.
-    scaled_b: Tensor,
 }
 
 impl Linear {
@@ -63,36 +42,14 @@ impl Linear {
         self.weight.size()[0]
     }
 
-    fn pair(&self, segment: &Segment, kind: Kind) -> Option<Pair> {
-        let adapter = segment.adapter?;
-        let site = adapter.site_index(&self.path)?;
-        let (a, b) = adapter.matrices(site);
-        let scaled_b = (b * adapter.spec().scaling()).to_kind(kind);
-        Some(Pair { site, a: a.to_kind(kind), scaled_b })
-    }
-
-    /// The mask `[n, in]` of a segment's rows, if it drops anything.
-    fn mask(&self, segment: &Segment, x: &Tensor) -> Option<Tensor> {
-        let p = segment.adapter?.spec().lora_dropout;
-        let key = segment.dropout?;
-        (p > 0.0).then(|| key.mask(&self.path, [segment.n_rows(), self.d_in()], p, x))
+    fn layer<'a>(&'a self, segments: &'a [Segment<'a>], pass: &'a LoraPass) -> LoraLayer<'a> {
+        LoraLayer { path: &self.path, d_in: self.d_in(), d_out: self.d_out(), segments, pass }
     }
 
     /// `[N, in] -> [N, out]`.
-    pub fn forward(&self, x: &Tensor, segments: &[Segment]) -> (Tensor, LoraTape) {
-        let y = x.linear(&self.weight.to_kind(x.kind()), self.bias.as_ref());
-        let lora = segments.iter().map(|segment| {
-            let pair = self.pair(segment, x.kind())?;
-            let x = segment.of(x);
-            let x = match self.mask(segment, &x) {
-                Some(mask) => x * mask,
-                None => x,
-            };
-            let h = x.matmul(&pair.a.tr()); // [n, r]
-            let _ = segment.of(&y).addmm_(&h, &pair.scaled_b.tr());
-            Some(h)
-        });
-        let tape = LoraTape(lora.collect());
+    pub fn forward(&self, x: &Tensor, segments: &[Segment], lora: &LoraPass) -> (Tensor, LoraTape) {
+        let mut y = x.linear(&self.weight.to_kind(x.kind()), self.bias.as_ref());
+        let tape = self.layer(segments, lora).forward(x, &mut y);
         (y, tape)
     }
 
@@ -111,43 +68,27 @@ impl Linear {
     }
 
     /// LoRA gradients, and LoRA's share of the gradient by `x` if there is a place for it.
-    pub fn backward_lora(&self, incoming: &Incoming, sink: &Sink, mut grad_x: Option<&mut Tensor>) {
+    pub fn backward_lora(&self, incoming: &Incoming, sink: &Sink, grad_x: Option<&mut Tensor>) {
         let Incoming { x, grad, tape } = incoming;
-        for ((segment, h), flat) in sink.segments.iter().zip(&tape.0).zip(sink.gradients) {
-            let (Some(h), Some(flat), Some(adapter)) = (h, flat, segment.adapter) else { continue };
-            let Some(pair) = self.pair(segment, x.kind()) else { continue };
-            let (x, grad) = (segment.of(x), segment.of(grad));
-            let mask = self.mask(segment, &x);
-            let (mut grad_a, mut grad_b) = adapter.views(flat, pair.site);
-
-            let by_b = grad.tr().matmul(h); // [out, r], without the scaling
-            grad_b.copy_(&(by_b.to_kind(Kind::Float) * adapter.spec().scaling()));
-            let grad_h = grad.matmul(&pair.scaled_b); // [n, r]
-            match &mask {
-                None => grad_a.copy_(&grad_h.tr().matmul(&x)),
-                Some(mask) => grad_a.copy_(&grad_h.tr().matmul(&(x * mask))),
-            }
-            if let Some(grad_x) = &mut grad_x {
-                let mut rows = segment.of(grad_x);
-                let _ = match &mask {
-                    None => rows.addmm_(&grad_h, &pair.a),
-                    Some(mask) => rows.g_add_(&(grad_h.matmul(&pair.a) * mask)),
-                };
-            }
-        }
+        let layer = self.layer(sink.segments, sink.lora);
+        layer.backward(x, grad, tape, sink.gradients, grad_x);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::DropoutKey;
+    use crate::{DropoutKey, LoraMode};
     use offshoot_adapters::{AdapterSet, LoraSpec, Site};
-    use tch::Device;
+    use tch::{Device, Kind};
 
     /// Two segments with other ranks, one with dropout, against autograd on the formula.
     #[test]
     fn backward_equals_autograd_with_dropout_on() {
+        [LoraMode::Loop, LoraMode::Stacked].map(check_against_autograd);
+    }
+
+    fn check_against_autograd(mode: LoraMode) {
         tch::manual_seed(1);
         let random = |shape: [i64; 2]| Tensor::randn(shape, (Kind::Float, Device::Cpu));
         let linear = Linear {
@@ -170,11 +111,12 @@ mod tests {
             Segment { rows: 4..10, adapter: Some(&second), dropout: Some(key) },
         ];
         let (x, grad) = (random([10, 7]), random([10, 5]));
-        let (y, tape) = linear.forward(&x, &segments);
+        let pass = LoraPass::new(mode);
+        let (y, tape) = linear.forward(&x, &segments, &pass);
         let gradients: LoraGradients =
             segments.iter().map(|s| s.adapter.map(AdapterSet::new_gradient)).collect();
         let incoming = Incoming { x: &x, grad: &grad, tape: &tape };
-        let sink = Sink { segments: &segments, gradients: &gradients };
+        let sink = Sink { segments: &segments, lora: &pass, gradients: &gradients };
         let by_x = linear.backward(&incoming, &sink);
 
         let x = x.set_requires_grad(true);
@@ -185,7 +127,7 @@ mod tests {
             let (a, b) = (a.copy().set_requires_grad(true), b.copy().set_requires_grad(true));
             leaves.extend([a.shallow_clone(), b.shallow_clone()]);
             let rows = segment.of(&x);
-            let dropped = match linear.mask(segment, &rows) {
+            let dropped = match linear.layer(&segments, &pass).mask(segment, &rows) {
                 Some(mask) => &rows * mask,
                 None => rows.shallow_clone(),
             };
@@ -202,7 +144,8 @@ mod tests {
             close(&a, &leaves[1 + 2 * i].grad());
             close(&b, &leaves[2 + 2 * i].grad());
         }
-        let (dropped, undropped) = (linear.mask(&segments[1], &leaves[0]), segments[0].dropout);
-        assert!(dropped.is_some() && undropped.is_some());
+        let layer = linear.layer(&segments, &pass);
+        assert!(layer.mask(&segments[1], &leaves[0]).is_some());
+        assert!(layer.mask(&segments[0], &leaves[0]).is_none());
     }
 }

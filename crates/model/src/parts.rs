@@ -1,9 +1,10 @@
-use crate::block::{Block, Mlp, Pass, Qkv};
+use crate::block::{Block, Mlp, Qkv};
 use crate::head::Head;
 use crate::layout::Layout;
-use crate::linear::{Linear, LoraGradients};
+use crate::linear::Linear;
+use crate::lora::LoraMode;
 use crate::weights::Checkpoint;
-use crate::{LossOutput, ModelConfig, ModelError, Norm, Rows, Segment, SplitPoints, Tape};
+use crate::{LossOutput, ModelConfig, ModelError, Norm, Rows, SplitPoints};
 use offshoot_adapters::Site;
 use std::ops::Range;
 use tch::{Device, Kind, Tensor};
@@ -32,14 +33,15 @@ impl PartSpec {
 /// Hidden states are `[N, H]` in the part's [`Part::kind`]. Nothing here uses autograd;
 /// gradients by LoRA are returned, never stored.
 pub struct Part {
-    config: ModelConfig,
+    pub(crate) config: ModelConfig,
     layout: Layout,
     layers: Range<usize>,
     embeddings: Option<Embeddings>,
-    blocks: Vec<Block>,
+    pub(crate) blocks: Vec<Block>,
     head: Option<Head>,
     kind: Kind,
     device: Device,
+    pub(crate) lora_mode: LoraMode,
 }
 
 struct Embeddings {
@@ -67,14 +69,6 @@ fn has_amx() -> bool {
         std::fs::read_to_string("/proc/cpuinfo").is_ok_and(|text| text.contains("amx_bf16"))
     });
     *HAS
-}
-
-/// The gradients of one backward.
-pub struct Backward {
-    /// `[N, H]` by the part's input, if it was wanted.
-    pub input: Option<Tensor>,
-    /// For each segment a flat float32 gradient `[P]` of its adapter; empty `[0]` without one.
-    pub lora: Vec<Tensor>,
 }
 
 impl Part {
@@ -121,7 +115,8 @@ impl Part {
         let head = if spec.head { Some(loader.head(embedding)?) } else { None };
         let (config, layers) = (config.clone(), spec.layers);
         let kind = compute_kind(kind, device);
-        Ok(Part { config, layout, layers, embeddings, blocks, head, kind, device })
+        let lora_mode = LoraMode::Auto;
+        Ok(Part { config, layout, layers, embeddings, blocks, head, kind, device, lora_mode })
     }
 
     pub fn config(&self) -> &ModelConfig {
@@ -190,67 +185,6 @@ impl Part {
             let _ = hidden.g_add_(&positions.index_select(0, rows.positions()));
         }
         hidden
-    }
-
-    /// `[N, H] -> [N, H]` through all blocks, keeping what [`Part::backward`] needs.
-    pub fn forward_train(&self, x: &Tensor, rows: &Rows, segments: &[Segment]) -> (Tensor, Tape) {
-        let mut blocks = Vec::with_capacity(self.blocks.len());
-        let y = self.forward(x, rows, segments, |tape| blocks.push(tape));
-        (y, Tape { blocks })
-    }
-
-    /// `[N, H] -> [N, H]` through all blocks, keeping nothing.
-    pub fn forward_eval(&self, x: &Tensor, rows: &Rows, segments: &[Segment]) -> Tensor {
-        self.forward(x, rows, segments, drop)
-    }
-
-    fn forward(
-        &self,
-        x: &Tensor,
-        rows: &Rows,
-        segments: &[Segment],
-        mut keep: impl FnMut(crate::block::BlockTape),
-    ) -> Tensor {
-        let rope = self.rope_tables(rows);
-        let pass = Pass { rows, segments, rope: rope.as_ref() };
-        let mut x = x.shallow_clone();
-        for block in &self.blocks {
-            let (y, tape) = block.forward(&x, &pass);
-            keep(tape);
-            x = y;
-        }
-        x
-    }
-
-    /// Gradients by LoRA, and by the input if `want_input`, from the gradient `[N, H]` by the
-    /// output. `rows` and `segments` are those of the forward.
-    pub fn backward(
-        &self,
-        tape: Tape,
-        grad: &Tensor,
-        rows: &Rows,
-        segments: &[Segment],
-        want_input: bool,
-    ) -> Backward {
-        let gradients: LoraGradients =
-            segments.iter().map(|s| s.adapter.map(|adapter| adapter.new_gradient())).collect();
-        let rope = self.rope_tables(rows);
-        let pass = Pass { rows, segments, rope: rope.as_ref() };
-        // A copy, since the blocks add to it in place.
-        let mut grad = Some(grad.copy());
-        for (i, (block, tape)) in self.blocks.iter().zip(tape.blocks).enumerate().rev() {
-            let by_output = grad.take().expect("only the lowest block returns none");
-            grad = block.backward(&tape, by_output, &pass, &gradients, want_input || i > 0);
-        }
-        let lora = gradients
-            .into_iter()
-            .map(|flat| flat.unwrap_or_else(|| Tensor::zeros([0], (Kind::Float, self.device))))
-            .collect();
-        Backward { input: grad.filter(|_| want_input), lora }
-    }
-
-    fn rope_tables(&self, rows: &Rows) -> Option<crate::rope::RopeTables> {
-        self.config.rope.as_ref().map(|rope| rope.tables(rows.positions()))
     }
 
     fn head(&self) -> &Head {

@@ -78,7 +78,7 @@ impl Chain {
         let mut hidden = self.parts[0].embed(&self.ids, &self.rows);
         let mut tapes: Vec<Tape> = Vec::new();
         for (part, adapter) in self.parts.iter().zip(&self.adapters) {
-            let (y, tape) = part.forward_train(&hidden, &self.rows, &self.segment(adapter));
+            let (y, tape) = part.forward_train(&hidden, &self.rows, &self.segment(adapter)[0]);
             hidden = y;
             tapes.push(tape);
         }
@@ -92,7 +92,7 @@ impl Chain {
             let (part, tape) = (&self.parts[i], tapes.pop().unwrap());
             assert!(tape.bytes() > 0 || part.layers().is_empty());
             let by_output = grad.take().unwrap();
-            let back = part.backward(tape, &by_output, &self.rows, &segments, i > 0);
+            let back = part.backward(&[&tape], &by_output, &self.rows, &segments, i > 0);
             assert_eq!(back.input.is_some(), i > 0);
             grad = back.input;
             self.adapters[i].accumulate(&back.lora[0]);

@@ -1,3 +1,7 @@
+mod flight;
+
+pub use flight::{Accumulated, MicrobatchResult, Microbatches};
+
 use crate::TrainError;
 use crate::data::Batch;
 use offshoot_adapters::{AdamW, AdapterSet, AdapterState, LoraSpec};
@@ -26,8 +30,8 @@ pub struct SplitOptions {
 /// The client's half of a model: bottom and top around a session that stands for the trunk, each
 /// with an adapter if LoRA has a place in its layers.
 ///
-/// It computes on the calling thread, between the awaits. Run it where that blocks nobody, such as
-/// in `block_on` of a multi-thread runtime.
+/// It computes on the calling thread, between the awaits, and answers arrive meanwhile. Run it where
+/// that blocks nobody, such as in `block_on` of a multi-thread runtime.
 pub struct SplitModel {
     bottom: Side,
     top: Side,
@@ -38,19 +42,6 @@ pub struct SplitModel {
 struct Side {
     part: Part,
     adapter: Option<AdapterSet>,
-}
-
-/// What one microbatch gave.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct MicrobatchResult {
-    /// Sum of the cross-entropy over the predicted tokens, in nats.
-    pub loss_sum: f64,
-    /// Tokens that were predicted.
-    pub n_predicted: i64,
-    /// Sum of squares of all gradients that the trunk has accumulated since the last step.
-    pub trunk_norm_squared: f64,
-    /// What the trunk held for this microbatch.
-    pub tape_bytes: u64,
 }
 
 /// Host copies of what trains on the client, for checkpoints.
@@ -123,49 +114,6 @@ impl SplitModel {
         self.top.reset(seed)
     }
 
-    /// Forward and backward of one microbatch through bottom, trunk and top; gradients of
-    /// `scale` times the summed loss are added to what earlier microbatches of the step left.
-    /// `number` names the dropout masks of all three parts.
-    pub async fn microbatch(
-        &mut self,
-        session: &Session,
-        batch: &Batch,
-        number: u64,
-        scale: f64,
-    ) -> Result<MicrobatchResult, TrainError> {
-        let run = Run::new(self, batch, Some(DropoutKey { seed: self.seed, microbatch: number }));
-        let (hidden, bottom_tape) = self.below(batch, &run);
-        let input = ForwardInput {
-            want_input_grad: self.bottom.adapter.is_some(),
-            dropout_key: number,
-            ..forward_input(batch, &hidden, session)
-        };
-        let (output, microbatch, report) = session.forward(input).await?;
-
-        let output = self.receive(&output, batch)?;
-        let (loss, top_tape) = self.above(&output, batch, &run, scale);
-        if !loss.loss_sum.is_finite() {
-            return Err(TrainError::Diverged { what: "loss", value: loss.loss_sum });
-        }
-        let grad = self.top.backward(top_tape, &loss.grad, &run, true).expect("it was wanted");
-        let gradients = microbatch.backward(to_wire(&grad, session.wire_dtype())).await?;
-
-        if self.bottom.adapter.is_some() {
-            let grad = gradients.input.ok_or_else(|| TrainError::Answer {
-                problem: "a backward brought no gradient for the bottom, which asked for one"
-                    .into(),
-            })?;
-            let grad = self.receive(&grad, batch)?;
-            self.bottom.backward(bottom_tape, &grad, &run, false);
-        }
-        Ok(MicrobatchResult {
-            loss_sum: loss.loss_sum,
-            n_predicted: loss.n_predicted,
-            trunk_norm_squared: gradients.norm_squared,
-            tape_bytes: report.tape_bytes,
-        })
-    }
-
     /// The norm of all gradients of the model, given the trunk's sum of squares.
     pub fn grad_norm(&self, trunk_norm_squared: f64) -> f64 {
         let _guard = tch::no_grad_guard();
@@ -193,26 +141,13 @@ impl SplitModel {
         Ok(())
     }
 
-    /// Summed loss and number of predicted tokens, without dropout and gradients.
-    pub async fn evaluate(
-        &self,
-        session: &Session,
-        batch: &Batch,
-    ) -> Result<(f64, i64), TrainError> {
-        let run = Run::new(self, batch, None);
-        let hidden = self.top_output(session, batch, &run).await?;
-        let _guard = tch::no_grad_guard();
-        Ok(self.top.part.loss_eval(&hidden, &run.labels))
-    }
-
     /// Float32 logits `[n, V]` of the last position of each sequence.
     pub async fn last_logits(
         &self,
         session: &Session,
         batch: &Batch,
     ) -> Result<Tensor, TrainError> {
-        let run = Run::new(self, batch, None);
-        let hidden = self.top_output(session, batch, &run).await?;
+        let hidden = self.top_output(session, batch).await?;
         let _guard = tch::no_grad_guard();
         let ends = batch.seq_lens.iter().scan(0, |sum, &n| {
             *sum += n as i64;
@@ -224,35 +159,16 @@ impl SplitModel {
 
     /// Float32 logits `[N, V]` of every position.
     pub async fn logits(&self, session: &Session, batch: &Batch) -> Result<Tensor, TrainError> {
-        let run = Run::new(self, batch, None);
-        let hidden = self.top_output(session, batch, &run).await?;
+        let hidden = self.top_output(session, batch).await?;
         let _guard = tch::no_grad_guard();
         Ok(self.top.part.logits(&hidden))
-    }
-
-    /// `[N, H]` out of the last block, without dropout.
-    async fn top_output(
-        &self,
-        session: &Session,
-        batch: &Batch,
-        run: &Run,
-    ) -> Result<Tensor, TrainError> {
-        let hidden = {
-            let _guard = tch::no_grad_guard();
-            let hidden = self.bottom.part.embed(&run.ids, &run.rows);
-            self.bottom.part.forward_eval(&hidden, &run.rows, &[run.segment(&self.bottom)])
-        };
-        let input = forward_input(batch, &hidden, session);
-        let output = self.receive(&session.evaluate(input).await?, batch)?;
-        let _guard = tch::no_grad_guard();
-        Ok(self.top.part.forward_eval(&output, &run.rows, &[run.segment(&self.top)]))
     }
 
     fn below(&self, batch: &Batch, run: &Run) -> (Tensor, Tape) {
         let _guard = tch::no_grad_guard();
         debug_assert_eq!(run.ids.size(), [batch.n_tokens() as i64]);
         let hidden = self.bottom.part.embed(&run.ids, &run.rows);
-        self.bottom.part.forward_train(&hidden, &run.rows, &[run.segment(&self.bottom)])
+        self.bottom.part.forward_train(&hidden, &run.rows, &run.segment(&self.bottom))
     }
 
     fn above(
@@ -264,8 +180,8 @@ impl SplitModel {
     ) -> (LossOutput, Tape) {
         let _guard = tch::no_grad_guard();
         debug_assert_eq!(run.labels.size(), [batch.n_tokens() as i64]);
-        let segments = [run.segment(&self.top)];
-        let (hidden, tape) = self.top.part.forward_train(trunk_output, &run.rows, &segments);
+        let segment = run.segment(&self.top);
+        let (hidden, tape) = self.top.part.forward_train(trunk_output, &run.rows, &segment);
         (self.top.part.loss(&hidden, &run.labels, scale), tape)
     }
 
@@ -325,7 +241,7 @@ impl Side {
         want_input: bool,
     ) -> Option<Tensor> {
         let _guard = tch::no_grad_guard();
-        let back = self.part.backward(tape, grad, &run.rows, &[run.segment(self)], want_input);
+        let back = self.part.backward(&[&tape], grad, &run.rows, &[run.segment(self)], want_input);
         if let Some(adapter) = &mut self.adapter {
             adapter.accumulate(&back.lora[0]);
         }

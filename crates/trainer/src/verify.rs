@@ -154,9 +154,9 @@ impl Subject {
         let embedded = part.embed(&Tensor::from_slice(&batch.ids), &rows);
         let logits = part.logits(&part.forward_eval(&embedded, &rows, &segment(None)));
         let segments = segment(Some(DropoutKey { seed: SEED, microbatch: DROPOUT_KEY }));
-        let (hidden, tape) = part.forward_train(&embedded, &rows, &segments);
+        let (hidden, tape) = part.forward_train(&embedded, &rows, &segments[0]);
         let loss = part.loss(&hidden, &labels, 1.0 / n_predicted(&batch));
-        let back = part.backward(tape, &loss.grad, &rows, &segments, false);
+        let back = part.backward(&[&tape], &loss.grad, &rows, &segments, false);
         adapter.accumulate(&back.lora[0]);
         Ok(Numbers {
             loss: loss.loss_sum / n_predicted(&batch),

@@ -179,7 +179,7 @@ impl Slot {
         let dropout = drops.then_some(key);
         let segment = Segment { rows: 0..rows.n_tokens(), adapter: Some(&self.adapters), dropout };
         let (y, tape) = if train {
-            let (y, tape) = part.forward_train(&x, &rows, &[segment]);
+            let (y, tape) = part.forward_train(&x, &rows, &segment);
             (y, Some(tape))
         } else {
             (part.forward_eval(&x, &rows, &[segment]), None)
@@ -238,7 +238,7 @@ impl Slot {
         let OpenTape { tape, rows, dropout, want_input_grad, .. } = open;
         let grad = wire::upload(grad, part.kind(), part.device());
         let segment = Segment { rows: 0..rows.n_tokens(), adapter: Some(&self.adapters), dropout };
-        let mut back = part.backward(tape, &grad, &rows, &[segment], want_input_grad);
+        let mut back = part.backward(&[&tape], &grad, &rows, &[segment], want_input_grad);
         let input = back.input.map(|input| wire::download(&input, self.wire_dtype));
         if input.as_ref().and_then(crate::finite::first_bad).is_some() {
             return Err(Error::Overflow { what: "gradient by its input" });
