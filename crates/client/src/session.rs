@@ -8,6 +8,7 @@ use offshoot_proto::{HostTensor, WireDType, v1};
 use std::future::IntoFuture;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 
 /// One adapter being trained. Frames go out in the order of the calls, on one stream; the answers
@@ -224,6 +225,11 @@ fn tensor(call: &'static str, tensor: Option<v1::Tensor>) -> Result<HostTensor, 
     HostTensor::from_proto(tensor).map_err(|source| ClientError::Tensor { call, source })
 }
 
+fn report(sent: (Duration, u32), timing: Option<v1::Timing>, tape_bytes: u64) -> FrameReport {
+    let (round_trip, retries) = sent;
+    FrameReport { retries, ..FrameReport::new(round_trip, timing, tape_bytes) }
+}
+
 fn wrong_answer<T>(call: &'static str) -> Result<T, ClientError> {
     Err(ClientError::Protocol { what: format!("{call} was answered as another kind of frame") })
 }
@@ -276,10 +282,7 @@ impl PendingForward {
         let call = self.answer.call;
         let answer = self.answer.answer().await?;
         let Body::Forward(done) = answer.body else { return wrong_answer(call) };
-        let report = FrameReport {
-            retries: answer.retries,
-            ..FrameReport::new(answer.round_trip, done.timing, done.tape_bytes)
-        };
+        let report = report((answer.round_trip, answer.retries), done.timing, done.tape_bytes);
         let microbatch =
             Microbatch { id: answer.microbatch, claim: self.claim, sender: self.sender };
         Ok((tensor(call, done.hidden)?, microbatch, report))
@@ -295,11 +298,16 @@ pub struct PendingEvaluate {
 
 impl PendingEvaluate {
     async fn done(self) -> Result<HostTensor, ClientError> {
+        Ok(self.with_report().await?.0)
+    }
+
+    /// The trunk's output, as from awaiting it, and where the time went.
+    pub async fn with_report(self) -> Result<(HostTensor, FrameReport), ClientError> {
         let call = self.answer.call;
-        match self.answer.answer().await?.body {
-            Body::Forward(done) => tensor(call, done.hidden),
-            _ => wrong_answer(call),
-        }
+        let answer = self.answer.answer().await?;
+        let Body::Forward(done) = answer.body else { return wrong_answer(call) };
+        let report = report((answer.round_trip, answer.retries), done.timing, 0);
+        Ok((tensor(call, done.hidden)?, report))
     }
 }
 
@@ -316,10 +324,7 @@ impl PendingBackward {
         let answer = self.answer.answer().await?;
         let Body::Backward(done) = answer.body else { return wrong_answer(call) };
         Ok(Gradients {
-            report: FrameReport {
-                retries: answer.retries,
-                ..FrameReport::new(answer.round_trip, done.timing, 0)
-            },
+            report: report((answer.round_trip, answer.retries), done.timing, 0),
             norm_squared: done.grad_norm_squared,
             input: match done.grad {
                 Some(grad) => Some(tensor(call, Some(grad))?),
