@@ -133,6 +133,12 @@ struct TrainingArgs {
     /// Microbatches in an optimizer step; the loss is the mean over all predicted tokens of them.
     #[arg(long, value_name = "N", default_value_t = 1)]
     gradient_accumulation_steps: usize,
+    /// Microbatches of a step, or of an evaluation, on their way at once: while the server has one,
+    /// this side computes for another. Each in flight costs memory on both sides, and none changes
+    /// what is learned. A step of one microbatch gains nothing: half the --batch-size with twice
+    /// the --gradient-accumulation-steps takes the same samples into a step.
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    microbatches_in_flight: usize,
     /// Highest learning rate; it rises linearly during the warm-up and then falls to 0 as a cosine.
     #[arg(long, value_name = "LR", default_value_t = 1e-4)]
     learning_rate: f64,
@@ -275,6 +281,7 @@ impl TrainArgs {
             },
             batch_size: training.batch_size,
             gradient_accumulation_steps: training.gradient_accumulation_steps,
+            microbatches_in_flight: training.microbatches_in_flight,
             learning_rate: training.learning_rate,
             warmup_steps: training.warmup_steps,
             max_grad_norm: training.max_grad_norm,

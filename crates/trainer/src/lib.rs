@@ -18,6 +18,7 @@
 
 pub mod checkpoint;
 pub mod data;
+mod describe;
 mod error;
 mod options;
 mod report;
@@ -34,5 +35,7 @@ pub use error::TrainError;
 pub use options::{CancelToken, TrainOptions};
 pub use report::{DoneEvent, Event, StepEvent};
 pub use schedule::Schedule;
-pub use split::{ClientState, MicrobatchResult, SplitModel, SplitOptions, clip_factor};
+pub use split::{
+    Accumulated, ClientState, MicrobatchResult, Microbatches, SplitModel, SplitOptions, clip_factor,
+};
 pub use train::{Summary, train};

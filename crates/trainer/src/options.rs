@@ -39,6 +39,8 @@ pub struct TrainOptions {
     pub batch_size: usize,
     /// Microbatches in a step.
     pub gradient_accumulation_steps: usize,
+    /// Microbatches of a step that may be on their way at once; bounded by the server's limits.
+    pub microbatches_in_flight: usize,
     /// Highest learning rate.
     pub learning_rate: f64,
     /// Steps of rising learning rate; at most a tenth of the run.
@@ -95,6 +97,7 @@ impl TrainOptions {
             },
             batch_size: 4,
             gradient_accumulation_steps: 1,
+            microbatches_in_flight: 2,
             learning_rate: 1e-4,
             warmup_steps: 100,
             max_grad_norm: 1.0,
@@ -122,6 +125,7 @@ impl TrainOptions {
         for (option, value) in [
             ("batch-size", self.batch_size as u64),
             ("gradient-accumulation-steps", self.gradient_accumulation_steps as u64),
+            ("microbatches-in-flight", self.microbatches_in_flight as u64),
             ("save-interval", self.save_interval),
             ("log-interval", self.log_interval),
             ("eval-interval", self.eval_interval),

@@ -57,6 +57,9 @@ pub struct StepEvent {
     pub steps_per_second: f64,
     /// Tokens over the duration of this step.
     pub tokens_per_second: f64,
+    /// Part of this step's duration in which nothing was computed here, because the next answer of
+    /// the server had not arrived: the trunk's time and the wire's, as far as nothing overlapped.
+    pub wait_seconds: f64,
     /// Tokens that went through the model in this step.
     pub tokens: u64,
     /// Most that the trunk held for one microbatch of this step.
@@ -72,6 +75,10 @@ pub struct DoneEvent {
     pub interrupted: bool,
     /// Wall time of this process's part.
     pub seconds: f64,
+    /// Of its training steps alone.
+    pub training_seconds: f64,
+    /// Of those, waiting for the server.
+    pub wait_seconds: f64,
     /// Tokens of this process's part.
     pub tokens: u64,
     /// The lowest evaluation loss.
@@ -93,6 +100,7 @@ pub(crate) struct Reporter {
 struct Interval {
     /// Of steps only: evaluations and checkpoints do not slow training down.
     seconds: f64,
+    wait_seconds: f64,
     n_steps: u64,
     loss: f64,
     tokens: u64,
@@ -161,6 +169,7 @@ impl Reporter {
 
     fn step(&mut self, event: &StepEvent) {
         self.interval.seconds += 1.0 / event.steps_per_second;
+        self.interval.wait_seconds += event.wait_seconds;
         self.interval.n_steps += 1;
         self.interval.loss += event.loss;
         self.interval.tokens += event.tokens;
@@ -170,9 +179,9 @@ impl Reporter {
         }
         let due = event.step.is_multiple_of(self.log_interval) || event.step == self.n_steps;
         if due || event.step == 1 {
-            let Interval { seconds, n_steps, loss, tokens } = &self.interval;
+            let Interval { seconds, wait_seconds, n_steps, loss, tokens } = &self.interval;
             let text = format!(
-                "step {}/{}  loss {:.4}  lr {:.2e}  grad norm {:.3}  {:.2} steps/s  {:.0} tokens/s",
+                "step {}/{}  loss {:.4}  lr {:.2e}  grad norm {:.3}  {:.2} steps/s  {:.0} tokens/s  {:.0}% waiting",
                 event.step,
                 self.n_steps,
                 loss / *n_steps as f64,
@@ -180,6 +189,7 @@ impl Reporter {
                 event.grad_norm,
                 *n_steps as f64 / seconds,
                 *tokens as f64 / seconds,
+                100.0 * wait_seconds / seconds,
             );
             self.line(&text);
             self.interval = Interval::default();

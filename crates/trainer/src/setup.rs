@@ -244,6 +244,7 @@ fn settings(
         data_fingerprint: data.fingerprint(),
         batch_size: options.batch_size,
         gradient_accumulation_steps: options.gradient_accumulation_steps,
+        microbatches_in_flight: options.microbatches_in_flight,
         n_steps,
         learning_rate: options.learning_rate,
         weight_decay: options.adamw.weight_decay,

@@ -1,16 +1,16 @@
 use crate::TrainError;
 use crate::checkpoint::{self, Best, Contents, Saved, TrainingState};
-use crate::data::{Batch, DataSet};
+use crate::data::Batch;
 use crate::options::{CancelToken, TrainOptions};
 use crate::report::{DoneEvent, Event, Reporter, StepEvent};
 use crate::resume;
 use crate::sample::generate;
 use crate::setup::{self, Prepared};
-use crate::split::{clip_factor, host_to_tensor};
+use crate::split::{Microbatches, clip_factor, host_to_tensor};
 use offshoot_adapters::{AdapterSet, peft};
 use offshoot_client::{ClientError, Session, SessionId};
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tch::Tensor;
 
 /// Rollbacks in a row without a step beyond the ones before: then something is broken for good.
@@ -62,14 +62,43 @@ pub async fn train(options: TrainOptions, cancel: CancelToken) -> Result<Summary
     run.end().await
 }
 
+/// What this call has used up so far, replayed steps included.
+pub(crate) struct Spent {
+    pub began: Instant,
+    /// In training steps, without evaluations and checkpoints.
+    pub training: Duration,
+    /// Of that, without work here.
+    pub waited: Duration,
+    pub tokens: u64,
+    /// Most microbatches of one step.
+    pub microbatches: usize,
+}
+
+impl Spent {
+    fn add(&mut self, duration: Duration, waited: Duration, tokens: usize, microbatches: usize) {
+        self.training += duration;
+        self.waited += waited;
+        self.tokens += tokens as u64;
+        self.microbatches = self.microbatches.max(microbatches);
+    }
+}
+
+impl Default for Spent {
+    fn default() -> Self {
+        let (began, none) = (Instant::now(), Duration::ZERO);
+        Spent { began, training: none, waited: none, tokens: 0, microbatches: 0 }
+    }
+}
+
 /// A run in progress.
 pub(crate) struct Run {
     pub options: TrainOptions,
     pub prepared: Prepared,
     pub session: Session,
     pub report: Reporter,
-    began: Instant,
-    tokens: u64,
+    pub spent: Spent,
+    /// Microbatches of a step that may be on their way at once.
+    pub in_flight: usize,
     /// Steps taken.
     pub step: u64,
     /// Of the last evaluation, if it was at this step.
@@ -109,8 +138,8 @@ impl Run {
             session,
             report,
             prepared,
-            began: Instant::now(),
-            tokens: 0,
+            spent: Spent::default(),
+            in_flight: options.microbatches_in_flight,
             step: 0,
             eval_loss: None,
             best: None,
@@ -136,40 +165,6 @@ impl Run {
             }
         }
         Ok(run)
-    }
-
-    fn describe(&self) {
-        let Prepared { server, settings, data, eval, split, schedule, .. } = &self.prepared;
-        let lora = &settings.lora;
-        self.report.line(&format!(
-            "model {} ({}), bottom [0, {}), trunk [{}, {}) at {}, top [{}, {})",
-            settings.model_name,
-            server.model_type,
-            settings.split_point_1,
-            settings.split_point_1,
-            settings.split_point_2,
-            self.options.server,
-            settings.split_point_2,
-            server.n_layers,
-        ));
-        self.report.line(&format!(
-            "LoRA r {}, alpha {}, dropout {} on {}: {} values here, {} in the trunk",
-            lora.r,
-            lora.lora_alpha,
-            lora.lora_dropout,
-            lora.target_modules.join(", "),
-            split.n_parameters(),
-            self.session.adapter_parameters(),
-        ));
-        self.report.line(&format!(
-            "{} samples of {} tokens, {} passed over; {} for evaluation; {} steps, {} of warm-up",
-            data.samples.len(),
-            data.n_tokens(),
-            data.n_skipped,
-            eval.as_ref().map_or(0, |data| data.samples.len()),
-            settings.n_steps,
-            schedule.n_warmup(),
-        ));
     }
 
     /// Trains to the last step, or until it is asked to end.
@@ -200,6 +195,7 @@ impl Run {
 
     async fn train_step(&mut self) -> Result<(), TrainError> {
         let began = Instant::now();
+        let in_flight = self.in_flight();
         let Prepared { split, data, order, schedule, server, .. } = &mut self.prepared;
         let samples = order.samples(self.step);
         let max_tokens = server.limits.max_tokens_per_microbatch as usize;
@@ -208,15 +204,13 @@ impl Run {
         let tokens: usize = batches.iter().map(Batch::n_tokens).sum();
         let scale = 1.0 / n_predicted as f64;
 
-        let (mut loss, mut trunk_norm_squared, mut tape_bytes) = (0.0, 0.0, 0);
-        for (i, batch) in batches.iter().enumerate() {
-            // Names the dropout masks: the same in a replayed step.
-            let number = (self.step << 16) | i as u64;
-            let result = split.microbatch(&self.session, batch, number, scale).await?;
-            loss += result.loss_sum * scale;
-            trunk_norm_squared = result.trunk_norm_squared;
-            tape_bytes = tape_bytes.max(result.tape_bytes);
-        }
+        // The numbers name the dropout masks: the same in a replayed step.
+        let first_number = self.step << 16;
+        let step = Microbatches { batches: &batches, first_number, scale, in_flight };
+        let done = split.accumulate(&self.session, step).await?;
+        let loss = done.results.iter().fold(0.0, |loss, result| loss + result.loss_sum * scale);
+        let trunk_norm_squared = done.results.last().map_or(0.0, |last| last.trunk_norm_squared);
+        let tape_bytes = done.results.iter().map(|result| result.tape_bytes).max();
         let grad_norm = split.grad_norm(trunk_norm_squared);
         if !grad_norm.is_finite() {
             return Err(TrainError::Diverged { what: "gradient's norm", value: grad_norm });
@@ -227,9 +221,13 @@ impl Run {
 
         self.step += 1;
         self.eval_loss = None;
-        self.tokens += tokens as u64;
         self.losses.push((self.step, loss));
-        let seconds = began.elapsed().as_secs_f64();
+        if done.in_flight < in_flight {
+            self.lower_in_flight(done.in_flight);
+        }
+        let duration = began.elapsed();
+        self.spent.add(duration, done.waited, tokens, batches.len());
+        let seconds = duration.as_secs_f64();
         self.report.event(&Event::Step(StepEvent {
             step: self.step,
             loss,
@@ -237,8 +235,9 @@ impl Run {
             grad_norm,
             steps_per_second: 1.0 / seconds,
             tokens_per_second: tokens as f64 / seconds,
+            wait_seconds: done.waited.as_secs_f64(),
             tokens: tokens as u64,
-            tape_bytes,
+            tape_bytes: tape_bytes.unwrap_or_default(),
         }))
     }
 
@@ -249,12 +248,9 @@ impl Run {
         };
         let all: Vec<usize> = (0..eval.samples.len()).collect();
         let max_tokens = server.limits.max_tokens_per_microbatch as usize;
-        let (mut loss_sum, mut n_predicted) = (0.0, 0);
-        for batch in DataSet::batches(eval, &all, self.options.batch_size, max_tokens) {
-            let (sum, n) = split.evaluate(&self.session, &batch).await?;
-            loss_sum += sum;
-            n_predicted += n;
-        }
+        let batches = eval.batches(&all, self.options.batch_size, max_tokens);
+        let (loss_sum, n_predicted) =
+            split.evaluate(&self.session, &batches, self.in_flight()).await?;
         let loss = loss_sum / n_predicted as f64;
         let evaluation = Best { step: self.step, loss };
         if self.best.is_none_or(|best| loss < best.loss) {
@@ -344,24 +340,13 @@ impl Run {
         self.report.event(&Event::Done(DoneEvent {
             step: self.step,
             interrupted,
-            seconds: self.began.elapsed().as_secs_f64(),
-            tokens: self.tokens,
+            seconds: self.spent.began.elapsed().as_secs_f64(),
+            training_seconds: self.spent.training.as_secs_f64(),
+            wait_seconds: self.spent.waited.as_secs_f64(),
+            tokens: self.spent.tokens,
             best: self.best,
         }))?;
-        match &adapter {
-            Some(dir) => self.report.line(&format!(
-                "done: step {}; the adapter for the whole model is in {}; PEFT loads it with PeftModel.from_pretrained(model, {:?})",
-                self.step,
-                dir.display(),
-                dir.display().to_string(),
-            )),
-            None => self.report.line(&format!(
-                "stopped at step {} of {}; go on with the same command and --resume latest (checkpoint {})",
-                self.step,
-                self.prepared.settings.n_steps,
-                saved.display()
-            )),
-        }
+        self.conclude(adapter.as_deref(), &saved);
         let session = self.session.id().clone();
         // Gives the device's memory back; the session can be restored.
         self.session.close(false).await?;

@@ -253,6 +253,7 @@ mod tests {
             data_fingerprint: "d".into(),
             batch_size: 4,
             gradient_accumulation_steps: 1,
+            microbatches_in_flight: 2,
             n_steps: 10,
             learning_rate: 1e-4,
             weight_decay: 0.01,
@@ -354,6 +355,12 @@ mod tests {
         let was = settings();
         let mut now = RunSettings { model_name: "elsewhere/tiny".into(), ..settings() };
         assert_eq!(was.differences(&now), Ok(vec![]));
+        // Of a checkpoint from before there was a choice.
+        let mut old = serde_json::to_value(&was).unwrap();
+        old.as_object_mut().unwrap().remove("microbatches_in_flight");
+        let old: RunSettings = serde_json::from_value(old).unwrap();
+        assert_eq!(old.microbatches_in_flight, 1);
+        assert_eq!(old.differences(&now), Ok(vec![]));
         now.batch_size = 8;
         assert_eq!(was.differences(&now), Ok(vec!["batch_size was 4, is 8".to_string()]));
         now.split_point_2 = 1;

@@ -59,6 +59,9 @@ pub struct RunSettings {
     pub batch_size: usize,
     /// Microbatches in a step.
     pub gradient_accumulation_steps: usize,
+    /// Of those, how many could be on their way at once. Changes no number.
+    #[serde(default = "one_in_flight")]
+    pub microbatches_in_flight: usize,
     /// Optimizer steps of the whole run; the learning rate depends on it.
     pub n_steps: u64,
     /// Highest learning rate.
@@ -75,11 +78,18 @@ pub struct RunSettings {
     pub wire_dtype: String,
 }
 
+/// What checkpoints that do not say it were made with.
+fn one_in_flight() -> usize {
+    1
+}
+
 impl RunSettings {
     /// Refuses to go on with another model, cut or adapter; gives what else differs, as
     /// "field was A, is B": with such a difference the run goes on, but not as it would have.
     pub fn differences(&self, now: &RunSettings) -> Result<Vec<String>, Vec<String>> {
         const MUST_AGREE: [&str; 4] = ["fingerprint", "split_point_1", "split_point_2", "lora"];
+        // Paths may change; the fingerprint tells whether the model did.
+        const MAY_DIFFER: [&str; 2] = ["model_name", "microbatches_in_flight"];
         let as_object = |settings: &RunSettings| match serde_json::to_value(settings) {
             Ok(Value::Object(fields)) => fields,
             _ => unreachable!("a struct of plain fields is a JSON object"),
@@ -88,8 +98,7 @@ impl RunSettings {
         let (mut hard, mut soft) = (Vec::new(), Vec::new());
         for (field, was) in as_object(self) {
             let is = &now[&field];
-            // Paths may change; the fingerprint tells whether the model did.
-            if was != *is && field != "model_name" {
+            if was != *is && !MAY_DIFFER.contains(&&*field) {
                 let list = if MUST_AGREE.contains(&&*field) { &mut hard } else { &mut soft };
                 list.push(format!("{field} was {was}, is {is}"));
             }
