@@ -219,7 +219,11 @@ impl Layer<'_> {
         };
         let r = leaves.spec.r as f64;
         let scaling = leaves.spec.lora_alpha / if leaves.spec.use_rslora { r.sqrt() } else { r };
-        y + dropped.matmul(&a.tr()).matmul(&b.tr()) * scaling
+        let h = dropped.matmul(&a.tr()); // [N, r]
+        match self.decoder.style {
+            Style::Formulas => y + h.matmul(&b.tr()) * scaling,
+            Style::Operators => y.addmm(&(h * scaling), &b.tr()),
+        }
     }
 
     /// Over the last dimension, in float32 at least.
@@ -229,6 +233,16 @@ impl Layer<'_> {
         let wide = if x.kind() == Kind::Double { Kind::Double } else { Kind::Float };
         let y = x.to_kind(wide);
         match self.decoder.config.family {
+            Family::Gpt2 if self.decoder.style == Style::Operators => {
+                let bias = &self.weights[&format!("{name}.bias")];
+                x.layer_norm(weight.size(), Some(weight), Some(bias), eps, false)
+            }
+            Family::Gemma if self.decoder.style == Style::Operators => {
+                x.rms_norm(weight.size(), Some(&(weight + 1.0)), eps)
+            }
+            _ if self.decoder.style == Style::Operators => {
+                x.rms_norm(weight.size(), Some(weight), eps)
+            }
             Family::Gpt2 => {
                 let centred = &y - y.mean_dim(-1, true, wide);
                 let variance = (&centred * &centred).mean_dim(-1, true, wide);
