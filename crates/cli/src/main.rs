@@ -1,8 +1,10 @@
 //! `offshoot`: the trunk server and the trainer on the command line.
 
 mod accelerator;
+mod bench;
 mod legacy;
 mod openmp;
+mod own_server;
 mod serve;
 mod serve_config;
 mod train;
@@ -35,13 +37,14 @@ enum Command {
     Serve(serve::ServeArgs),
     Train(train::TrainArgs),
     Verify(verify::VerifyArgs),
+    Bench(bench::BenchArgs),
 }
 
 impl Command {
     fn default_log(&self) -> &'static str {
         match self {
             Command::Serve(_) => "info",
-            Command::Train(_) | Command::Verify(_) => "warn",
+            Command::Train(_) | Command::Verify(_) | Command::Bench(_) => "warn",
         }
     }
 
@@ -50,6 +53,7 @@ impl Command {
             Command::Serve(args) => serve::run(args),
             Command::Train(args) => train::run(args),
             Command::Verify(args) => verify::run(args),
+            Command::Bench(args) => bench::run(args),
         }
     }
 }

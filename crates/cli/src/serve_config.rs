@@ -4,7 +4,7 @@ use figment::Figment;
 use figment::providers::{Env, Format, Serialized, Toml};
 use offshoot_server::{ComputeDType, ServerConfig};
 use serde_json::{Map, Value, json};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Serve the middle layers of a model.
 ///
@@ -130,20 +130,7 @@ impl ServeArgs {
 
     /// Defaults, file, environment and options in one.
     pub fn config(&self) -> anyhow::Result<ServerConfig> {
-        let mut figment = Figment::from(Serialized::defaults(ServerConfig::default()));
-        if let Some(file) = &self.listen.config {
-            anyhow::ensure!(file.is_file(), "--config {}: there is no such file", file.display());
-            figment = figment.merge(Toml::file_exact(file));
-        }
-        // Only names with a double underscore: Kubernetes sets OFFSHOOT_PORT and its like for a
-        // service of this name.
-        let ours = Env::prefixed("OFFSHOOT_").filter(|key| key.as_str().contains("__")).split("__");
-        let figment = figment.merge(ours).merge(Serialized::globals(self.overrides()));
-        figment.extract().map_err(|errors| {
-            // All of them, each with the file or variable that it came from.
-            let lines: Vec<String> = errors.into_iter().map(|error| error.to_string()).collect();
-            anyhow::anyhow!("settings: {}", lines.join("; "))
-        })
+        settings(self.listen.config.as_deref(), self.overrides())
     }
 
     /// The options that were given, as a tree of settings.
@@ -182,6 +169,24 @@ impl ServeArgs {
         }
         Value::Object(tree)
     }
+}
+
+/// A server's settings from all sources: defaults, this file, environment, and these overrides.
+pub fn settings(file: Option<&Path>, overrides: Value) -> anyhow::Result<ServerConfig> {
+    let mut figment = Figment::from(Serialized::defaults(ServerConfig::default()));
+    if let Some(file) = file {
+        anyhow::ensure!(file.is_file(), "--config {}: there is no such file", file.display());
+        figment = figment.merge(Toml::file_exact(file));
+    }
+    // Only names with a double underscore: Kubernetes sets OFFSHOOT_PORT and its like for a service
+    // of this name.
+    let ours = Env::prefixed("OFFSHOOT_").filter(|key| key.as_str().contains("__")).split("__");
+    let figment = figment.merge(ours).merge(Serialized::globals(overrides));
+    figment.extract().map_err(|errors| {
+        // All of them, each with the file or variable that it came from.
+        let lines: Vec<String> = errors.into_iter().map(|error| error.to_string()).collect();
+        anyhow::anyhow!("settings: {}", lines.join("; "))
+    })
 }
 
 #[cfg(test)]

@@ -1,16 +1,16 @@
 use crate::accelerator;
-use anyhow::{Context, bail, ensure};
+use crate::own_server::OwnServer;
+use anyhow::{bail, ensure};
 use clap::Args;
 use offshoot_adapters::peft;
 use offshoot_client::Client;
 use offshoot_model::weights::Checkpoint;
 use offshoot_model::{ModelConfig, Part, PartSpec, SplitPoints};
-use offshoot_server::{RunningServer, Server, ServerConfig};
+use offshoot_server::ServerConfig;
 use offshoot_trainer::verify::{self, Comparison, Reference, Subject};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
 use tch::{Device, Kind};
 
 /// Prove that cutting a model changes no number.
@@ -90,10 +90,10 @@ async fn compare(args: VerifyArgs) -> anyhow::Result<ExitCode> {
     let numbers = match there {
         Some(client) => subject.split(&client).await?,
         None => {
-            let own = OwnServer::start(&args, split).await?;
-            let client = Client::connect(&own.server.local_addr().to_string()).await?;
+            let own = OwnServer::start(server_config(&args, split)).await?;
+            let client = Client::connect(&own.address().to_string()).await?;
             let numbers = subject.split(&client).await;
-            own.server.drain(Duration::from_secs(2)).await;
+            own.stop().await;
             numbers?
         }
     };
@@ -140,32 +140,21 @@ async fn split_points(
     Ok(SplitPoints::new(s1, s2, n)?)
 }
 
+fn server_config(args: &VerifyArgs, split: SplitPoints) -> ServerConfig {
+    let mut config = ServerConfig::default();
+    config.model.name = args.model.clone();
+    config.model.split_point_1 = split.s1;
+    config.model.split_point_2 = split.s2;
+    config.model.device = args.device.clone();
+    config
+}
+
 fn random_adapter(
     checkpoint: &Checkpoint,
     config: &ModelConfig,
 ) -> anyhow::Result<peft::PeftAdapter> {
     let part = Part::load(checkpoint, config, PartSpec::whole(config), Kind::Float, Device::Cpu)?;
     Ok(verify::draw_adapter(config, &part.sites(&config.default_targets())?, 1))
-}
-
-/// A server of this process with a store that goes away with it.
-struct OwnServer {
-    server: RunningServer,
-    _store: tempfile::TempDir,
-}
-
-impl OwnServer {
-    async fn start(args: &VerifyArgs, split: SplitPoints) -> anyhow::Result<Self> {
-        let store = tempfile::tempdir().context("a folder for the server's store")?;
-        let mut config = ServerConfig::default();
-        config.listen.port = 0;
-        config.model.name = args.model.clone();
-        config.model.split_point_1 = split.s1;
-        config.model.split_point_2 = split.s2;
-        config.model.device = args.device.clone();
-        config.store.dir = store.path().into();
-        Ok(OwnServer { server: Server::start(config).await?, _store: store })
-    }
 }
 
 /// Prints one line for each quantity; the exit status says whether all pass.
