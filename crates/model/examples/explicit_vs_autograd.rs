@@ -93,12 +93,12 @@ impl Bench {
         };
         let before = live_bytes();
         let begun = Instant::now();
-        let (y, tape) = self.part.forward_train(&x, &self.rows, &[segment()]);
+        let (y, tape) = self.part.forward_train(&x, &self.rows, &segment());
         let forward = begun.elapsed();
         let held_bytes = live_bytes().saturating_sub(before + bytes_of(&y));
         let tape_bytes = Some(tape.bytes());
         let begun = Instant::now();
-        let back = self.part.backward(tape, &grad, &self.rows, &[segment()], true);
+        let back = self.part.backward(&[&tape], &grad, &self.rows, &[segment()], true);
         let time = forward + begun.elapsed();
         let (a, _) = self.adapter.views(&back.lora[0], 0);
         let input = back.input.expect("it was wanted");

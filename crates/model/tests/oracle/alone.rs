@@ -35,16 +35,16 @@ fn explicit_math_equals_autograd_for_every_family_and_target() {
                 }
                 let batch = Batch::new(&[&tenant], model.part.kind());
                 let expected = tenant.expected(&model);
-                let (y, tape) = model.part.forward_train(&batch.x, &batch.rows, &batch.segments);
+                let (y, tape) = model.part.forward_train(&batch.x, &batch.rows, &batch.segments[0]);
                 let evaluated = model.part.forward_eval(&batch.x, &batch.rows, &batch.segments);
                 let segments = &batch.segments;
                 let back =
-                    model.part.backward(tape, &batch.grad, &batch.rows, segments, want_input);
+                    model.part.backward(&[&tape], &batch.grad, &batch.rows, segments, want_input);
                 assert_eq!(back.input.is_some(), want_input);
                 let share = batch.shares(back).remove(0);
                 let found = [
                     distance(&y, &expected.output).max(distance(&evaluated, &expected.output)),
-                    expected.distance_of_backward(tenant.set.as_ref(), &share),
+                    expected.distance_of_backward(tenant.set.as_deref(), &share),
                 ];
                 let what = choice.as_ref().map(|spec| &spec.target_modules);
                 assert!(

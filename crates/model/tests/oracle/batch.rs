@@ -20,7 +20,7 @@ impl<'a> Batch<'a> {
         let mut start = 0;
         for tenant in tenants {
             let end = start + tenant.n_tokens();
-            let (adapter, dropout) = (tenant.set.as_ref(), tenant.dropout);
+            let (adapter, dropout) = (tenant.set.as_deref(), tenant.dropout);
             segments.push(Segment { rows: start..end, adapter, dropout });
             seq_lens.extend(&tenant.seq_lens);
             match &tenant.position_ids {

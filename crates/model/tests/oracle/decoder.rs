@@ -101,17 +101,14 @@ impl Decoder {
             tensors.chain(norms).flatten().collect::<Vec<_>>()
         };
         let tensor = |path: &str, name: String| {
-            let rounded = if name.contains("norm") || name.contains("ln_") {
-                Kind::Float
-            } else {
-                precision.weights
-            };
             let full = format!("{path}.{name}");
-            let value = checkpoint.tensor(&full, rounded, Device::Cpu).unwrap();
-            let value = value.to_kind(precision.compute);
+            let value = checkpoint.tensor(&full, Kind::Float, Device::Cpu).unwrap();
+            // Only matrices are held narrow.
+            let matrix = value.dim() == 2;
+            let rounded = if matrix { value.to_kind(precision.weights) } else { value };
+            let value = rounded.to_kind(precision.compute);
             // GPT-2 stores its matrices [in, out].
-            let turned = gpt2 && value.dim() == 2;
-            (name, if turned { value.tr() } else { value })
+            (name, if gpt2 && matrix { value.tr() } else { value })
         };
         let layers = prefixes
             .iter()

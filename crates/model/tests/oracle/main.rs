@@ -3,7 +3,10 @@
 
 mod alone;
 mod batch;
+mod batches;
+mod bf16;
 mod decoder;
+mod nan;
 mod tenant;
 
 const FAMILIES: [&str; 5] = ["gpt2", "llama", "qwen2", "qwen3", "gemma"];
