@@ -6,6 +6,6 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let files = protox::compile(["offshoot/v1/trunk.proto"], ["../../proto"])?;
     let out = std::path::PathBuf::from(std::env::var("OUT_DIR")?);
     std::fs::write(out.join("descriptor.bin"), files.encode_to_vec())?;
-    tonic_prost_build::configure().bytes(".offshoot.v1.Tensor.data").compile_fds(files)?;
+    tonic_prost_build::configure().bytes(".offshoot.v1.Tensor").compile_fds(files)?;
     Ok(())
 }

@@ -203,9 +203,32 @@ struct ComputeArgs {
     /// The same as --dtype bf16.
     #[arg(long, conflicts_with = "dtype")]
     mixed_precision: bool,
-    /// Type of what travels; bf16 halves the bytes, f32 is exact.
-    #[arg(long, value_enum, default_value_t = DType::Bf16)]
-    wire_dtype: DType,
+    /// Type of what travels: bf16 for a fast network, int8 for a slow one, f32 to compare.
+    #[arg(long, value_enum, default_value_t = Wire::Bf16)]
+    wire_dtype: Wire,
+}
+
+#[derive(Clone, Copy, PartialEq, Debug, ValueEnum)]
+enum Wire {
+    /// Exact, 4 bytes a value.
+    F32,
+    /// 2 bytes.
+    Bf16,
+    /// 2 bytes, an eighth of bf16's error.
+    F16,
+    /// 1.1 bytes.
+    Int8,
+}
+
+impl From<Wire> for WireDType {
+    fn from(wire: Wire) -> Self {
+        match wire {
+            Wire::F32 => WireDType::F32,
+            Wire::Bf16 => WireDType::Bf16,
+            Wire::F16 => WireDType::F16,
+            Wire::Int8 => WireDType::Int8,
+        }
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Debug, ValueEnum)]
@@ -293,10 +316,7 @@ impl TrainArgs {
             eval_interval: output.eval_interval,
             device: accelerator::device(&compute.device)?,
             kind: if bf16 { Kind::BFloat16 } else { Kind::Float },
-            wire_dtype: match compute.wire_dtype {
-                DType::F32 => WireDType::F32,
-                DType::Bf16 => WireDType::Bf16,
-            },
+            wire_dtype: compute.wire_dtype.into(),
             seed: training.seed,
             resume: output.resume,
             sample_prompts: output.sample_prompt,

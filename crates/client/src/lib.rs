@@ -82,7 +82,7 @@ mod wire;
 
 pub use client::Client;
 pub use error::ClientError;
-pub use offshoot_proto::{HostTensor, WireDType};
+pub use offshoot_proto::{HostTensor, Payload, Rounding, WireDType};
 pub use options::{ClientOptions, Retry};
 pub use session::{
     ForwardInput, Gradients, Microbatch, PendingBackward, PendingEvaluate, PendingForward,

@@ -37,10 +37,12 @@
 pub mod allocator;
 mod attention;
 mod block;
+mod bytes;
 mod config;
 mod dropout;
 mod error;
 mod head;
+pub mod host;
 mod layout;
 mod linear;
 mod lora;
@@ -52,10 +54,12 @@ mod rows;
 mod tape;
 pub mod weights;
 
+pub use bytes::Work;
 pub use config::{Activation, Family, ModelConfig, SplitPoints};
 pub use dropout::DropoutKey;
 pub use error::ModelError;
 pub use head::LossOutput;
+pub use layout::is_target;
 pub use lora::LoraMode;
 pub(crate) use norm::Norm;
 pub use parts::{Part, PartSpec, compute_kind};

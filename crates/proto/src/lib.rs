@@ -1,6 +1,6 @@
 //! The wire contract between clients and the trunk server: code generated from
-//! `proto/offshoot/v1/trunk.proto`, and [`HostTensor`], a tensor whose length is checked against its
-//! shape once, when it comes in.
+//! `proto/offshoot/v1/trunk.proto`, and [`HostTensor`], a tensor that is checked once, when it comes
+//! in, and knows what rounding it has cost when it goes out.
 //!
 //! Both sides depend on it. It knows nothing of libtorch, of models or of sessions.
 //!
@@ -12,9 +12,16 @@
 //! assert_eq!(hidden.to_f32(), [1.0, 2.0, 3.0, 4.0]);
 //! ```
 
+mod dtype;
+mod halves;
+mod int8;
+mod rounding;
 mod tensor;
 
-pub use tensor::{HostTensor, TensorError, WireDType};
+pub use dtype::WireDType;
+pub use int8::Int8Rows;
+pub use rounding::Rounding;
+pub use tensor::{HostTensor, Payload, TensorError};
 
 /// Generated from `proto/offshoot/v1/trunk.proto`, which is the manual.
 #[allow(clippy::doc_markdown, clippy::doc_lazy_continuation)]

@@ -1,180 +1,294 @@
-use crate::v1;
+use crate::halves::{self, SCALE_EXPONENTS};
+use crate::int8::Int8Rows;
+use crate::{Rounding, WireDType, v1};
 use bytes::Bytes;
-
-/// Element type of a tensor on the wire.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum WireDType {
-    F32,
-    Bf16,
-}
-
-impl WireDType {
-    /// Every dtype that this version speaks.
-    pub const ALL: [WireDType; 2] = [WireDType::F32, WireDType::Bf16];
-
-    /// Bytes of one element.
-    pub fn size(self) -> usize {
-        match self {
-            WireDType::F32 => 4,
-            WireDType::Bf16 => 2,
-        }
-    }
-
-    pub fn name(self) -> &'static str {
-        match self {
-            WireDType::F32 => "f32",
-            WireDType::Bf16 => "bf16",
-        }
-    }
-
-    pub fn to_proto(self) -> v1::DType {
-        match self {
-            WireDType::F32 => v1::DType::DtypeF32,
-            WireDType::Bf16 => v1::DType::DtypeBf16,
-        }
-    }
-
-    /// From the number in a message.
-    pub fn from_proto(value: i32) -> Result<Self, TensorError> {
-        match v1::DType::try_from(value) {
-            Ok(v1::DType::DtypeF32) => Ok(WireDType::F32),
-            Ok(v1::DType::DtypeBf16) => Ok(WireDType::Bf16),
-            Ok(v1::DType::DtypeUnspecified) | Err(_) => Err(TensorError::UnknownDType { value }),
-        }
-    }
-}
+use std::ops::Range;
 
 /// Of a tensor from the wire; hidden states have two. Longer shapes would fill logs and answers.
 const MAX_DIMENSIONS: usize = 8;
 
 /// Why bytes are no tensor.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum TensorError {
-    #[error("dtype number {value} is unknown; this version speaks f32 (1) and bf16 (2)")]
+    #[error(
+        "dtype number {value} is unknown; this version speaks f32 (1), bf16 (2), f16 (3) and int8 (4)"
+    )]
     UnknownDType { value: i32 },
     #[error("a tensor of shape {shape:?} in {dtype} has {expected} bytes, {found} came")]
     Length { shape: Vec<usize>, dtype: &'static str, expected: usize, found: usize },
+    #[error(
+        "an int8 tensor of shape [{n_rows}, {width}] has {expected} bytes of {part}, {found} came"
+    )]
+    PartLength { part: &'static str, n_rows: usize, width: usize, expected: usize, found: usize },
     #[error("a tensor of shape {shape:?} is too large to address")]
     TooLarge { shape: Vec<usize> },
     #[error("a tensor has {found} dimensions, at most {MAX_DIMENSIONS} are taken")]
     Dimensions { found: usize },
+    #[error("int8 is for tensors of shape [tokens, hidden size], one of shape {shape:?} came")]
+    NotRows { shape: Vec<usize> },
+    #[error(
+        "a tensor in f16 came without scale_exponent; values are stored times 2^-scale_exponent, so \
+         that small gradients do not vanish (0 says that they are stored as they are)"
+    )]
+    ScaleMissing,
+    #[error("scale_exponent is {found}, expected -126 to 113")]
+    ScaleExponent { found: i32 },
+    #[error(
+        "block_scales[{index}] is {found}, expected a number that is at least 0 and below 2^121; was \
+         a block with a value that is not finite rounded?"
+    )]
+    BlockScale { index: usize, found: f32 },
+    #[error("outlier_channels are {found:?}, expected increasing channels below {width}")]
+    OutlierChannels { found: Vec<u32>, width: usize },
+    #[error("{found} outlier_channels came, at most {limit} of {width} channels are taken")]
+    TooManyOutliers { found: usize, limit: usize, width: usize },
+    #[error("{field} came with a tensor in {dtype}, which has no such field")]
+    Stray { field: &'static str, dtype: &'static str },
     #[error("a tensor is missing from the message")]
     Missing,
 }
 
-/// A tensor in host memory: row-major, little-endian, its length checked against its shape.
-/// Cloning is cheap; the bytes are shared.
+/// The bytes of a tensor, by its dtype: row-major, little-endian.
 #[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Payload {
+    F32(Bytes),
+    Bf16(Bytes),
+    /// value = stored * 2^`scale_exponent`.
+    F16 {
+        stored: Bytes,
+        scale_exponent: i32,
+    },
+    Int8(Int8Rows),
+}
+
+impl Payload {
+    pub fn dtype(&self) -> WireDType {
+        match self {
+            Payload::F32(_) => WireDType::F32,
+            Payload::Bf16(_) => WireDType::Bf16,
+            Payload::F16 { .. } => WireDType::F16,
+            Payload::Int8(_) => WireDType::Int8,
+        }
+    }
+
+    /// One element for each element of the tensor.
+    fn elements(&self) -> &Bytes {
+        match self {
+            Payload::F32(bytes) | Payload::Bf16(bytes) => bytes,
+            Payload::F16 { stored, .. } => stored,
+            Payload::Int8(rows) => &rows.numbers,
+        }
+    }
+}
+
+/// A tensor in host memory, its lengths checked against its shape. Cloning is cheap; the bytes are
+/// shared.
+#[derive(Debug, Clone)]
 pub struct HostTensor {
-    dtype: WireDType,
     shape: Vec<usize>,
-    data: Bytes,
+    payload: Payload,
+    /// Against what it was rounded from; nothing for a tensor that came over the wire.
+    rounding: Rounding,
+}
+
+/// The same bytes of the same shape, wherever they come from.
+impl PartialEq for HostTensor {
+    fn eq(&self, other: &Self) -> bool {
+        self.shape == other.shape && self.payload == other.payload
+    }
 }
 
 impl HostTensor {
-    pub fn new(dtype: WireDType, shape: Vec<usize>, data: Bytes) -> Result<Self, TensorError> {
+    /// Checks every length and every scale. Elements may be other than finite.
+    pub fn new(shape: Vec<usize>, payload: Payload) -> Result<Self, TensorError> {
+        let tensor = HostTensor::sized(shape, payload)?;
+        match &tensor.payload {
+            Payload::F16 { scale_exponent, .. } if !SCALE_EXPONENTS.contains(scale_exponent) => {
+                Err(TensorError::ScaleExponent { found: *scale_exponent })
+            }
+            Payload::Int8(rows) => match tensor.shape[..] {
+                [n_rows, width] => rows.check(n_rows, width).map(|()| tensor),
+                _ => Err(TensorError::NotRows { shape: tensor.shape }),
+            },
+            _ => Ok(tensor),
+        }
+    }
+
+    fn sized(shape: Vec<usize>, payload: Payload) -> Result<Self, TensorError> {
+        let (dtype, found) = (payload.dtype(), payload.elements().len());
         let expected = shape
             .iter()
             .try_fold(dtype.size(), |bytes, &n| bytes.checked_mul(n))
             .ok_or_else(|| TensorError::TooLarge { shape: shape.clone() })?;
-        if expected != data.len() {
-            let found = data.len();
+        if expected != found {
             return Err(TensorError::Length { shape, dtype: dtype.name(), expected, found });
         }
-        Ok(HostTensor { dtype, shape, data })
+        Ok(HostTensor { shape, payload, rounding: Rounding::default() })
     }
 
-    /// Rounds to `dtype` if that is narrower. Panics if `shape` does not fit `values`.
+    /// Rounds to `dtype` if that is narrower, and measures what that costs. What is not finite stays
+    /// so, or makes its block's scale so. Panics if `shape` does not fit `values`, and for int8 if it
+    /// is not `[N, H]`.
     pub fn from_f32(values: &[f32], shape: Vec<usize>, dtype: WireDType) -> Self {
-        let data = match dtype {
-            WireDType::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-            WireDType::Bf16 => {
-                values.iter().flat_map(|&v| half::bf16::from_f32(v).to_le_bytes()).collect()
+        let payload = match dtype {
+            WireDType::F32 => {
+                let mut bytes = Vec::with_capacity(4 * values.len());
+                bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+                Payload::F32(bytes.into())
+            }
+            WireDType::Bf16 => Payload::Bf16(halves::to_bf16_bytes(values).into()),
+            WireDType::F16 => {
+                let (stored, scale_exponent) = halves::to_f16_bytes(values);
+                Payload::F16 { stored: stored.into(), scale_exponent }
+            }
+            WireDType::Int8 => {
+                assert_eq!(shape.len(), 2, "int8 is for [N, H]");
+                Payload::Int8(Int8Rows::quantise(values, shape[1]))
             }
         };
-        HostTensor::new(dtype, shape, data).expect("the shape fits the values")
+        let tensor = HostTensor::sized(shape, payload).expect("the shape fits the values");
+        if dtype == WireDType::F32 {
+            return tensor;
+        }
+        let (n_rows, width) = tensor.rows();
+        let stride = Rounding::stride(n_rows);
+        tensor.measured(stride, |row| &values[row * stride * width..][..width])
     }
 
+    /// Measures what rounding has cost: `exact(i)` is what row `i * stride` was rounded from. For
+    /// who rounds by other means than [`HostTensor::from_f32`].
+    pub fn measured<'a>(mut self, stride: usize, exact: impl Fn(usize) -> &'a [f32]) -> Self {
+        let (n_rows, width) = self.rows();
+        let mut came = Vec::with_capacity(width);
+        for (i, row) in (0..n_rows).step_by(stride).enumerate() {
+            came.clear();
+            self.extend(row..row + 1, &mut came);
+            self.rounding.add(exact(i), &came);
+        }
+        self
+    }
+
+    /// All values, row after row.
     pub fn to_f32(&self) -> Vec<f32> {
-        match self.dtype {
-            WireDType::F32 => {
-                let (values, _) = self.data.as_chunks::<4>();
-                values.iter().map(|b| f32::from_le_bytes(*b)).collect()
+        let (n_rows, width) = self.rows();
+        let mut out = Vec::with_capacity(n_rows * width);
+        self.extend(0..n_rows, &mut out);
+        out
+    }
+
+    fn extend(&self, rows: Range<usize>, out: &mut Vec<f32>) {
+        let (_, width) = self.rows();
+        let size = width * self.dtype().size();
+        let of = |bytes: &Bytes| bytes.slice(rows.start * size..rows.end * size);
+        match &self.payload {
+            Payload::F32(bytes) => halves::extend_from_f32(&of(bytes), out),
+            Payload::Bf16(bytes) => halves::extend_from_bf16(&of(bytes), out),
+            Payload::F16 { stored, scale_exponent } => {
+                halves::extend_from_f16(&of(stored), *scale_exponent, out);
             }
-            WireDType::Bf16 => {
-                let (values, _) = self.data.as_chunks::<2>();
-                values.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect()
-            }
+            Payload::Int8(int8) => rows.for_each(|row| int8.extend_row(row, width, out)),
+        }
+    }
+
+    /// Number and length of the rows: the first dimension and all others.
+    fn rows(&self) -> (usize, usize) {
+        match self.shape[..] {
+            [] => (1, 1),
+            [n_rows, ref others @ ..] => (n_rows, others.iter().product()),
         }
     }
 
     pub fn dtype(&self) -> WireDType {
-        self.dtype
+        self.payload.dtype()
     }
 
     pub fn shape(&self) -> &[usize] {
         &self.shape
     }
 
-    pub fn data(&self) -> &Bytes {
-        &self.data
+    pub fn payload(&self) -> &Payload {
+        &self.payload
     }
 
-    pub fn into_proto(self) -> v1::Tensor {
-        v1::Tensor {
-            dtype: self.dtype.to_proto() as i32,
-            shape: self.shape.iter().map(|&n| n as u32).collect(),
-            data: self.data,
+    /// The elements, without what an int8 tensor has beside them.
+    pub fn data(&self) -> &Bytes {
+        self.payload.elements()
+    }
+
+    /// All that travels.
+    pub fn n_bytes(&self) -> usize {
+        match &self.payload {
+            Payload::Int8(Int8Rows { numbers, scales, outlier_channels, outlier_values }) => {
+                numbers.len() + scales.len() + 4 * outlier_channels.len() + outlier_values.len()
+            }
+            other => other.elements().len(),
         }
     }
 
-    /// Checks dtype, number of dimensions and length; the bytes are not copied.
+    /// What rounding has cost, measured on a sample of the rows.
+    pub fn rounding(&self) -> Rounding {
+        self.rounding
+    }
+
+    pub fn into_proto(self) -> v1::Tensor {
+        let dtype = self.dtype().to_proto() as i32;
+        let shape = self.shape.iter().map(|&n| n as u32).collect();
+        let plain = v1::Tensor { dtype, shape, ..Default::default() };
+        match self.payload {
+            Payload::F32(data) | Payload::Bf16(data) => v1::Tensor { data, ..plain },
+            Payload::F16 { stored, scale_exponent } => {
+                v1::Tensor { data: stored, scale_exponent: Some(scale_exponent), ..plain }
+            }
+            Payload::Int8(Int8Rows { numbers, scales, outlier_channels, outlier_values }) => {
+                v1::Tensor {
+                    data: numbers,
+                    block_scales: scales,
+                    outlier_channels,
+                    outlier_values,
+                    ..plain
+                }
+            }
+        }
+    }
+
+    /// Checks dtype, number of dimensions, lengths, scales and outlier channels, and that nothing is
+    /// there that the dtype does not use; the bytes are not copied.
     pub fn from_proto(tensor: Option<v1::Tensor>) -> Result<Self, TensorError> {
         let tensor = tensor.ok_or(TensorError::Missing)?;
         let found = tensor.shape.len();
         if found > MAX_DIMENSIONS {
             return Err(TensorError::Dimensions { found });
         }
-        let shape = tensor.shape.iter().map(|&n| n as usize).collect();
-        HostTensor::new(WireDType::from_proto(tensor.dtype)?, shape, tensor.data)
+        let dtype = WireDType::from_proto(tensor.dtype)?;
+        let is_int8 = dtype == WireDType::Int8;
+        for (field, present, belongs) in [
+            ("scale_exponent", tensor.scale_exponent.is_some(), dtype == WireDType::F16),
+            ("block_scales", !tensor.block_scales.is_empty(), is_int8),
+            ("outlier_channels", !tensor.outlier_channels.is_empty(), is_int8),
+            ("outlier_values", !tensor.outlier_values.is_empty(), is_int8),
+        ] {
+            if present && !belongs {
+                return Err(TensorError::Stray { field, dtype: dtype.name() });
+            }
+        }
+        let payload = match dtype {
+            WireDType::F32 => Payload::F32(tensor.data),
+            WireDType::Bf16 => Payload::Bf16(tensor.data),
+            WireDType::F16 => {
+                let scale_exponent = tensor.scale_exponent.ok_or(TensorError::ScaleMissing)?;
+                Payload::F16 { stored: tensor.data, scale_exponent }
+            }
+            WireDType::Int8 => Payload::Int8(Int8Rows {
+                numbers: tensor.data,
+                scales: tensor.block_scales,
+                outlier_channels: tensor.outlier_channels,
+                outlier_values: tensor.outlier_values,
+            }),
+        };
+        HostTensor::new(tensor.shape.iter().map(|&n| n as usize).collect(), payload)
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn values_survive_the_wire() {
-        for dtype in WireDType::ALL {
-            let values = [0.0, -1.5, 3.25, f32::NEG_INFINITY, 1024.0, 2.0];
-            let sent = HostTensor::from_f32(&values, vec![2, 3], dtype);
-            let came = HostTensor::from_proto(Some(sent.clone().into_proto())).unwrap();
-            assert_eq!(came, sent);
-            assert_eq!(came.to_f32(), values);
-        }
-    }
-
-    #[test]
-    fn a_shape_without_end_is_refused_and_not_repeated() {
-        let tensor = |n| v1::Tensor { dtype: 1, shape: vec![1; n], data: vec![0; 4].into() };
-        assert!(HostTensor::from_proto(Some(tensor(8))).is_ok());
-        for n in [9, 1_000_000] {
-            let error = HostTensor::from_proto(Some(tensor(n))).unwrap_err();
-            let text = format!("a tensor has {n} dimensions, at most 8 are taken");
-            assert_eq!(error.to_string(), text);
-        }
-    }
-
-    #[test]
-    fn wrong_length_is_named() {
-        let error =
-            HostTensor::new(WireDType::Bf16, vec![2, 3], Bytes::from(vec![0; 13])).unwrap_err();
-        assert_eq!(error.to_string(), "a tensor of shape [2, 3] in bf16 has 12 bytes, 13 came");
-        let huge = vec![u32::MAX as usize; 4];
-        assert!(matches!(
-            HostTensor::new(WireDType::F32, huge, Bytes::new()),
-            Err(TensorError::TooLarge { .. })
-        ));
-    }
-}
+#[path = "tensor_tests.rs"]
+mod tests;

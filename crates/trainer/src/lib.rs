@@ -30,6 +30,7 @@ mod split;
 pub mod tokenizer;
 mod train;
 pub mod verify;
+mod wire;
 
 pub use error::TrainError;
 pub use options::{CancelToken, TrainOptions};

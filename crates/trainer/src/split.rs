@@ -4,8 +4,9 @@ pub use flight::{Accumulated, MicrobatchResult, Microbatches};
 
 use crate::TrainError;
 use crate::data::Batch;
+use crate::wire::{self, to_wire};
 use offshoot_adapters::{AdamW, AdapterSet, AdapterState, LoraSpec};
-use offshoot_client::{ForwardInput, HostTensor, Session, WireDType};
+use offshoot_client::{ForwardInput, HostTensor, Session};
 use offshoot_model::weights::Checkpoint;
 use offshoot_model::{DropoutKey, LossOutput, ModelConfig, Part, Rows, Segment, SplitPoints, Tape};
 use tch::{Device, Kind, Tensor};
@@ -188,16 +189,7 @@ impl SplitModel {
     /// Checked to be `[N, H]`, on the client's device in the client's dtype.
     fn receive(&self, tensor: &HostTensor, batch: &Batch) -> Result<Tensor, TrainError> {
         let expected = [batch.n_tokens(), self.top.part.config().hidden_size as usize];
-        if tensor.shape() != expected {
-            let found = tensor.shape();
-            return Err(TrainError::Answer {
-                problem: format!(
-                    "a tensor of shape {found:?} came, expected {expected:?}; is the server of the same version?"
-                ),
-            });
-        }
-        let shape = expected.map(|n| n as i64);
-        let tensor = Tensor::from_data_size(tensor.data(), &shape, kind_of(tensor.dtype()));
+        let tensor = wire::receive(tensor, expected)?;
         Ok(tensor.to_device(self.top.part.device()).to_kind(self.top.part.kind()))
     }
 }
@@ -293,29 +285,6 @@ fn forward_input(batch: &Batch, hidden: &Tensor, session: &Session) -> ForwardIn
     }
 }
 
-fn kind_of(dtype: WireDType) -> Kind {
-    match dtype {
-        WireDType::F32 => Kind::Float,
-        WireDType::Bf16 => Kind::BFloat16,
-    }
-}
-
-/// Any tensor as bytes of the host.
-pub(crate) fn to_wire(tensor: &Tensor, dtype: WireDType) -> HostTensor {
-    let _guard = tch::no_grad_guard();
-    let tensor = tensor.to_kind(kind_of(dtype)).to_device(Device::Cpu).contiguous();
-    let mut bytes = vec![0; tensor.numel() * dtype.size()];
-    tensor.copy_data_u8(&mut bytes, tensor.numel());
-    let shape = tensor.size().into_iter().map(|n| n as usize).collect();
-    HostTensor::new(dtype, shape, bytes.into()).expect("bytes were counted from the shape")
-}
-
-/// On the CPU, in the dtype that it travelled in.
-pub(crate) fn host_to_tensor(tensor: &HostTensor) -> Tensor {
-    let shape: Vec<i64> = tensor.shape().iter().map(|&n| n as i64).collect();
-    Tensor::from_data_size(tensor.data(), &shape, kind_of(tensor.dtype()))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -326,16 +295,5 @@ mod tests {
         assert_eq!(clip_factor(4.0, 1.0), 1.0 / (4.0 + 1e-6));
         assert_eq!(clip_factor(4.0, 0.0), 1.0);
         assert_eq!(clip_factor(0.0, 1.0), 1.0);
-    }
-
-    #[test]
-    fn tensors_survive_the_wire() {
-        let tensor = Tensor::from_slice(&[1.0f32, -2.5, 0.0, 3.0, 4.0, 5.5]).view([3, 2]);
-        for dtype in WireDType::ALL {
-            // A transposed view is not contiguous.
-            let sent = to_wire(&tensor.tr(), dtype);
-            assert_eq!(sent.shape(), [2, 3]);
-            assert!(host_to_tensor(&sent).to_kind(Kind::Float).equal(&tensor.tr()));
-        }
     }
 }

@@ -3,7 +3,8 @@
 //! and PEFT.
 
 use crate::data::{Batch, Sample};
-use crate::split::{SplitModel, SplitOptions, host_to_tensor, to_wire};
+use crate::split::{SplitModel, SplitOptions};
+use crate::wire::{host_to_tensor, to_wire};
 use crate::{TrainError, data};
 use offshoot_adapters::peft::PeftAdapter;
 use offshoot_adapters::{AdamW, AdapterSet, LoraSpec, Site};

@@ -1,7 +1,7 @@
 //! Everything that comes from a client is checked here, once. What leaves is a checked type, or an
 //! error that says what was expected.
 
-use crate::engine::{Plan, Start, TrunkInfo};
+use crate::engine::{Settings, Start, TrunkInfo};
 use crate::error::Error;
 use crate::finite::first_bad;
 use crate::registry::Opening;
@@ -156,8 +156,13 @@ fn digest(body: &Body) -> Digest {
         let Some(tensor) = tensor else { return };
         numbers(hasher, [tensor.dtype as u64]);
         numbers(hasher, tensor.shape.iter().map(|&n| n.into()));
-        numbers(hasher, [tensor.data.len() as u64]);
-        hasher.update(&tensor.data);
+        // Absent and 0 are not the same.
+        numbers(hasher, tensor.scale_exponent.map(|exponent| exponent as u64));
+        numbers(hasher, tensor.outlier_channels.iter().map(|&channel| channel.into()));
+        for part in [&tensor.data, &tensor.block_scales, &tensor.outlier_values] {
+            numbers(hasher, [part.len() as u64]);
+            hasher.update(part);
+        }
     };
     match body {
         Body::Hello(_) => {}
@@ -218,8 +223,8 @@ pub fn opening(
         tensors if tensors.is_empty() => Start::Fresh,
         tensors => Start::Given(tensors.into_iter().map(adapter).collect::<Result<_, _>>()?),
     };
-    let plan = Plan { lora, adamw, seed: request.seed, wire_dtype, start };
-    Ok(Opening { name, plan })
+    let settings = Settings { lora, adamw, seed: request.seed, wire_dtype };
+    Ok(Opening { name, settings, start })
 }
 
 fn lora(

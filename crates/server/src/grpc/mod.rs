@@ -233,6 +233,7 @@ fn session_info(listed: Listed) -> v1::SessionInfo {
         last_applied,
         adapter_bytes: live.as_ref().map_or(0, |live| live.admitted.bytes),
         tape_bytes: live.as_ref().map_or(0, |live| live.tape_bytes),
+        wire_error: live.as_ref().map(|live| live.wire_loss.to_proto()),
         snapshots: record.snapshots.iter().map(snapshot_info).collect(),
         lora: Some(lora_config(record.lora)),
         name: record.name,

@@ -1,4 +1,5 @@
 use super::frame::{Frame, SessionId, Work};
+use super::loss::WireLoss;
 use super::messages::{
     Attach, Attached, Cut, Detach, DrainWhenQuiet, Export, Frames, Info, Keep, Reason, Retire,
     SessionCut, SessionView,
@@ -27,6 +28,7 @@ pub struct SessionActor {
     admitted: Admitted,
     limits: v1::Limits,
     outbox: Outbox,
+    wire_loss: WireLoss,
     stream: Option<Stream>,
     n_streams: u64,
     n_cuts: u64,
@@ -78,6 +80,7 @@ impl SessionActor {
             admitted: seed.admitted,
             limits: seed.limits,
             outbox: Outbox::default(),
+            wire_loss: WireLoss::default(),
             stream: None,
             n_streams: 0,
             n_cuts: 0,
@@ -174,6 +177,7 @@ impl SessionActor {
             match next {
                 Next::Ready { permit, answer } => drop(permit.send(Ok(*answer))),
                 Next::Frame { ticket, sequence, permit, answer } => {
+                    self.wire_loss.count(&answer);
                     let (settled, answer) = answer.settle(sequence);
                     self.state.settle(ticket, settled);
                     if let Some(permit) = permit {
@@ -391,6 +395,7 @@ impl Handler<Info> for SessionActor {
             applied: self.state.applied(),
             admitted: self.admitted,
             tape_bytes: self.state.open().values().sum(),
+            wire_loss: self.wire_loss,
         }
     }
 }

@@ -1,6 +1,7 @@
 //! What can be said to a [`SessionActor`](super::SessionActor).
 
 use super::frame::Frame;
+use super::loss::WireLoss;
 use super::outbox::{Permit, StreamEnds};
 use super::state::{DRAIN_RETRY, Resume};
 use crate::engine::{Admitted, Exported};
@@ -122,4 +123,5 @@ pub struct SessionView {
     pub applied: u64,
     pub admitted: Admitted,
     pub tape_bytes: u64,
+    pub wire_loss: WireLoss,
 }

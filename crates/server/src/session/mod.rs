@@ -3,6 +3,7 @@
 
 mod actor;
 mod frame;
+mod loss;
 mod messages;
 mod outbox;
 mod state;

@@ -1,7 +1,8 @@
 //! Several microbatches on their way at once: while the trunk has one, bottom and top compute for
 //! another.
 
-use super::{Run, SplitModel, forward_input, to_wire};
+use super::{Run, SplitModel, forward_input};
+use crate::wire::to_wire;
 use crate::TrainError;
 use crate::data::Batch;
 use offshoot_client::{ForwardInput, PendingBackward, PendingEvaluate, PendingForward, Session};
