@@ -296,7 +296,7 @@ mod tests {
             ("--server a:1 --bandwidth-mbit 0", "--bandwidth-mbit is 0"),
             ("--server a:1 --seconds 0", "--seconds is 0"),
             ("--server a:1 --seconds 1 --steps 1", "cannot be used with"),
-            ("--server a:1 --wire-dtype f8", "expected one of f32, bf16"),
+            ("--server a:1 --wire-dtype f8", "expected one of f32, bf16, f16, int8"),
         ] {
             let error = parse(line).err().unwrap_or_default();
             assert!(error.contains(expected), "{line}: {error}");

@@ -13,7 +13,7 @@ const INTERVAL: Duration = Duration::from_millis(200);
 pub struct MemorySeen {
     /// The largest of each kind; not all at the same moment.
     pub peak: MemoryReport,
-    /// When the measurement began, before the first frame of it.
+    /// When all sessions were open, before the first frame of those that are measured.
     pub begin: MemoryReport,
     pub n_readings: usize,
 }
@@ -25,11 +25,11 @@ pub struct MemoryWatch {
 }
 
 impl MemoryWatch {
-    /// Begins when all have come to `start`.
-    pub fn start(client: Client, start: Arc<Barrier>) -> MemoryWatch {
+    /// Reads once, and from the time on at which all have come to `start` again and again.
+    pub async fn start(client: Client, start: Arc<Barrier>) -> Result<MemoryWatch, ClientError> {
         let (end, mut ended) = oneshot::channel();
+        let begin = client.describe().await?.memory;
         let task = tokio::spawn(async move {
-            let begin = client.describe().await?.memory;
             let mut seen = MemorySeen { peak: begin, begin, n_readings: 1 };
             start.wait().await;
             while tokio::time::timeout(INTERVAL, &mut ended).await.is_err() {
@@ -37,7 +37,7 @@ impl MemoryWatch {
             }
             Ok(seen)
         });
-        MemoryWatch { end, task }
+        Ok(MemoryWatch { end, task })
     }
 
     /// What was seen until now.

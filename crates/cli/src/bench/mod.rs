@@ -104,6 +104,11 @@ impl<'a> Bench<'a> {
         ] {
             ensure!(found <= limit as usize, "{option} is {found}, the server allows {limit}");
         }
+        let limit = limits.max_tokens_per_microbatch;
+        for size in args.sizes() {
+            let found = size.n_tokens();
+            ensure!(found <= limit.into(), "{size} are {found} tokens, the server allows {limit}");
+        }
         let link = Link {
             latency: Duration::from_secs_f64(args.wire.latency_ms / 1e3),
             bytes_per_second: args.wire.bandwidth_mbit.map(|mbit| mbit * 1e6 / 8.0),
@@ -122,16 +127,19 @@ impl<'a> Bench<'a> {
         let sizes = self.args.sizes();
         // And the watcher of memory.
         let start = Arc::new(Barrier::new(sizes.len() + 1));
-        let mut busy = JoinSet::new();
+        let mut drivers = Vec::new();
         for (i, size) in sizes.iter().enumerate() {
             // Every session is another team: it has a connection of its own.
             let client = Client::connect(&self.endpoint).await?;
             let session = self.open(&client, i).await?;
-            let driver = Driver::new(session, self.plan(), *size, self.shape());
+            drivers.push(Driver::new(session, self.plan(), *size, self.shape()));
+        }
+        let watch = MemoryWatch::start(self.direct.clone(), start.clone()).await?;
+        let mut busy = JoinSet::new();
+        for (i, driver) in drivers.into_iter().enumerate() {
             let start = start.clone();
             busy.spawn(async move { (i, driver.run(start).await) });
         }
-        let watch = MemoryWatch::start(self.direct.clone(), start);
         let mut measured: Vec<Measured> = sizes.iter().map(|_| Measured::default()).collect();
         while let Some(joined) = busy.join_next().await {
             let (i, result) = joined.context("a session's task")?;

@@ -71,14 +71,9 @@ impl Report<'_> {
         self.write_setting(out)?;
         let speeds = self.speeds();
         let sum = |count: fn(&Measured) -> u64| self.sessions.iter().map(count).sum::<u64>();
-        writeln!(
-            out,
-            "\n{:.1} tokens/s in all: {} microbatches and {} steps in {:.2} s",
-            self.tokens_per_second(),
-            sum(|session| session.n_microbatches),
-            sum(|session| session.n_steps),
-            self.seconds()
-        )?;
+        let n_microbatches = sum(|session| session.n_microbatches);
+        write!(out, "\n{:.1} tokens/s in all: ", self.tokens_per_second())?;
+        writeln!(out, "{n_microbatches} microbatches in {:.2} s", self.seconds())?;
         let by_session: Vec<String> = speeds.iter().map(|speed| format!("{speed:.1}")).collect();
         writeln!(out, "tokens/s by session: {}", by_session.join(", "))?;
         writeln!(out, "Jain's fairness index: {:.4}", jain_index(&speeds))?;
