@@ -1,4 +1,5 @@
 use crate::driver::Driver;
+use crate::loss::SentLoss;
 use crate::options::{Backoff, ClientOptions, Retry};
 use crate::session::Session;
 use crate::types::{
@@ -165,6 +166,7 @@ impl Client {
             wire_dtype,
             adapter_parameters: opened.adapter_parameters,
             commands,
+            loss: SentLoss::default(),
         })
     }
 

@@ -73,6 +73,7 @@
 mod client;
 mod driver;
 mod error;
+mod loss;
 mod options;
 mod session;
 mod status;
@@ -91,5 +92,5 @@ pub use session::{
 pub use types::{
     ADAMW_DEFAULTS, AdamWConfig, ErrorCode, ExportedAdapter, FrameReport, Limits, LoraConfig,
     MemoryReport, OpenSession, Restored, ServerDescription, SessionId, SessionInfo, SessionState,
-    SnapshotInfo,
+    SnapshotInfo, WireError,
 };

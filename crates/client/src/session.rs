@@ -1,7 +1,8 @@
 use crate::ClientError;
 use crate::client::Client;
 use crate::driver::{Answer, Command};
-use crate::types::{ExportedAdapter, FrameReport, Limits, SessionId, SnapshotInfo};
+use crate::loss::SentLoss;
+use crate::types::{ExportedAdapter, FrameReport, Limits, SessionId, SnapshotInfo, WireError};
 use crate::window::{Claim, Request};
 use offshoot_proto::v1::server_frame::Body;
 use offshoot_proto::{HostTensor, WireDType, v1};
@@ -26,6 +27,7 @@ pub struct Session {
     pub(crate) wire_dtype: WireDType,
     pub(crate) adapter_parameters: u64,
     pub(crate) commands: mpsc::Sender<Command>,
+    pub(crate) loss: SentLoss,
 }
 
 /// One microbatch on its way into the trunk.
@@ -73,6 +75,13 @@ impl Session {
         self.wire_dtype
     }
 
+    /// Relative error of all hidden states and gradients sent from here, by rounding to the wire
+    /// dtype; measured where [`HostTensor`] was made, on a sample of the rows. 0 where nothing was
+    /// rounded. The server's side of it is in [`SessionInfo`](crate::SessionInfo).
+    pub fn wire_error(&self) -> WireError {
+        self.loss.error()
+    }
+
     /// Trainable numbers in the trunk.
     pub fn adapter_parameters(&self) -> u64 {
         self.adapter_parameters
@@ -92,6 +101,7 @@ impl Session {
     pub async fn send_forward(&self, input: ForwardInput) -> Result<PendingForward, ClientError> {
         let claim = Claim::default();
         let interest = Arc::downgrade(&claim);
+        self.loss.add_hidden(&input.hidden);
         let forward = to_proto(input, v1::Mode::Train);
         let answer = self.send(Request::Forward { forward, interest }).await?;
         Ok(PendingForward { answer, claim, sender: self.sender() })
@@ -105,6 +115,7 @@ impl Session {
     /// Like [`evaluate`](Session::evaluate), but only sends.
     pub async fn send_evaluate(&self, input: ForwardInput) -> Result<PendingEvaluate, ClientError> {
         let interest = Default::default();
+        self.loss.add_hidden(&input.hidden);
         let forward = to_proto(input, v1::Mode::Eval);
         Ok(PendingEvaluate { answer: self.send(Request::Forward { forward, interest }).await? })
     }
@@ -164,6 +175,7 @@ impl Session {
     fn sender(&self) -> Sender {
         Sender {
             commands: self.commands.clone(),
+            loss: self.loss.clone(),
             tensor_bytes: self.client.tensor_bytes(&self.limits),
             max_tokens: self.limits.max_tokens_per_microbatch,
         }
@@ -190,6 +202,7 @@ fn to_proto(input: ForwardInput, mode: v1::Mode) -> v1::Forward {
 #[derive(Debug)]
 struct Sender {
     commands: mpsc::Sender<Command>,
+    loss: SentLoss,
     tensor_bytes: usize,
     max_tokens: u32,
 }
@@ -263,6 +276,7 @@ impl Microbatch {
     /// Like [`backward`](Microbatch::backward), but only sends.
     pub async fn send_backward(self, grad: HostTensor) -> Result<PendingBackward, ClientError> {
         let Microbatch { id, claim, sender } = self;
+        sender.loss.add_gradients(&grad);
         let backward = v1::Backward { microbatch: id, grad: Some(grad.into_proto()) };
         Ok(PendingBackward { answer: sender.send(Request::Backward { backward, claim }).await? })
     }

@@ -3,7 +3,7 @@ use offshoot_proto::{HostTensor, WireDType, v1};
 use std::time::Duration;
 
 pub use v1::{
-    AdamWConfig, ErrorCode, Limits, LoraConfig, MemoryReport, SessionState, SnapshotInfo,
+    AdamWConfig, ErrorCode, Limits, LoraConfig, MemoryReport, SessionState, SnapshotInfo, WireError,
 };
 
 /// PyTorch's defaults for AdamW.
@@ -175,6 +175,10 @@ pub struct SessionInfo {
     pub tape_bytes: u64,
     /// What it can be restored to.
     pub snapshots: Vec<SnapshotInfo>,
+    /// Relative error of what the server has sent, by rounding to the wire dtype; none for parked
+    /// sessions. For what this side has sent see
+    /// [`Session::wire_error`](crate::Session::wire_error).
+    pub wire_error: Option<WireError>,
 }
 
 impl SessionInfo {
@@ -189,6 +193,7 @@ impl SessionInfo {
             adapter_bytes: s.adapter_bytes,
             tape_bytes: s.tape_bytes,
             snapshots: s.snapshots,
+            wire_error: s.wire_error,
         }
     }
 }

@@ -54,7 +54,7 @@ impl Request {
             Request::Backward { backward, .. } => backward.grad.as_ref(),
             Request::Step(_) => None,
         };
-        tensor.map_or(0, |t| t.data.len())
+        tensor.map_or(0, |t| t.data.len() + t.block_scales.len() + t.outlier_values.len())
     }
 }
 

@@ -79,7 +79,8 @@ impl Int8Rows {
             return Err(TensorError::TooManyOutliers { found: channels.len(), limit, width });
         }
         let too_large = || TensorError::TooLarge { shape: vec![n_rows, width] };
-        let of_scales = n_rows.checked_mul(4 * width.div_ceil(Self::BLOCK)).ok_or_else(too_large)?;
+        let of_scales =
+            n_rows.checked_mul(4 * width.div_ceil(Self::BLOCK)).ok_or_else(too_large)?;
         length("block_scales", of_scales, self.scales.len())?;
         let of_outliers = n_rows.checked_mul(2 * channels.len()).ok_or_else(too_large)?;
         length("outlier_values", of_outliers, self.outlier_values.len())?;
