@@ -34,7 +34,7 @@ mod wire;
 
 pub use error::TrainError;
 pub use options::{CancelToken, TrainOptions};
-pub use report::{DoneEvent, Event, StepEvent};
+pub use report::{DoneEvent, Event, StepEvent, WireErrors};
 pub use schedule::Schedule;
 pub use split::{
     Accumulated, ClientState, MicrobatchResult, Microbatches, SplitModel, SplitOptions, clip_factor,

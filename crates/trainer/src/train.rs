@@ -2,7 +2,7 @@ use crate::TrainError;
 use crate::checkpoint::{self, Best, Contents, Saved, TrainingState};
 use crate::data::Batch;
 use crate::options::{CancelToken, TrainOptions};
-use crate::report::{DoneEvent, Event, Reporter, StepEvent};
+use crate::report::{DoneEvent, Event, Reporter, StepEvent, WireErrors};
 use crate::resume;
 use crate::sample::generate;
 use crate::setup::{self, Prepared};
@@ -338,6 +338,9 @@ impl Run {
             peft::write_dir(&dir, &config, &tensors)?;
             adapter = Some(dir);
         }
+        let wire_error = WireErrors::of(&self.session, &self.prepared.client).await?;
+        let wire_dtype = self.session.wire_dtype().name();
+        self.report.line(&format!("wire dtype {wire_dtype}, {wire_error}"));
         self.report.event(&Event::Done(DoneEvent {
             step: self.step,
             interrupted,
@@ -346,6 +349,7 @@ impl Run {
             wait_seconds: self.spent.waited.as_secs_f64(),
             tokens: self.spent.tokens,
             best: self.best,
+            wire_error,
         }))?;
         self.conclude(adapter.as_deref(), &saved);
         let session = self.session.id().clone();

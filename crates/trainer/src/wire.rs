@@ -1,8 +1,8 @@
 //! Between the session's host tensors and those of the client's layers. Nothing is copied where
 //! dtype and device are the same on both sides; otherwise the conversion is the copy.
 
-use crate::TrainError;
-use offshoot_client::{HostTensor, Payload, Rounding, WireDType};
+use crate::{TrainError, WireErrors};
+use offshoot_client::{Client, HostTensor, Payload, Rounding, Session, WireDType};
 use offshoot_model::host;
 use tch::{Kind, Tensor};
 
@@ -50,6 +50,33 @@ pub(crate) fn receive(tensor: &HostTensor, expected: [usize; 2]) -> Result<Tenso
         });
     }
     Ok(host_to_tensor(tensor))
+}
+
+impl WireErrors {
+    /// From both sides. What the server has sent counts since the session is on its device.
+    pub(crate) async fn of(session: &Session, client: &Client) -> Result<Self, TrainError> {
+        let listed = client.list_sessions().await?;
+        let listed = listed.into_iter().find(|listed| listed.id == *session.id());
+        let received = listed.and_then(|listed| listed.wire_error).unwrap_or_default();
+        let sent = session.wire_error();
+        Ok(WireErrors {
+            hidden_sent: sent.hidden,
+            hidden_received: received.hidden,
+            gradients_sent: sent.gradients,
+            gradients_received: received.gradients,
+        })
+    }
+}
+
+impl std::fmt::Display for WireErrors {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let WireErrors { hidden_sent, hidden_received, gradients_sent, gradients_received } = self;
+        write!(
+            f,
+            "relative error by rounding: hidden states {hidden_sent:.1e} there, {hidden_received:.1e} \
+             back; gradients {gradients_sent:.1e} there, {gradients_received:.1e} back"
+        )
+    }
 }
 
 #[cfg(test)]

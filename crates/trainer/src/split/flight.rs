@@ -2,9 +2,9 @@
 //! another.
 
 use super::{Run, SplitModel, forward_input};
-use crate::wire::to_wire;
 use crate::TrainError;
 use crate::data::Batch;
+use crate::wire::to_wire;
 use offshoot_client::{ForwardInput, PendingBackward, PendingEvaluate, PendingForward, Session};
 use offshoot_model::{DropoutKey, Tape};
 use std::collections::VecDeque;
