@@ -73,9 +73,9 @@ impl Layout {
         m.qkv.iter().copied().chain([m.o]).chain(m.gate).chain([m.up, m.down]).collect()
     }
 
-    /// PEFT's rule for one entry of `target_modules`.
+    /// See [`is_target`].
     pub fn is_target(&self, path: &str, target: &str) -> bool {
-        target == "all-linear" || ends_with_name(path, target)
+        is_target(path, target)
     }
 
     pub fn check_targets(&self, targets: &[String]) -> Result<(), ModelError> {
@@ -96,6 +96,11 @@ impl Layout {
         }
         Ok(())
     }
+}
+
+/// PEFT's rule for one entry of `target_modules`: whether it means the linear layer at this path.
+pub fn is_target(path: &str, target: &str) -> bool {
+    target == "all-linear" || ends_with_name(path, target)
 }
 
 /// True if `path` is `name` or ends with a dot and `name`.

@@ -51,6 +51,21 @@ pub struct TrunkConfig {
     pub dtype: ComputeDType,
     /// Threads of one product on the CPU; none: libtorch's choice.
     pub n_threads: Option<u16>,
+    /// How the LoRA of several sessions in one batch is computed.
+    pub lora_batching: LoraBatching,
+}
+
+/// How the LoRA of several sessions in one batch is computed; the results agree up to rounding.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LoraBatching {
+    /// Whichever is expected to be quicker for the shapes of the batch.
+    #[default]
+    Auto,
+    /// All adapters stacked, in a few products for everybody.
+    Stacked,
+    /// Session by session.
+    Loop,
 }
 
 impl Default for TrunkConfig {
@@ -62,6 +77,7 @@ impl Default for TrunkConfig {
             device: "cpu".into(),
             dtype: ComputeDType::F32,
             n_threads: None,
+            lora_batching: LoraBatching::Auto,
         }
     }
 }
@@ -86,8 +102,8 @@ impl ComputeDType {
     }
 }
 
-/// What one client may ask for.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// What clients may ask for, one by one and all together.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LimitsConfig {
     pub max_tokens_per_microbatch: usize,
@@ -99,6 +115,47 @@ pub struct LimitsConfig {
     pub max_queued_jobs: usize,
     /// Tokens that one batch may hold.
     pub max_tokens_per_batch: usize,
+    /// How long a job may be kept waiting for others to share its batch. 0: whatever waits when the
+    /// device is free runs at once, which is best for everybody's latency.
+    pub batch_wait_seconds: f64,
+    /// What weights, adapters, tapes and workspace may take of the device together, as a number or
+    /// as "8GiB". None: on the CPU 0.8 of what is available when the server starts, within its
+    /// container's limit; on other devices no limit.
+    #[serde(with = "byte_size")]
+    pub memory_bytes: Option<u64>,
+    /// What idle sessions that left an accelerator may take of the host's memory; behind it they go
+    /// to disk. On the CPU it is the same memory, so they go to disk at once. None: half of what is
+    /// available when the server starts.
+    #[serde(with = "byte_size")]
+    pub host_memory_bytes: Option<u64>,
+    /// How long a session waits for room on the device before it is refused.
+    pub admission_wait_seconds: f64,
+}
+
+impl LimitsConfig {
+    /// How long a job waits for company.
+    pub fn batch_wait(&self) -> Duration {
+        Duration::from_secs_f64(self.batch_wait_seconds)
+    }
+
+    /// How long a session waits for room.
+    pub fn admission_wait(&self) -> Duration {
+        Duration::from_secs_f64(self.admission_wait_seconds)
+    }
+}
+
+/// Bytes as a number or as people write them.
+mod byte_size {
+    use bytesize::ByteSize;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub fn serialize<S: Serializer>(bytes: &Option<u64>, to: S) -> Result<S::Ok, S::Error> {
+        bytes.serialize(to)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u64>, D::Error> {
+        Ok(Option::<ByteSize>::deserialize(from)?.map(|size| size.as_u64()))
+    }
 }
 
 impl Default for LimitsConfig {
@@ -110,6 +167,10 @@ impl Default for LimitsConfig {
             max_rank: 256,
             max_queued_jobs: 1024,
             max_tokens_per_batch: 16384,
+            batch_wait_seconds: 0.0,
+            memory_bytes: None,
+            host_memory_bytes: None,
+            admission_wait_seconds: 30.0,
         }
     }
 }
@@ -120,6 +181,12 @@ impl Default for LimitsConfig {
 pub struct SessionConfig {
     /// A session without a stream for so long is snapshotted and leaves the device.
     pub lease_seconds: f64,
+    /// A session without a frame for so long leaves the device, even if nobody needs its room. It
+    /// comes back with its next frame.
+    pub idle_seconds: f64,
+    /// If more sessions train than the device holds, each keeps its place at least so long between
+    /// its microbatches: coming and going costs more than a short turn is worth.
+    pub turn_seconds: f64,
     /// Threads that run session actors; they wait, decide and record, and compute nothing.
     pub n_actor_threads: usize,
 }
@@ -129,11 +196,26 @@ impl SessionConfig {
     pub fn lease(&self) -> Duration {
         Duration::from_secs_f64(self.lease_seconds)
     }
+
+    /// After what time without a frame a session leaves the device.
+    pub fn idle(&self) -> Duration {
+        Duration::from_secs_f64(self.idle_seconds)
+    }
+
+    /// The shortest stay of a session that others wait for.
+    pub fn turn(&self) -> Duration {
+        Duration::from_secs_f64(self.turn_seconds)
+    }
 }
 
 impl Default for SessionConfig {
     fn default() -> Self {
-        SessionConfig { lease_seconds: 300.0, n_actor_threads: 2 }
+        SessionConfig {
+            lease_seconds: 300.0,
+            idle_seconds: 60.0,
+            turn_seconds: 1.0,
+            n_actor_threads: 2,
+        }
     }
 }
 
@@ -270,11 +352,27 @@ impl ServerConfig {
         }
         for (key, value) in [
             ("session.lease_seconds", self.session.lease_seconds),
+            ("session.idle_seconds", self.session.idle_seconds),
+            ("limits.admission_wait_seconds", limits.admission_wait_seconds),
             ("drain.timeout_seconds", self.drain.timeout_seconds),
         ] {
             let fine = value > 0.0 && value <= 1e9;
             check(key, fine, value.to_string(), "more than 0, at most 10^9 seconds");
         }
+        let wait = limits.batch_wait_seconds;
+        check(
+            "limits.batch_wait_seconds",
+            (0.0..=10.0).contains(&wait),
+            wait.to_string(),
+            "0 to 10 seconds",
+        );
+        let turn = self.session.turn_seconds;
+        check(
+            "session.turn_seconds",
+            (0.0..=3600.0).contains(&turn),
+            turn.to_string(),
+            "0 to 3600 seconds",
+        );
         if mistakes.is_empty() { Ok(()) } else { Err(Error::Config(Mistakes(mistakes))) }
     }
 }
@@ -339,5 +437,20 @@ mod tests {
         assert_eq!(config.model.dtype, ComputeDType::Bf16);
         assert_eq!(config.limits.max_rank, 3);
         assert_eq!(config.limits.max_tokens_per_microbatch, 8192);
+    }
+
+    #[test]
+    fn bytes_are_written_as_people_do() {
+        let read = |text: &str| serde_json::from_str::<LimitsConfig>(text);
+        for (text, bytes) in
+            [("\"8GiB\"", 8 << 30), ("\"1.5 GB\"", 1_500_000_000), ("12345", 12345)]
+        {
+            let config = read(&format!(r#"{{"memory_bytes": {text}}}"#)).unwrap();
+            assert_eq!(config.memory_bytes, Some(bytes), "{text}");
+            let again = serde_json::to_string(&config).unwrap();
+            assert_eq!(read(&again).unwrap(), config);
+        }
+        assert_eq!(read("{}").unwrap().memory_bytes, None);
+        assert!(read(r#"{"memory_bytes": "much"}"#).is_err());
     }
 }

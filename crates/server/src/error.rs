@@ -1,4 +1,5 @@
 use crate::config::Mistakes;
+use crate::ledger::Shortage;
 use crate::session::SessionId;
 use offshoot_adapters::AdapterError;
 use offshoot_model::ModelError;
@@ -24,6 +25,11 @@ pub enum Error {
         "device \"{device}\" is not available: {cause}; use device \"cpu\" or a libtorch with CUDA"
     )]
     Device { device: String, cause: &'static str },
+    #[error(
+        "the trunk's weights take {weights} bytes, but limits.memory_bytes allows {budget}; allow \
+         more, hold fewer layers, or compute in a narrower dtype"
+    )]
+    TrunkTooLarge { weights: u64, budget: u64 },
     #[error("gRPC server on {address}: {source}")]
     Transport { address: SocketAddr, source: tonic::transport::Error },
     #[error("gRPC reflection: {0}")]
@@ -157,6 +163,8 @@ pub enum Error {
     OpenMicrobatches { limit: usize },
     #[error("{limit} jobs are waiting for the device, the limit; try again later")]
     QueueFull { limit: usize },
+    #[error("no room on the device: {shortage}, the limit; {}", try_again(*.retry_after))]
+    NoRoom { shortage: Shortage, retry_after: Option<Duration> },
 
     // Life and death of a session.
     #[error("session {0} is not known here; it was forgotten, or it lives on another server")]
@@ -175,6 +183,11 @@ pub enum Error {
     // Our fault.
     #[error("the {job} failed inside the server, nothing was changed: {panic}")]
     Panic { job: &'static str, panic: String },
+    #[error(
+        "the device ran out of memory in this {job}, also alone; nothing was changed by it. Send \
+         fewer tokens, or ask the operator for a lower limits.memory_bytes than the device has"
+    )]
+    OutOfMemory { job: &'static str },
     #[error(
         "an earlier failure left this session's adapter in an unknown state; restore it to a snapshot"
     )]
@@ -200,6 +213,13 @@ pub enum Class {
     Internal,
 }
 
+fn try_again(retry_after: Option<Duration>) -> String {
+    match retry_after {
+        Some(after) => format!("try again in {} s", after.as_secs_f64()),
+        None => "it never fits: take a lower rank or fewer targets, or a server with more".into(),
+    }
+}
+
 impl Error {
     /// The class of each error; a new variant must choose.
     pub fn class(&self) -> Class {
@@ -208,6 +228,7 @@ impl Error {
             Config(_) | Bind { .. } | Thread { .. } | Device { .. } | Transport { .. } => {
                 Class::Internal
             }
+            TrunkTooLarge { .. } => Class::Internal,
             Reflection(_) | Gone { .. } | Panic { .. } | Poisoned | Busy => Class::Internal,
             StoreLocked { .. } | StoreVersion { .. } | StoreFile { .. } => Class::Internal,
             StoreRecords { .. } | StoreDamaged { .. } => Class::Internal,
@@ -221,6 +242,7 @@ impl Error {
             Acknowledged { .. } | Point { .. } => Class::Sequence,
             NoTape { .. } | OpenTape { .. } | StepWithOpen { .. } => Class::Microbatch,
             InFlight { .. } | OpenMicrobatches { .. } | QueueFull { .. } => Class::Exhausted,
+            NoRoom { .. } | OutOfMemory { .. } => Class::Exhausted,
             UnknownSession(_) | UnknownSnapshot { .. } | Ended => Class::NotFound,
             TakenOver => Class::TakenOver,
             Draining { .. } => Class::Draining,
@@ -236,6 +258,7 @@ impl Error {
             Thread { .. } => "thread",
             Device { .. } => "device",
             Transport { .. } => "transport",
+            TrunkTooLarge { .. } => "trunk_too_large",
             Reflection(_) => "reflection",
             Model(_) => "model",
             Adapter(_) => "adapter",
@@ -271,6 +294,7 @@ impl Error {
             InFlight { .. } => "in_flight",
             OpenMicrobatches { .. } => "open_microbatches",
             QueueFull { .. } => "queue_full",
+            NoRoom { .. } => "no_room",
             UnknownSession(_) => "unknown_session",
             UnknownSnapshot { .. } => "unknown_snapshot",
             TakenOver => "taken_over",
@@ -278,6 +302,7 @@ impl Error {
             Ended => "ended",
             Busy => "busy",
             Panic { .. } => "panic",
+            OutOfMemory { .. } => "out_of_memory",
             Poisoned => "poisoned",
             Gone { .. } => "gone",
         }
@@ -287,6 +312,7 @@ impl Error {
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
             Error::Draining { retry_after } => Some(*retry_after),
+            Error::NoRoom { retry_after, .. } => *retry_after,
             Error::InFlight { .. } | Error::QueueFull { .. } | Error::Busy => {
                 Some(Duration::from_millis(100))
             }

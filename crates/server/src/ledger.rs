@@ -82,7 +82,7 @@ struct Books {
     /// Adapters leave so much free for tapes and workspace.
     work_room: u64,
     /// The most that somebody needs and did not get, until idle sessions are asked to leave.
-    missing: u64,
+    wanted: u64,
 }
 
 impl ByKind {
@@ -135,7 +135,7 @@ impl Ledger {
     /// Nothing is taken yet. Without a budget everything fits, and is still counted.
     pub fn new(budget: Option<u64>) -> Self {
         let usage = Usage { budget, ..Usage::default() };
-        let books = Mutex::new(Books { usage, work_room: 0, missing: 0 });
+        let books = Mutex::new(Books { usage, work_room: 0, wanted: 0 });
         Ledger(Arc::new(Shared { books, freed: Arc::default(), pressed: Notify::new() }))
     }
 
@@ -162,6 +162,20 @@ impl Ledger {
         self.books().free(BytesKind::Workspace)
     }
 
+    /// What would have to be given back first, so that this fits. 0: it fits.
+    pub fn missing(&self, kind: BytesKind, bytes: u64) -> u64 {
+        self.books().free(kind).map_or(0, |free| bytes.saturating_sub(free))
+    }
+
+    /// What fits if nothing but the weights is taken. None: anything.
+    pub fn most(&self, kind: BytesKind) -> Option<u64> {
+        let books = self.books();
+        let weights = books.usage.now.weights;
+        let now = ByKind { weights, ..ByKind::default() };
+        let usage = Usage { now, ..books.usage };
+        Books { usage, ..*books }.free(kind)
+    }
+
     /// What is taken now, and was at most.
     pub fn usage(&self) -> Usage {
         self.books().usage
@@ -177,17 +191,17 @@ impl Ledger {
     /// Asks that idle sessions leave until this would fit. Returns at once.
     pub fn press(&self, shortage: Shortage) {
         let mut books = self.books();
-        books.missing = books.missing.max(shortage.need.saturating_sub(shortage.free));
+        books.wanted = books.wanted.max(shortage.need);
         drop(books);
         self.0.pressed.notify_one();
     }
 
-    /// Waits for [`Ledger::press`]: how many bytes are missing. For one caller.
+    /// Waits for [`Ledger::press`]: how many bytes are needed. For one caller.
     pub async fn pressed(&self) -> u64 {
         loop {
-            let missing = std::mem::take(&mut self.books().missing);
-            if missing > 0 {
-                return missing;
+            let wanted = std::mem::take(&mut self.books().wanted);
+            if wanted > 0 {
+                return wanted;
             }
             self.0.pressed.notified().await;
         }

@@ -55,6 +55,19 @@ fn a_reservation_grows_and_shrinks_or_stays() {
 }
 
 #[test]
+fn what_is_missing_and_what_never_fits() {
+    let ledger = Ledger::new(Some(100));
+    let _weights = ledger.reserve(Weights, 40).unwrap();
+    let _adapters = ledger.reserve(Adapters, 50).unwrap();
+    ledger.set_work_room(6);
+    assert_eq!((ledger.missing(Adapters, 4), ledger.missing(Adapters, 9)), (0, 5));
+    assert_eq!((ledger.missing(Workspace, 10), ledger.missing(Tapes, 11)), (0, 1));
+    assert_eq!((ledger.most(Adapters), ledger.most(Tapes)), (Some(54), Some(60)));
+    assert_eq!(Ledger::new(None).most(Adapters), None);
+    assert_eq!(Ledger::new(None).missing(Adapters, u64::MAX), 0);
+}
+
+#[test]
 fn what_is_there_already_counts_beyond_the_budget() {
     let ledger = Ledger::new(Some(10));
     let there = ledger.count(Workspace, 25);
@@ -130,19 +143,19 @@ async fn many_wait_and_all_are_served() {
 }
 
 #[tokio::test]
-async fn pressure_says_how_much_is_missing() {
+async fn pressure_says_how_much_is_needed() {
     let ledger = Ledger::new(Some(10));
     let _taken = ledger.reserve(Adapters, 8).unwrap();
     for need in [5, 9, 4] {
         let shortage = ledger.reserve(Workspace, need).unwrap_err();
         ledger.press(shortage);
     }
-    assert_eq!(ledger.pressed().await, 7);
+    assert_eq!(ledger.pressed().await, 9);
     let waiting = {
         let ledger = ledger.clone();
         tokio::spawn(async move { ledger.pressed().await })
     };
     tokio::task::yield_now().await;
     ledger.press(ledger.reserve(Tapes, 3).unwrap_err());
-    assert_eq!(waiting.await.unwrap(), 1);
+    assert_eq!(waiting.await.unwrap(), 3);
 }

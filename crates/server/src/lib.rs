@@ -25,6 +25,7 @@ mod engine;
 mod error;
 mod finite;
 mod grpc;
+mod host_memory;
 mod ledger;
 mod pool;
 mod registry;
@@ -34,7 +35,7 @@ mod session;
 mod store;
 
 pub use config::{
-    ComputeDType, DrainConfig, LimitsConfig, ListenConfig, Mistake, Mistakes, ServerConfig,
+    ComputeDType, DrainConfig, LimitsConfig, ListenConfig, LoraBatching, Mistake, Mistakes, ServerConfig,
     SessionConfig, StoreConfig, TrunkConfig,
 };
 pub use engine::TrunkInfo;

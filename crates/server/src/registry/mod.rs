@@ -10,8 +10,9 @@ mod snapshot;
 
 pub use snapshot::to_proto as snapshot_info;
 
-use crate::engine::{Admitted, EngineClient, Exported, Plan, Start};
+use crate::engine::{Admitted, EngineClient, Exported, Plan, Settings, Start};
 use crate::error::Error;
+use crate::ledger::{BytesKind, Reservation};
 use crate::pool::ActorPool;
 use crate::session::{
     Attach, DRAIN_RETRY, Export, Info, Permit, Reason, Resume, Retire, SessionActor, SessionId,
@@ -62,7 +63,8 @@ struct Live {
 pub struct Opening {
     /// For people.
     pub name: String,
-    pub plan: Plan,
+    pub settings: Settings,
+    pub start: Start,
 }
 
 /// A stream that is attached.
@@ -123,15 +125,15 @@ impl Registry {
     /// Starts a session and makes it durable as it begins.
     pub async fn open(&self, opening: Opening) -> Result<(SessionId, Admitted), Error> {
         self.refuse_while_draining()?;
-        let Opening { name, plan } = opening;
+        let Opening { name, settings, start } = opening;
         let id = SessionId::new();
         let trunk = self.engine.trunk();
         let record = Record {
             name,
-            lora: plan.lora.clone(),
-            adamw: plan.adamw.clone(),
-            seed: plan.seed,
-            wire_dtype: plan.wire_dtype.name().into(),
+            lora: settings.lora.clone(),
+            adamw: settings.adamw.clone(),
+            seed: settings.seed,
+            wire_dtype: settings.wire_dtype.name().into(),
             fingerprint: trunk.fingerprint.clone(),
             split_point_1: trunk.layers.start,
             split_point_2: trunk.layers.end,
@@ -139,9 +141,10 @@ impl Registry {
             snapshots: Vec::new(),
             n_snapshots: 0,
         };
-        let wire_dtype = plan.wire_dtype;
+        let wire_dtype = settings.wire_dtype;
         let slot = self.slot(id);
         let mut slot = slot.lock().await;
+        let plan = Plan { reserved: self.reserve(&settings.lora)?, settings, start };
         let (session, admitted) = self.engine.admit(plan).await?;
         let first =
             snapshot::Copied { adapters: session.state().await?, resume: Resume::default() };
@@ -305,16 +308,28 @@ impl Registry {
     ) -> Result<Live, Error> {
         let wire_dtype = snapshot::wire_dtype(&record)?;
         let applied = stored.resume.applied;
-        let plan = Plan {
+        let settings = Settings {
             lora: record.lora.clone(),
             adamw: record.adamw.clone(),
             seed: record.seed,
             wire_dtype,
+        };
+        let plan = Plan {
+            reserved: self.reserve(&record.lora)?,
+            settings,
             start: Start::State { state: stored.adapters, applied },
         };
         let (session, admitted) = self.engine.admit(plan).await?;
         let actor = self.spawn(id, session, admitted, stored.resume);
         Ok(Live { actor, record, wire_dtype, admitted })
+    }
+
+    fn reserve(&self, lora: &LoraSpec) -> Result<Reservation, Error> {
+        let bytes = self.engine.trunk().adapter_bytes(lora);
+        self.engine
+            .ledger()
+            .reserve(BytesKind::Adapters, bytes)
+            .map_err(|shortage| Error::NoRoom { shortage, retry_after: None })
     }
 
     fn spawn(

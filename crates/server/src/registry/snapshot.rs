@@ -165,6 +165,7 @@ mod tests {
             default_targets: Vec::new(),
             weights_bytes: 0,
             parameters_per_rank: 0,
+            sites: Vec::new(),
         };
         let snapshot = SnapshotRecord {
             id: "1-step0".into(),

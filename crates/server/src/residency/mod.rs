@@ -1,0 +1,313 @@
+//! Where the sessions' adapters are. A session is on the device while it trains; one that is idle,
+//! or whose room others need, leaves for the host's memory (beside an accelerator) and then for the
+//! disk, and comes back with its next frame. Its actor and its stream stay.
+//!
+//! ```text
+//! device  --lower-->  host  --lower-->  disk
+//!    ^------------- bring -----------------'
+//! ```
+//!
+//! `policy` decides purely who leaves, `room` is the loop that asks them to and lets the next one
+//! in, `list` knows who is in memory, and this file moves the bytes.
+
+mod list;
+mod policy;
+mod room;
+
+pub use list::{Activity, Listed};
+pub use policy::{Ages, Tier};
+
+use crate::engine::{Admitted, EngineClient, EngineSession, Plan, Settings, Start};
+use crate::error::Error;
+use crate::ledger::{BytesKind, Ledger, Reservation};
+use crate::registry::{Copied, Slots, blocking, fits};
+use crate::session::{Recorded, Resume, SessionId};
+use crate::store::{Origin, Store};
+use list::List;
+use offshoot_adapters::{AdapterState, LoraSpec};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+use tokio::sync::{Notify, mpsc, oneshot};
+
+/// See the module's text.
+pub struct Residency {
+    engine: EngineClient,
+    store: Arc<Store>,
+    /// Of the host's memory beside an accelerator. On the CPU nothing fits.
+    host: Ledger,
+    wait: Duration,
+    ages: Ages,
+    runtime: tokio::runtime::Handle,
+    requests: mpsc::UnboundedSender<room::Request>,
+    /// Requests that are not answered yet.
+    n_waiting: Arc<AtomicUsize>,
+    /// A resident has become quiet.
+    quiet: Arc<Notify>,
+    list: Arc<List>,
+}
+
+/// What a residency is made from.
+pub struct ResidencyParts {
+    pub engine: EngineClient,
+    pub store: Arc<Store>,
+    pub slots: Arc<Slots>,
+    /// Bytes of the host's memory for sessions that left the device.
+    pub host_bytes: u64,
+    /// How long a session waits for room.
+    pub wait: Duration,
+    pub ages: Ages,
+}
+
+/// A session as those know it who move its adapter.
+#[derive(Debug)]
+pub struct Profile {
+    pub id: SessionId,
+    pub settings: Settings,
+    pub activity: Activity,
+}
+
+/// A session's adapter on the device.
+pub struct OnDevice {
+    pub engine: EngineSession,
+    pub admitted: Admitted,
+    listed: Listed,
+}
+
+/// A session's adapter in the host's memory.
+pub struct OnHost {
+    pub adapters: Arc<AdapterState>,
+    _reserved: Reservation,
+    _listed: Listed,
+}
+
+/// A session's adapter that is not on the device.
+pub enum Away {
+    Host(OnHost),
+    /// The store's head is the session as it is.
+    Disk,
+}
+
+/// A session's adapter, wherever it is.
+pub enum Home {
+    Device(OnDevice),
+    Away(Away),
+}
+
+/// A session that is on the device again.
+pub struct Back {
+    pub on: OnDevice,
+    /// Recorded answers, if they were on disk too.
+    pub answers: Option<Vec<Recorded>>,
+}
+
+impl Residency {
+    /// Nobody is there yet.
+    pub fn start(parts: ResidencyParts) -> Arc<Residency> {
+        let (requests, asked) = mpsc::unbounded_channel();
+        let residency = Arc::new(Residency {
+            engine: parts.engine,
+            store: parts.store,
+            host: Ledger::new(Some(parts.host_bytes)),
+            wait: parts.wait,
+            ages: parts.ages,
+            runtime: tokio::runtime::Handle::current(),
+            requests,
+            n_waiting: Arc::default(),
+            quiet: Arc::default(),
+            list: Arc::default(),
+        });
+        tokio::spawn(room::keep(&residency, parts.slots, asked));
+        residency
+    }
+
+    /// Bytes of the host's memory that sessions off the device take.
+    pub fn host(&self) -> &Ledger {
+        &self.host
+    }
+
+    /// How many sessions are in this memory.
+    pub fn count(&self, tier: Tier) -> usize {
+        self.list.count(tier)
+    }
+
+    /// Room on the device for an adapter. Idle sessions leave for it; what does not fit then waits,
+    /// in the order in which it was asked for, and is refused at its deadline.
+    pub async fn reserve(&self, lora: &LoraSpec) -> Result<Reservation, Error> {
+        let bytes = self.engine.trunk().adapter_bytes(lora);
+        // Nobody overtakes those who wait.
+        if self.n_waiting.load(Ordering::Relaxed) == 0
+            && let Ok(reserved) = self.engine.ledger().reserve(BytesKind::Adapters, bytes)
+        {
+            return Ok(reserved);
+        }
+        let (reply, reserved) = oneshot::channel();
+        let request = room::Request::new(bytes, Instant::now() + self.wait, reply, &self.n_waiting);
+        let gone = || Error::Gone { part: "residency" };
+        self.requests.send(request).map_err(|_| gone())?;
+        reserved.await.map_err(|_| gone())?
+    }
+
+    /// Enters a session that has just come to the device.
+    pub fn settle_in(
+        &self,
+        profile: &Arc<Profile>,
+        (engine, admitted): (EngineSession, Admitted),
+    ) -> OnDevice {
+        let listed = self.list.enter(profile, Tier::Device, admitted.bytes);
+        OnDevice { engine, admitted, listed }
+    }
+
+    /// A resident's frames are all answered; whoever waits for room may ask it to leave.
+    pub fn became_quiet(&self) {
+        self.quiet.notify_waiters();
+    }
+
+    /// Notes a frame of a session.
+    pub fn used(&self, profile: &Profile) {
+        self.list.used(&profile.activity);
+    }
+
+    /// Brings a session that stands after frame `applied` back to the device, or leaves it where it
+    /// is. Runs to its end even if nobody waits for it any more.
+    pub async fn bring(
+        self: Arc<Self>,
+        profile: Arc<Profile>,
+        away: Away,
+        applied: u64,
+    ) -> Result<Back, (Away, Error)> {
+        let runtime = self.runtime.clone();
+        let run = async move {
+            match self.bring_from(&profile, &away, applied).await {
+                Ok(back) => Ok(back),
+                Err(error) => Err((away, error)),
+            }
+        };
+        let lost = |_| Err((Away::Disk, Error::Gone { part: "residency" }));
+        runtime.spawn(run).await.unwrap_or_else(lost)
+    }
+
+    async fn bring_from(
+        &self,
+        profile: &Arc<Profile>,
+        away: &Away,
+        applied: u64,
+    ) -> Result<Back, Error> {
+        // First the room: whoever waits for it holds no copy meanwhile.
+        let reserved = self.reserve(&profile.settings.lora).await?;
+        let (state, answers) = match away {
+            Away::Host(on) => (on.adapters.clone(), None),
+            Away::Disk => {
+                let Copied { adapters, resume } = self.read(profile.id).await?;
+                if resume.applied != applied {
+                    let (server, client) = (resume.applied, applied);
+                    return Err(Error::Point { server, client });
+                }
+                (adapters, Some(resume.answers))
+            }
+        };
+        let start = Start::State { state, applied };
+        let plan = Plan { settings: profile.settings.clone(), start, reserved };
+        let on = self.settle_in(profile, self.engine.admit(plan).await?);
+        tracing::debug!(session = %profile.id, bytes = on.admitted.bytes, "session is back");
+        Ok(Back { on, answers })
+    }
+
+    /// Takes a quiet session one tier down, or leaves it where it is. Runs to its end even if nobody
+    /// waits for it any more.
+    pub async fn lower(
+        self: Arc<Self>,
+        profile: Arc<Profile>,
+        home: Home,
+        resume: Resume,
+    ) -> Result<Away, (Home, Error)> {
+        let runtime = self.runtime.clone();
+        let run = async move {
+            match self.copy_down(&profile, &home, resume).await {
+                Ok(away) => Ok(self.leave(home, away).await),
+                Err(error) => Err((home, error)),
+            }
+        };
+        let gone = Error::Gone { part: "residency" };
+        runtime.spawn(run).await.unwrap_or(Err((Home::Away(Away::Disk), gone)))
+    }
+
+    /// A copy in the next tier, and what is to be listed for it.
+    async fn copy_down(
+        &self,
+        profile: &Arc<Profile>,
+        home: &Home,
+        resume: Resume,
+    ) -> Result<Lowered, Error> {
+        let adapters = match home {
+            Home::Device(on) => {
+                let bytes = on.admitted.bytes;
+                match self.host.reserve(BytesKind::Adapters, bytes) {
+                    Ok(reserved) => {
+                        let adapters = Arc::new(on.engine.state().await?);
+                        return Ok(Lowered::Host { adapters, reserved, profile: profile.clone() });
+                    }
+                    // So that the next one finds room there.
+                    Err(shortage) => self.host.press(shortage),
+                }
+                if self.is_durable(profile.id, resume.applied).await? {
+                    return Ok(Lowered::Disk);
+                }
+                Arc::new(on.engine.state().await?)
+            }
+            Home::Away(Away::Host(on)) => on.adapters.clone(),
+            Home::Away(Away::Disk) => return Ok(Lowered::Disk),
+        };
+        if !self.is_durable(profile.id, resume.applied).await? {
+            let (store, id) = (self.store.clone(), profile.id);
+            let copied = Copied { adapters, resume };
+            blocking(move || store.add_snapshot(id, copied.encode(Origin::Server))).await?;
+        }
+        Ok(Lowered::Disk)
+    }
+
+    /// Ends the stay that there is, and begins the next one.
+    async fn leave(&self, home: Home, lowered: Lowered) -> Away {
+        if let Home::Device(OnDevice { engine, listed, .. }) = home {
+            // Listed as long as its bytes are taken.
+            engine.leave().await;
+            drop(listed);
+        }
+        match lowered {
+            Lowered::Host { adapters, reserved, profile } => {
+                let bytes = reserved.bytes();
+                let _listed = self.list.enter(&profile, Tier::Host, bytes);
+                Away::Host(OnHost { adapters, _reserved: reserved, _listed })
+            }
+            Lowered::Disk => Away::Disk,
+        }
+    }
+
+    /// Whether the store's head is the session as it is after frame `applied`. Frames are applied
+    /// once, so a number says it all.
+    async fn is_durable(&self, id: SessionId, applied: u64) -> Result<bool, Error> {
+        let store = self.store.clone();
+        let record = blocking(move || store.record(id)).await?;
+        let record = record.ok_or_else(|| Error::UnknownSession(id.to_string()))?;
+        Ok(record.head().is_some_and(|head| head.sequence == applied))
+    }
+
+    /// The session as the store's head holds it.
+    async fn read(&self, id: SessionId) -> Result<Copied, Error> {
+        let (store, trunk) = (self.store.clone(), self.engine.trunk().clone());
+        let unknown = move || Error::UnknownSession(id.to_string());
+        blocking(move || {
+            let record = store.record(id)?.ok_or_else(unknown)?;
+            let head = record.head().ok_or_else(unknown)?;
+            fits(id, &record, head, &trunk)?;
+            Copied::decode(store.read(head)?)
+        })
+        .await
+    }
+}
+
+/// A copy that is safe one tier down, before the one above is given up.
+enum Lowered {
+    Host { adapters: Arc<AdapterState>, reserved: Reservation, profile: Arc<Profile> },
+    Disk,
+}

@@ -1,0 +1,206 @@
+//! The loop that lets sessions in: it serves those who ask for room in their order, and asks idle
+//! sessions to leave. It sleeps while nobody waits and nobody is idle for too long.
+
+use super::list::List;
+use super::policy::{Ages, Tier, idle, make_room};
+use super::Residency;
+use crate::error::Error;
+use crate::ledger::{BytesKind, Ledger, Reservation, Shortage};
+use crate::registry::Slots;
+use crate::session::{Leave, SessionId};
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::task::{JoinError, JoinSet};
+
+/// So many leave at a time: each is copied on its way, and disks gain little from more.
+const MAX_LEAVING: usize = 4;
+/// A session that was in use after all is asked again after so long.
+const BUSY_PAUSE: Duration = Duration::from_millis(20);
+/// One that could not be written, after so long.
+const FAILED_PAUSE: Duration = Duration::from_secs(5);
+
+/// Somebody wants room.
+pub(super) struct Request {
+    bytes: u64,
+    deadline: Instant,
+    reply: oneshot::Sender<Result<Reservation, Error>>,
+    _counted: Counted,
+}
+
+/// Counts a request until it is answered or given up.
+struct Counted(Arc<AtomicUsize>);
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Request {
+    pub fn new(
+        bytes: u64,
+        deadline: Instant,
+        reply: oneshot::Sender<Result<Reservation, Error>>,
+        n_waiting: &Arc<AtomicUsize>,
+    ) -> Self {
+        n_waiting.fetch_add(1, Ordering::Relaxed);
+        Request { bytes, deadline, reply, _counted: Counted(n_waiting.clone()) }
+    }
+}
+
+struct Room {
+    ledger: Ledger,
+    host: Ledger,
+    list: Arc<List>,
+    slots: Arc<Slots>,
+    ages: Ages,
+    /// How long a refused request should stay away.
+    retry_after: Duration,
+    /// In the order of their coming, which is also that of their deadlines.
+    queue: VecDeque<Request>,
+    /// What the engine needs for its work, until it fits.
+    work: u64,
+    /// What a session that goes to disk would have needed of the host's memory, until it fits.
+    host_need: u64,
+    leaving: JoinSet<(SessionId, Result<(), Error>)>,
+}
+
+/// Runs until the residency is dropped.
+pub(super) fn keep(
+    residency: &Arc<Residency>,
+    slots: Arc<Slots>,
+    mut asked: mpsc::UnboundedReceiver<Request>,
+) -> impl Future<Output = ()> + Send + use<> {
+    let mut room = Room {
+        ledger: residency.engine.ledger().clone(),
+        host: residency.host.clone(),
+        list: residency.list.clone(),
+        slots,
+        ages: residency.ages,
+        retry_after: (residency.wait / 4).clamp(Duration::from_millis(100), Duration::from_secs(5)),
+        queue: VecDeque::new(),
+        work: 0,
+        host_need: 0,
+        leaving: JoinSet::new(),
+    };
+    let quiet: Arc<Notify> = residency.quiet.clone();
+    let (ledger, host) = (room.ledger.clone(), room.host.clone());
+    async move {
+        loop {
+            // Made before the look, so that nothing that happens after it is missed.
+            let (freed, has_quiet) = (ledger.freed(), quiet.clone().notified_owned());
+            let again = room.look();
+            let waits = room.waits();
+            tokio::select! {
+                request = asked.recv() => match request {
+                    Some(request) => room.queue.push_back(request),
+                    None => return,
+                },
+                need = ledger.pressed() => room.work = room.work.max(need),
+                need = host.pressed() => room.host_need = room.host_need.max(need),
+                Some(left) = room.leaving.join_next() => room.left(left),
+                () = freed, if waits => {}
+                () = has_quiet, if waits => {}
+                () = tokio::time::sleep_until(again.into()) => {}
+            }
+        }
+    }
+}
+
+impl Room {
+    fn waits(&self) -> bool {
+        !self.queue.is_empty() || self.work > 0 || self.host_need > 0
+    }
+
+    /// Does all that can be done now. When to look again, even if nothing happens.
+    fn look(&mut self) -> Instant {
+        self.serve();
+        let missing = |ledger: &Ledger, kind, need| ledger.missing(kind, need);
+        let asked = self.queue.front().map_or(0, |head| head.bytes);
+        let asked = missing(&self.ledger, BytesKind::Adapters, asked);
+        let worked = missing(&self.ledger, BytesKind::Workspace, self.work);
+        let hosted = missing(&self.host, BytesKind::Adapters, self.host_need);
+        self.work = if worked > 0 { self.work } else { 0 };
+        self.host_need = if hosted > 0 { self.host_need } else { 0 };
+
+        let (all, now, ages) = (self.list.all(), self.list.now(), self.ages);
+        // One list, from the most urgent on.
+        let choices = [
+            make_room(&all, Tier::Device, asked.max(worked), now, ages),
+            make_room(&all, Tier::Host, hosted, now, ages),
+            idle(&all, now, ages),
+        ];
+        for &id in choices.iter().flat_map(|choice| &choice.leave) {
+            self.ask_to_leave(id);
+        }
+        let pause = |again: Duration| again.max(now + ages.idle / 20);
+        let again = match &choices {
+            [device, host, idle] => {
+                let idle = idle.again.map_or(now + ages.idle, pause);
+                [device.again, host.again].into_iter().flatten().fold(idle, Duration::min)
+            }
+        };
+        let again = self.list.instant(again);
+        let deadline = self.queue.front().map(|head| head.deadline);
+        let far = || Instant::now() + Duration::from_secs(3600);
+        again.into_iter().chain(deadline).min().unwrap_or_else(far)
+    }
+
+    /// Lets in who fits, and refuses who has waited for too long.
+    fn serve(&mut self) {
+        while let Some(head) = self.queue.pop_front() {
+            if head.reply.is_closed() {
+                continue;
+            }
+            let answer = match self.ledger.reserve(BytesKind::Adapters, head.bytes) {
+                Ok(reserved) => Ok(reserved),
+                Err(shortage) => match self.refusal(&head, shortage) {
+                    Some(error) => Err(error),
+                    None => return self.queue.push_front(head),
+                },
+            };
+            // Who has given up drops what it got.
+            let _ = head.reply.send(answer);
+        }
+    }
+
+    fn refusal(&self, head: &Request, shortage: Shortage) -> Option<Error> {
+        let most = self.ledger.most(BytesKind::Adapters);
+        if most.is_some_and(|most| head.bytes > most) {
+            return Some(Error::NoRoom { shortage, retry_after: None });
+        }
+        let over = Instant::now() >= head.deadline;
+        over.then_some(Error::NoRoom { shortage, retry_after: Some(self.retry_after) })
+    }
+
+    fn ask_to_leave(&mut self, id: SessionId) {
+        if self.leaving.len() < MAX_LEAVING {
+            self.list.set_leaving(id);
+            let slots = self.slots.clone();
+            self.leaving.spawn(async move { (id, leave(slots, id).await) });
+        }
+    }
+
+    fn left(&mut self, left: Result<(SessionId, Result<(), Error>), JoinError>) {
+        match left {
+            Ok((_, Ok(()))) => {}
+            Ok((id, Err(Error::Busy))) => self.list.rest(id, BUSY_PAUSE),
+            Ok((id, Err(error))) => {
+                tracing::warn!(session = %id, %error, "session could not leave the device");
+                self.list.rest(id, FAILED_PAUSE);
+            }
+            Err(error) => tracing::error!(%error, "a session's leaving failed"),
+        }
+    }
+}
+
+/// Under the session's own lock, so that nothing else happens to it meanwhile but frames, which
+/// wait.
+async fn leave(slots: Arc<Slots>, id: SessionId) -> Result<(), Error> {
+    let held = slots.try_lock(id).ok_or(Error::Busy)?;
+    let actor = held.live().ok_or(Error::Busy)?.actor.clone();
+    actor.send(Leave).await.map_err(|_| Error::Busy)?
+}
