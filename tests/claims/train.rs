@@ -1,6 +1,9 @@
 //! What `offshoot train` promises, with the real trainer against a real server: a run that is
 //! stopped and resumed, on either side, gives the losses of one that was not.
 
+#[path = "train_overlap.rs"]
+mod overlap;
+
 use offshoot_adapters::peft;
 use offshoot_client::{ClientOptions, Retry, WireDType};
 use offshoot_server::ServerConfig;
@@ -33,11 +36,14 @@ impl Place {
         Place { dir }
     }
 
-    /// Layers 1 and 2 of the tiny text model.
+    /// Layers 1 and 2 of the tiny text model. Each job runs alone: which microbatches wait together
+    /// is a matter of time, products of more rows are rounded in another way, and these tests compare
+    /// bits.
     fn server(&self) -> ServerConfig {
         let mut config = server_config(&self.dir.path().join("store"));
         config.model.name = fixture("tiny_text").display().to_string();
         config.store.snapshots_kept = 10;
+        config.limits.max_tokens_per_batch = 1;
         config
     }
 
