@@ -237,6 +237,10 @@ pub struct FrameReport {
     pub queue: Duration,
     /// Running, on the server.
     pub execute: Duration,
+    /// Frames of any sessions that ran together on the server, this one included.
+    pub batch_jobs: u32,
+    /// Packed tokens of those frames.
+    pub batch_tokens: u32,
     /// What the open microbatch holds on the device until its backward; 0 for other frames.
     pub tape_bytes: u64,
     /// How often the server was too full for the frame and asked to send it again later.
@@ -250,6 +254,8 @@ impl FrameReport {
             round_trip,
             queue: Duration::from_micros(timing.queue_micros),
             execute: Duration::from_micros(timing.execute_micros),
+            batch_jobs: timing.batch_jobs,
+            batch_tokens: timing.batch_tokens,
             tape_bytes,
             retries: 0,
         }

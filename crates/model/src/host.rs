@@ -66,7 +66,10 @@ pub fn tensor_over(bytes: Bytes, shape: &[i64], kind: Kind) -> Tensor {
     let (size, n_elements) = (kind.elt_size_in_bytes(), shape.iter().product::<i64>());
     assert_eq!(bytes.len(), n_elements as usize * size, "bytes of a tensor of shape {shape:?}");
     let is_aligned = bytes.as_ptr().addr().is_multiple_of(size);
-    if !bytes.is_empty() && is_aligned && let Some(tensor) = share(bytes.clone(), shape, kind) {
+    if !bytes.is_empty()
+        && is_aligned
+        && let Some(tensor) = share(bytes.clone(), shape, kind)
+    {
         return tensor;
     }
     Tensor::from_data_size(&bytes, shape, kind)
@@ -88,8 +91,7 @@ impl TensorMemory {
     fn storage_bytes(&self) -> Option<usize> {
         let mut bytes = 0;
         // SAFETY: both are a pointer to the same C++ class, `at::Tensor`; it is only read.
-        let code =
-            unsafe { torch::aoti_torch_get_storage_size(self.tensor.as_ptr(), &mut bytes) };
+        let code = unsafe { torch::aoti_torch_get_storage_size(self.tensor.as_ptr(), &mut bytes) };
         (code == 0).then_some(bytes as usize)
     }
 

@@ -21,6 +21,7 @@
 //! ```
 
 mod config;
+pub mod direct;
 mod engine;
 mod error;
 mod finite;

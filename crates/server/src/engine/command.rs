@@ -1,8 +1,10 @@
 use crate::error::Error;
+use crate::ledger::Reservation;
 use crate::scheduler::Kind;
 use crate::session::{BackwardWork, ForwardWork, StepWork};
 use offshoot_adapters::{AdamW, AdapterState, LoraSpec};
 use offshoot_proto::{HostTensor, WireDType};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::oneshot;
 
@@ -20,8 +22,8 @@ pub struct Job {
 pub enum Command {
     /// Makes an adapter set.
     Admit { plan: Box<Plan>, reply: Reply<Admitted> },
-    /// Drops a session's adapter set and tapes.
-    Release,
+    /// Drops a session's adapter set and tapes, and then the sender.
+    Release { gone: oneshot::Sender<()> },
     /// A frame of a session's stream.
     Frame { sequence: u64, work: FrameWork },
     /// Copies the adapter set to the host.
@@ -37,15 +39,23 @@ pub enum FrameWork {
     Step { work: StepWork, reply: Reply<StepResult> },
 }
 
-/// How to make an adapter set.
-#[derive(Debug)]
-pub struct Plan {
+/// What a session's adapter is, all its life.
+#[derive(Debug, Clone)]
+pub struct Settings {
     pub lora: LoraSpec,
     pub adamw: AdamW,
     /// Of the initial values and of dropout.
     pub seed: u64,
     pub wire_dtype: WireDType,
+}
+
+/// How to make an adapter set.
+#[derive(Debug)]
+pub struct Plan {
+    pub settings: Settings,
     pub start: Start,
+    /// The set's bytes, given back when the engine drops the set.
+    pub reserved: Reservation,
 }
 
 /// From which values an adapter set begins.
@@ -56,7 +66,7 @@ pub enum Start {
     /// Given ones, float32 under PEFT's names, with a fresh optimizer.
     Given(Vec<(String, HostTensor)>),
     /// Where a snapshot left it. The frames up to `applied` are in it.
-    State { state: AdapterState, applied: u64 },
+    State { state: Arc<AdapterState>, applied: u64 },
 }
 
 /// An adapter set that is on the device.
@@ -71,7 +81,12 @@ pub struct Admitted {
 #[derive(Debug, Clone, Copy)]
 pub struct Times {
     pub queue: Duration,
+    /// Of the whole batch.
     pub execute: Duration,
+    /// Of the batch, this one included.
+    pub n_jobs: usize,
+    /// Packed tokens of the batch.
+    pub n_tokens: usize,
 }
 
 /// What a Forward gives.
@@ -121,7 +136,7 @@ impl Command {
             Command::Frame { work: FrameWork::Forward { .. }, .. } => Kind::Forward,
             Command::Frame { work: FrameWork::Backward { .. }, .. } => Kind::Backward,
             Command::Frame { work: FrameWork::Step { .. }, .. } => Kind::Control,
-            Command::Admit { .. } | Command::Release => Kind::Control,
+            Command::Admit { .. } | Command::Release { .. } => Kind::Control,
             Command::ToState { .. } | Command::Export { .. } => Kind::Control,
         }
     }

@@ -8,20 +8,26 @@
 //! [`Command`] is everything that can happen to it. Each job runs under its own `catch_unwind`: a
 //! failure is that job's answer and nobody else's.
 
+mod backward;
 mod command;
+mod forward;
+mod outcome;
+mod slot;
 mod start;
+mod tapes;
 mod wire;
 mod worker;
 
 pub use command::{
-    Admitted, BackwardResult, Command, Exported, ForwardResult, FrameWork, Job, Plan, Reply, Start,
-    StepResult, Times,
+    Admitted, BackwardResult, Command, Exported, ForwardResult, FrameWork, Job, Plan, Reply,
+    Settings, Start, StepResult, Times,
 };
 pub use start::{TrunkInfo, parse_device};
 
 use crate::config::{LimitsConfig, TrunkConfig};
 use crate::error::Error;
-use crate::scheduler::{Budget, LaneId, Scheduler};
+use crate::ledger::Ledger;
+use crate::scheduler::{Budget, LaneId, OwnerId, Scheduler, Share};
 use offshoot_adapters::AdapterState;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -41,6 +47,7 @@ pub struct Engine {
 pub struct EngineClient {
     scheduler: Arc<Scheduler<Job>>,
     trunk: Arc<TrunkInfo>,
+    ledger: Ledger,
     stats: Arc<Stats>,
     next_lane: Arc<AtomicU64>,
 }
@@ -59,6 +66,7 @@ pub struct Stats {
 pub struct EngineSession {
     lane: LaneId,
     client: EngineClient,
+    left: bool,
 }
 
 /// Ends the thread, and whoever waits for it.
@@ -75,26 +83,29 @@ impl Engine {
     pub async fn start(config: TrunkConfig, limits: &LimitsConfig) -> Result<Engine, Error> {
         let scheduler = Arc::new(Scheduler::new(limits.max_queued_jobs));
         let stats = Arc::new(Stats::default());
-        let budget = Budget { n_tokens: limits.max_tokens_per_batch };
+        let budget =
+            Budget { n_tokens: limits.max_tokens_per_batch, wait: limits.batch_wait() };
         let (ready, loaded) = oneshot::channel();
-        let (queue, counted) = (scheduler.clone(), stats.clone());
+        let (queue, counted, limits) = (scheduler.clone(), stats.clone(), limits.clone());
         let body = move || {
             // Whatever ends this thread, nobody waits for it in vain.
             let _end = AbortOnDrop(queue.clone());
-            let (part, trunk) = match start::load(&config) {
-                Ok(loaded) => loaded,
-                Err(error) => return drop(ready.send(Err(error))),
-            };
+            let start::Loaded { part, trunk, ledger, weights: _weights } =
+                match start::load(&config, &limits) {
+                    Ok(loaded) => loaded,
+                    Err(error) => return drop(ready.send(Err(error))),
+                };
             // Whoever started the server may have given up; then the queue is closed soon.
-            let _ = ready.send(Ok(trunk));
-            Worker::new(part, counted).run(&queue, budget);
+            let _ = ready.send(Ok((trunk, ledger.clone())));
+            Worker::new(part, ledger, counted, limits.admission_wait()).run(&queue, budget);
         };
         let name = "engine";
         let spawned = std::thread::Builder::new().name(name.into()).spawn(body);
         let thread = spawned.map_err(|source| Error::Thread { name, source })?;
-        let trunk = Arc::new(loaded.await.map_err(|_| Error::Gone { part: name })??);
+        let (trunk, ledger) = loaded.await.map_err(|_| Error::Gone { part: name })??;
         let (next_lane, end) = (Arc::default(), AbortOnDrop(scheduler.clone()));
-        let client = EngineClient { scheduler, trunk, stats, next_lane };
+        let trunk = Arc::new(trunk);
+        let client = EngineClient { scheduler, trunk, ledger, stats, next_lane };
         Ok(Engine { client, thread, _end: end })
     }
 
@@ -119,6 +130,11 @@ impl EngineClient {
         &self.trunk
     }
 
+    /// The device's bytes.
+    pub fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
     /// What it takes.
     pub fn stats(&self) -> &Stats {
         &self.stats
@@ -132,8 +148,10 @@ impl EngineClient {
     /// Makes a session's adapter set.
     pub async fn admit(&self, plan: Plan) -> Result<(EngineSession, Admitted), Error> {
         let lane = LaneId(self.next_lane.fetch_add(1, Ordering::Relaxed));
+        // Every session is a tenant of its own until there are tenants.
+        self.scheduler.open(lane, Share { owner: OwnerId(lane.0), weight: 1 });
         // Before the job, so that the place is given back even if nobody waits for the answer.
-        let session = EngineSession { lane, client: self.clone() };
+        let session = EngineSession { lane, client: self.clone(), left: false };
         let admitted = session.call(|reply| Command::Admit { plan: Box::new(plan), reply }).await?;
         Ok((session, admitted))
     }
@@ -167,6 +185,16 @@ impl EngineSession {
         self.request_state()?.await.map_err(|_| Error::Gone { part: "engine" })?
     }
 
+    /// Gives the place back, and waits until it is free.
+    pub async fn leave(mut self) {
+        self.left = true;
+        let (gone, left) = oneshot::channel();
+        // If the engine is gone, so is the place.
+        if self.push(Command::Release { gone }).is_ok() {
+            let _ = left.await;
+        }
+    }
+
     async fn call<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, Error> {
         let (reply, result) = oneshot::channel();
         self.push(command(reply))?;
@@ -182,8 +210,10 @@ impl EngineSession {
 
 impl Drop for EngineSession {
     fn drop(&mut self) {
-        // If the engine is gone, so is the place.
-        let _ = self.push(Command::Release);
+        if !self.left {
+            // If the engine is gone, so is the place.
+            let _ = self.push(Command::Release { gone: oneshot::channel().0 });
+        }
     }
 }
 

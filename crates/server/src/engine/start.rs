@@ -1,7 +1,10 @@
-use crate::config::{ComputeDType, TrunkConfig};
+use crate::config::{ComputeDType, LimitsConfig, LoraBatching, TrunkConfig};
 use crate::error::Error;
+use crate::host_memory;
+use crate::ledger::{BytesKind, Ledger, Reservation};
+use offshoot_adapters::{LoraSpec, Site};
 use offshoot_model::weights::Checkpoint;
-use offshoot_model::{ModelConfig, ModelError, Part, PartSpec, SplitPoints};
+use offshoot_model::{LoraMode, ModelConfig, ModelError, Part, PartSpec, SplitPoints};
 use std::ops::Range;
 use tch::{Cuda, Device, Kind};
 
@@ -24,6 +27,26 @@ pub struct TrunkInfo {
     pub weights_bytes: u64,
     /// Trained values of an adapter of rank 1 on every linear layer.
     pub parameters_per_rank: u64,
+    /// Every linear layer, in the order of an adapter's flat buffers.
+    pub sites: Vec<Site>,
+}
+
+impl TrunkInfo {
+    /// Where an adapter's LoRA sits, in the order of its flat buffers.
+    pub fn sites_of(&self, lora: &LoraSpec) -> impl Iterator<Item = &Site> {
+        let targets = &lora.target_modules;
+        self.sites.iter().filter(|s| targets.iter().any(|t| offshoot_model::is_target(&s.path, t)))
+    }
+
+    /// P, the number of an adapter's trained values.
+    pub fn n_parameters(&self, lora: &LoraSpec) -> u64 {
+        self.sites_of(lora).map(|site| lora.r as u64 * (site.d_in + site.d_out) as u64).sum()
+    }
+
+    /// What an adapter takes of the device: parameters, gradients and both moments, in float32.
+    pub fn adapter_bytes(&self, lora: &LoraSpec) -> u64 {
+        4 * 4 * self.n_parameters(lora)
+    }
 }
 
 /// `cpu`, `cuda` or `cuda:N`.
@@ -53,18 +76,33 @@ fn device(config: &TrunkConfig) -> Result<Device, Error> {
     }
 }
 
-/// Reads the trunk's layers onto the device.
-pub(super) fn load(config: &TrunkConfig) -> Result<(Part, TrunkInfo), Error> {
+/// What the thread begins with.
+pub(super) struct Loaded {
+    pub part: Part,
+    pub trunk: TrunkInfo,
+    pub ledger: Ledger,
+    /// The part's weights.
+    pub weights: Reservation,
+}
+
+/// Reads the trunk's layers onto the device and opens the device's ledger.
+pub(super) fn load(config: &TrunkConfig, limits: &LimitsConfig) -> Result<Loaded, Error> {
     if let Some(n) = config.n_threads {
         tch::set_num_threads(n.into());
     }
     let device = device(config)?;
+    let budget = limits.memory_bytes.or_else(|| usual_budget(device));
     let checkpoint = Checkpoint::find(&config.name).map_err(ModelError::from)?;
     let model = ModelConfig::from_json(checkpoint.config())?;
     let split = SplitPoints::new(config.split_point_1, config.split_point_2, model.n_layers)?;
     let layers = split.s1..split.s2;
     let spec = PartSpec { layers: layers.clone(), embed: false, head: false };
-    let part = Part::load(&checkpoint, &model, spec, kind_of(config.dtype), device)?;
+    let mut part = Part::load(&checkpoint, &model, spec, kind_of(config.dtype), device)?;
+    part.set_lora_mode(match config.lora_batching {
+        LoraBatching::Auto => LoraMode::Auto,
+        LoraBatching::Stacked => LoraMode::Stacked,
+        LoraBatching::Loop => LoraMode::Loop,
+    });
     let sites = part.sites(&["all-linear".to_string()])?;
     let trunk = TrunkInfo {
         model_name: checkpoint.name().into(),
@@ -82,6 +120,23 @@ pub(super) fn load(config: &TrunkConfig) -> Result<(Part, TrunkInfo), Error> {
         default_targets: model.default_targets(),
         weights_bytes: part.weights_bytes(),
         parameters_per_rank: sites.iter().map(|site| (site.d_in + site.d_out) as u64).sum(),
+        sites,
     };
-    Ok((part, trunk))
+    let ledger = Ledger::new(budget);
+    let too_large = |short: crate::ledger::Shortage| Error::TrunkTooLarge {
+        weights: short.need,
+        budget: short.budget,
+    };
+    let weights = ledger.reserve(BytesKind::Weights, trunk.weights_bytes).map_err(too_large)?;
+    Ok(Loaded { part, trunk, ledger, weights })
+}
+
+/// The budget of an operator who names none. The rest is for what the ledger does not count:
+/// messages, recorded answers, the allocator's free lists. libtorch tells nothing about an
+/// accelerator's memory through its bindings, so there it is unlimited.
+fn usual_budget(device: Device) -> Option<u64> {
+    match device {
+        Device::Cpu => host_memory::available_bytes().map(|bytes| bytes / 10 * 8),
+        _ => None,
+    }
 }

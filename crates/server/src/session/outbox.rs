@@ -6,6 +6,7 @@ use crate::error::Error;
 use offshoot_adapters::AdapterState;
 use offshoot_proto::v1::{self, ServerFrame, server_frame::Body};
 use std::collections::VecDeque;
+use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
 
 /// Room for one answer on a stream, reserved before its frame is taken in. So no answer ever waits
@@ -69,7 +70,12 @@ impl Answer {
 
 fn timing(times: crate::engine::Times) -> v1::Timing {
     let micros = |d: std::time::Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
-    v1::Timing { queue_micros: micros(times.queue), execute_micros: micros(times.execute) }
+    v1::Timing {
+        queue_micros: micros(times.queue),
+        execute_micros: micros(times.execute),
+        batch_jobs: u32::try_from(times.n_jobs).unwrap_or(u32::MAX),
+        batch_tokens: u32::try_from(times.n_tokens).unwrap_or(u32::MAX),
+    }
 }
 
 /// Something that is answered in its turn.
@@ -79,7 +85,7 @@ pub(super) enum Pending {
     /// A frame that the engine has.
     Frame { ticket: Ticket, sequence: u64, permit: Option<Permit>, answer: Option<Answer> },
     /// A copy of the session between two frames.
-    Cut { id: u64, asked: CutAsked, state: Option<Result<AdapterState, Error>> },
+    Cut { id: u64, asked: CutAsked, state: Option<Result<CutState, Error>> },
 }
 
 impl Pending {
@@ -91,6 +97,12 @@ impl Pending {
             Pending::Cut { .. } => false,
         }
     }
+}
+
+/// What a copy is made from.
+pub(super) enum CutState {
+    Copied(Arc<AdapterState>),
+    InStore,
 }
 
 /// Who wants a copy, and of which point.
@@ -106,7 +118,7 @@ pub(super) struct CutAsked {
 pub(super) enum Next {
     Ready { permit: Permit, answer: Box<ServerFrame> },
     Frame { ticket: Ticket, sequence: u64, permit: Option<Permit>, answer: Answer },
-    Cut { asked: CutAsked, state: Result<AdapterState, Error> },
+    Cut { asked: CutAsked, state: Result<CutState, Error> },
 }
 
 /// The order. Entries become ready in any order and leave in theirs.
@@ -139,7 +151,7 @@ impl Outbox {
     }
 
     /// The engine is done with a copy.
-    pub fn copied(&mut self, cut: u64, result: Result<AdapterState, Error>) {
+    pub fn copied(&mut self, cut: u64, result: Result<CutState, Error>) {
         for pending in &mut self.0 {
             if let Pending::Cut { id, state, .. } = pending
                 && *id == cut
@@ -172,6 +184,11 @@ impl Outbox {
             }
             Pending::Cut { .. } => true,
         });
+    }
+
+    /// Whether nothing waits.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 
     /// The oldest entry, once it is ready.

@@ -1,0 +1,95 @@
+//! What becomes of a job: its result, or what went wrong, told to whoever waits.
+
+use super::command::{Admitted, BackwardResult, Exported, ForwardResult, Reply, StepResult};
+use crate::error::Error;
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+/// Runs a job and sends what comes of it, be it a panic. Whether it was done.
+pub(super) fn answer<T: Outcome>(
+    reply: Reply<T>,
+    job: &'static str,
+    run: impl FnOnce() -> Result<T, Error>,
+) -> bool {
+    send(reply, caught(job, run))
+}
+
+/// Runs a job; a panic is an error.
+pub(super) fn caught<T>(
+    job: &'static str,
+    run: impl FnOnce() -> Result<T, Error>,
+) -> Result<T, Error> {
+    let result = catch_unwind(AssertUnwindSafe(run));
+    result.unwrap_or_else(|panic| Err(panicked(job, &*panic)))
+}
+
+/// Sends a result. Whether its frame was applied.
+pub(super) fn send<T: Outcome>(reply: Reply<T>, result: Result<T, Error>) -> bool {
+    let done = result.as_ref().is_ok_and(T::is_done);
+    // Nobody waits any more if the session ended meanwhile.
+    let _ = reply.send(result);
+    done
+}
+
+fn panicked(job: &'static str, panic: &(dyn Any + Send)) -> Error {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("unknown");
+    // libtorch appends its C++ stack.
+    let line = text.lines().next().unwrap_or_default();
+    if is_out_of_memory(text) {
+        tracing::warn!(job, panic = line, "a job ran out of memory");
+        return Error::OutOfMemory { job };
+    }
+    tracing::error!(job, panic = line, "a job panicked");
+    Error::Panic { job, panic: line.into() }
+}
+
+/// As libtorch's allocators say it, on the CPU and on CUDA.
+fn is_out_of_memory(text: &str) -> bool {
+    text.contains("can't allocate memory") || text.contains("out of memory")
+}
+
+/// Whether a result means that its frame was applied.
+pub(super) trait Outcome {
+    fn is_done(&self) -> bool {
+        true
+    }
+}
+
+impl Outcome for Admitted {}
+impl Outcome for Exported {}
+impl Outcome for ForwardResult {}
+impl Outcome for StepResult {}
+impl Outcome for offshoot_adapters::AdapterState {}
+impl Outcome for BackwardResult {
+    fn is_done(&self) -> bool {
+        matches!(self, BackwardResult::Done { .. })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::sync::oneshot;
+
+    #[test]
+    fn a_panic_is_that_jobs_answer() {
+        let (reply, result) = oneshot::channel();
+        let done = answer(reply, "Step", || -> Result<StepResult, Error> {
+            let shape = [1, 2];
+            panic!("no such dimension in {shape:?}\nC++ stack");
+        });
+        assert!(!done);
+        let error = result.blocking_recv().unwrap().unwrap_err();
+        assert_eq!(error.label(), "panic");
+        let text = error.to_string();
+        assert!(text.contains("no such dimension in [1, 2]") && !text.contains("C++"), "{text}");
+    }
+
+    #[test]
+    fn out_of_memory_is_told_apart() {
+        let huge = || Ok(tch::Tensor::empty([1 << 55], (tch::Kind::Float, tch::Device::Cpu)));
+        let error = caught("Forward", huge).unwrap_err();
+        assert!(matches!(error, Error::OutOfMemory { job: "Forward" }), "{error}");
+    }
+}

@@ -1,0 +1,94 @@
+use super::command::{Admitted, Exported, Plan, Settings, Start, StepResult};
+use super::wire;
+use crate::error::Error;
+use crate::ledger::Reservation;
+use crate::session::StepWork;
+use offshoot_adapters::{AdamW, AdapterSet};
+use offshoot_model::Part;
+use offshoot_proto::{HostTensor, WireDType};
+use std::sync::Arc;
+use tch::{Device, Tensor};
+
+/// What one session has on the device, its tapes apart.
+pub(super) struct Slot {
+    pub adapters: AdapterSet,
+    adamw: AdamW,
+    pub seed: u64,
+    pub wire_dtype: WireDType,
+    /// The last frame that ran. Only the next one may run: what stands behind a refused frame in
+    /// the queue is refused here.
+    pub applied: u64,
+    /// The adapter set is being changed. Still true at the next job if that panicked.
+    changing: bool,
+    /// The adapter set's bytes. The last field: given back when the set is gone.
+    _reserved: Reservation,
+}
+
+impl Slot {
+    pub fn new(part: &Part, plan: Plan) -> Result<Slot, Error> {
+        let Plan { settings, start, reserved } = plan;
+        let Settings { lora, adamw, seed, wire_dtype } = settings;
+        let (sites, device) = (part.sites(&lora.target_modules)?, part.device());
+        let (adapters, applied) = match start {
+            Start::Fresh => (AdapterSet::init(lora, sites, seed, device)?, 0),
+            Start::Given(tensors) => {
+                let mut adapters = AdapterSet::init(lora, sites, seed, device)?;
+                let upload = |(name, tensor): (String, HostTensor)| {
+                    (name, wire::upload(&tensor, tch::Kind::Float, Device::Cpu))
+                };
+                adapters.load_named(&tensors.into_iter().map(upload).collect::<Vec<_>>())?;
+                (adapters, 0)
+            }
+            Start::State { state, applied } => {
+                let state = Arc::unwrap_or_clone(state);
+                (AdapterSet::from_state(lora, sites, state, device)?, applied)
+            }
+        };
+        let changing = false;
+        Ok(Slot { adapters, adamw, seed, wire_dtype, applied, changing, _reserved: reserved })
+    }
+
+    pub fn admitted(&self) -> Admitted {
+        Admitted {
+            n_parameters: self.adapters.n_parameters() as u64,
+            bytes: self.adapters.bytes(),
+            step: self.adapters.n_steps(),
+        }
+    }
+
+    /// Whether its adapter is whole.
+    pub fn check(&self) -> Result<(), Error> {
+        if self.changing { Err(Error::Poisoned) } else { Ok(()) }
+    }
+
+    /// Adds a backward's gradient `[P]`; returns the sum of squares of all since the last step.
+    pub fn accumulate(&mut self, gradient: &Tensor) -> f64 {
+        self.changing = true;
+        self.adapters.accumulate(gradient);
+        self.changing = false;
+        self.adapters.grad_norm_squared()
+    }
+
+    pub fn step(&mut self, work: &StepWork) -> StepResult {
+        self.changing = true;
+        self.adapters.step(&self.adamw, work.learning_rate, work.clip_factor);
+        self.changing = false;
+        StepResult { step: self.adapters.n_steps() }
+    }
+
+    pub fn export(&self, gradients: bool) -> Exported {
+        let host = |named: Vec<(String, Tensor)>| {
+            let f32 = |(name, tensor)| (name, wire::download(&tensor, WireDType::F32));
+            named.into_iter().map(f32).collect()
+        };
+        Exported {
+            tensors: host(self.adapters.named_tensors()),
+            gradients: if gradients {
+                host(self.adapters.named_gradients())
+            } else {
+                Vec::new()
+            },
+            step: self.adapters.n_steps(),
+        }
+    }
+}

@@ -1,0 +1,218 @@
+//! The tapes of all open microbatches, and the bytes that they and the batches take.
+
+use crate::ledger::{BytesKind, Ledger, Reservation, Shortage};
+use crate::scheduler::LaneId;
+use crate::session::ForwardWork;
+use offshoot_model::{DropoutKey, Part, Tape, TapeSize, Work};
+use std::collections::HashMap;
+use std::rc::Rc;
+
+/// Names an open microbatch: its session's lane and its own number.
+pub(super) type TapeKey = (LaneId, u64);
+
+/// An open microbatch.
+pub(super) struct OpenTape {
+    pub tape: Tape,
+    pub packing: Packing,
+    pub dropout: Option<DropoutKey>,
+    pub want_input_grad: bool,
+    /// The bytes of all tapes of its forward: full tapes of one batch share their memory.
+    held: Rc<Reservation>,
+    /// Order of opening.
+    age: u64,
+}
+
+/// How a microbatch's rows divide into sequences.
+#[derive(Clone)]
+pub(super) struct Packing {
+    pub seq_lens: Vec<usize>,
+    pub position_ids: Option<Vec<i64>>,
+}
+
+/// A microbatch as its forward leaves it.
+pub(super) struct NewTape {
+    pub key: TapeKey,
+    pub tape: Tape,
+    pub packing: Packing,
+    pub dropout: Option<DropoutKey>,
+    pub want_input_grad: bool,
+}
+
+/// See the module's text.
+pub(super) struct Tapes {
+    open: HashMap<TapeKey, OpenTape>,
+    ledger: Ledger,
+    /// What batches need beside tapes: always enough for the backward of any one open microbatch,
+    /// so that every one of them can finish.
+    workspace: Reservation,
+    n_opened: u64,
+}
+
+/// What a forward would take.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Need {
+    /// Tapes.
+    pub tapes: u64,
+    /// While the batch runs.
+    pub running: u64,
+    /// So that each of its tapes can have its backward alone.
+    pub standing: u64,
+}
+
+impl Need {
+    /// The batch with one more job.
+    pub fn with(self, other: Need) -> Need {
+        Need {
+            tapes: self.tapes + other.tapes,
+            running: self.running + other.running,
+            standing: self.standing.max(other.standing),
+        }
+    }
+}
+
+impl Tapes {
+    pub fn new(ledger: Ledger) -> Self {
+        let workspace = ledger.count(BytesKind::Workspace, 0);
+        Tapes { open: HashMap::new(), ledger, workspace, n_opened: 0 }
+    }
+
+    pub fn len(&self) -> usize {
+        self.open.len()
+    }
+
+    pub fn get(&self, key: TapeKey) -> Option<&OpenTape> {
+        self.open.get(&key)
+    }
+
+    /// Whether a session has an open microbatch.
+    pub fn has_any(&self, lane: LaneId) -> bool {
+        self.open.keys().any(|key| key.0 == lane)
+    }
+
+    /// Whether there is room for a forward; if not, what is missing.
+    pub fn check(&self, part: &Part, need: Need) -> Result<(), Shortage> {
+        let usage = self.ledger.usage();
+        let (Some(budget), Some(free)) = (usage.budget, self.ledger.free()) else { return Ok(()) };
+        let workspace = need.running.max(need.standing).max(self.standing(part));
+        let (need, free) = (need.tapes + workspace, free + self.workspace.bytes());
+        let kind = BytesKind::Tapes;
+        if need <= free { Ok(()) } else { Err(Shortage { kind, need, free, budget }) }
+    }
+
+    /// Takes the bytes of a forward, or says what is missing.
+    pub fn reserve(&mut self, part: &Part, need: Need) -> Result<Reservation, Shortage> {
+        let workspace = need.running.max(need.standing).max(self.standing(part));
+        let before = self.workspace.bytes();
+        self.workspace.resize(workspace)?;
+        let reserved = self.ledger.reserve(BytesKind::Tapes, need.tapes);
+        if reserved.is_err() {
+            // Less than it was; that always fits.
+            let _ = self.workspace.resize(before);
+        }
+        reserved
+    }
+
+    /// Takes the workspace of a backward over so many bytes, or says that it has less.
+    pub fn reserve_running(&mut self, bytes: u64) -> Result<(), Shortage> {
+        if bytes <= self.workspace.bytes() { Ok(()) } else { self.workspace.resize(bytes) }
+    }
+
+    /// Adds what one forward left. Their bytes are given back when all of them are closed.
+    pub fn open(&mut self, mut reserved: Reservation, tapes: Vec<NewTape>) {
+        // What it takes may be less than expected: a job may have failed.
+        let bytes = tapes.iter().map(|new| new.tape.bytes()).sum();
+        if reserved.resize(bytes).is_err() {
+            tracing::warn!(bytes, reserved = reserved.bytes(), "tapes are larger than expected");
+        }
+        let held = Rc::new(reserved);
+        for new in tapes {
+            let NewTape { key, tape, packing, dropout, want_input_grad } = new;
+            let (held, age) = (held.clone(), self.n_opened);
+            self.n_opened += 1;
+            let open = OpenTape { tape, packing, dropout, want_input_grad, held, age };
+            self.open.insert(key, open);
+        }
+    }
+
+    pub fn close(&mut self, key: TapeKey) -> Option<OpenTape> {
+        self.open.remove(&key)
+    }
+
+    /// Drops a session's tapes.
+    pub fn forget(&mut self, lane: LaneId) {
+        self.open.retain(|key, _| key.0 != lane);
+    }
+
+    /// Gives back the workspace that only a running batch needs.
+    pub fn settle(&mut self, part: &Part) {
+        // Less than it was, unless tapes came: then it was taken with them.
+        let standing = self.standing(part);
+        if self.workspace.resize(standing).is_err() {
+            tracing::warn!(standing, "the workspace of open microbatches is not there");
+        }
+    }
+
+    /// Makes the tapes of one forward smaller: of those that keep most, the oldest. False: all are
+    /// as small as they get.
+    pub fn shrink_one(&mut self) -> bool {
+        let largest = self.open.values().map(|open| (open.tape.size(), open.age));
+        let largest = largest.filter(|(size, _)| *size > TapeSize::Input);
+        let Some((size, age)) = largest.max_by_key(|&(size, age)| (size, u64::MAX - age)) else {
+            return false;
+        };
+        let to = match size {
+            TapeSize::Full => TapeSize::Blocks,
+            TapeSize::Blocks | TapeSize::Input => TapeSize::Input,
+        };
+        let Some(held) = self.open.values().find(|open| open.age == age).map(|o| o.held.clone())
+        else {
+            return false;
+        };
+        let company = self.open.values_mut().filter(|open| Rc::ptr_eq(&open.held, &held));
+        let mut company: Vec<&mut OpenTape> = company.collect();
+        for open in &mut company {
+            open.tape.shrink(to);
+        }
+        let bytes = company.iter().map(|open| open.tape.bytes()).sum();
+        let smaller = Rc::new(self.ledger.count(BytesKind::Tapes, bytes));
+        for open in company {
+            open.held = smaller.clone();
+        }
+        tracing::debug!(?to, bytes, "tapes shrunk for want of room");
+        true
+    }
+
+    /// Enough for the backward of any one open microbatch.
+    fn standing(&self, part: &Part) -> u64 {
+        let of_one = |open: &OpenTape| {
+            part.workspace_bytes(open.tape.n_tokens() as u64, Work::Backward(open.tape.size()))
+        };
+        self.open.values().map(of_one).max().unwrap_or(0)
+    }
+}
+
+impl Packing {
+    /// Of a Forward.
+    pub fn of(work: &ForwardWork) -> Packing {
+        Packing { seq_lens: work.seq_lens.clone(), position_ids: work.position_ids.clone() }
+    }
+
+    fn n_tokens(&self) -> usize {
+        self.seq_lens.iter().sum()
+    }
+
+    /// Lengths, and position ids where any has its own, of several packed one after the other.
+    pub fn concat(all: &[&Packing]) -> Packing {
+        let seq_lens = all.iter().flat_map(|packing| packing.seq_lens.iter().copied()).collect();
+        let position_ids = all.iter().any(|packing| packing.position_ids.is_some()).then(|| {
+            let ids = all.iter().flat_map(|packing| match &packing.position_ids {
+                Some(ids) => ids.clone(),
+                None => packing.seq_lens.iter().flat_map(|&n| 0..n as i64).collect(),
+            });
+            ids.collect::<Vec<i64>>()
+        });
+        let packing = Packing { seq_lens, position_ids };
+        debug_assert!(packing.position_ids.as_ref().is_none_or(|p| p.len() == packing.n_tokens()));
+        packing
+    }
+}
