@@ -3,7 +3,7 @@ use crate::optimizer::Buffers;
 use crate::{AdamW, AdapterError, LoraSpec, Site};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use std::collections::HashMap;
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// One adapter being trained: its LoRA matrices, gradients and AdamW moments as four flat float32
 /// buffers of P elements on one device. For each site A `[r, d_in]` is followed by B `[d_out, r]`.
@@ -19,6 +19,7 @@ pub struct AdapterSet {
     first_moments: Tensor,
     second_moments: Tensor,
     n_steps: u64,
+    is_finite: bool,
 }
 
 impl AdapterSet {
@@ -71,7 +72,7 @@ impl AdapterSet {
             }
             Ok(Tensor::from_slice(values).to_device(device))
         };
-        Ok(AdapterSet {
+        let mut set = AdapterSet {
             parameters: upload("parameters", &state.parameters)?,
             gradients: upload("gradients", &state.gradients)?,
             first_moments: upload("first_moments", &state.first_moments)?,
@@ -81,7 +82,10 @@ impl AdapterSet {
             spec,
             sites,
             offsets,
-        })
+            is_finite: true,
+        };
+        set.check_finite();
+        Ok(set)
     }
 
     /// Everything that changes while training, copied to the host.
@@ -172,6 +176,18 @@ impl AdapterSet {
         };
         optimizer.apply(buffers, self.n_steps, learning_rate, clip_factor);
         let _ = self.gradients.zero_();
+        self.check_finite();
+    }
+
+    /// Whether every parameter was a number after the last change. One that has diverged must not
+    /// meet another's rows, not even multiplied by zero.
+    pub fn is_finite(&self) -> bool {
+        self.is_finite
+    }
+
+    fn check_finite(&mut self) {
+        // A sum that overflows counts as diverged, too: it is not far from it.
+        self.is_finite = self.parameters.sum(Kind::Float).double_value(&[]).is_finite();
     }
 
     /// Every LoRA matrix as a float32 host tensor under its name in a PEFT file.
@@ -217,6 +233,7 @@ impl AdapterSet {
             }
         }
         self.parameters = loaded;
+        self.check_finite();
         Ok(())
     }
 }
@@ -303,7 +320,6 @@ fn f32_values(bytes: &[u8]) -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tch::Kind;
 
     fn set() -> AdapterSet {
         let sites = vec![
@@ -334,9 +350,20 @@ mod tests {
         set.accumulate(&gradient);
         let state = set.to_state();
         assert_eq!(state.n_steps, 1);
+        assert!(set.is_finite());
         assert_eq!(AdapterState::from_safetensors(&state.to_safetensors()).unwrap(), state);
         let cut = &state.to_safetensors()[..100];
         assert!(AdapterState::from_safetensors(cut).is_err());
+    }
+
+    #[test]
+    fn divergence_is_noticed() {
+        let mut set = set();
+        set.accumulate(&set.new_gradient().ones_like());
+        set.step(&AdamW::default(), 3e38, 1.0);
+        set.accumulate(&set.new_gradient().ones_like());
+        set.step(&AdamW::default(), 3e38, 1.0);
+        assert!(!set.is_finite());
     }
 
     #[test]

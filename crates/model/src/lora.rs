@@ -6,6 +6,7 @@
 //! every adapter of the batch.
 
 use crate::Segment;
+use offshoot_adapters::AdapterSet;
 use std::cell::RefCell;
 use std::collections::HashMap;
 use tch::{Device, Kind, Tensor};
@@ -16,8 +17,7 @@ pub enum LoraMode {
     /// Whichever is expected to be quicker for the shapes at hand.
     #[default]
     Auto,
-    /// All A and B stacked. A value that is not finite in one segment's adapter can reach the rows
-    /// of others: check the results, and run the segments alone if one is not finite.
+    /// All A and B stacked, unless an adapter of the batch holds values that are not finite.
     Stacked,
     /// Segment by segment. Nothing of one segment meets another's.
     Loop,
@@ -77,7 +77,9 @@ impl LoraPass {
     }
 
     fn is_stacked(&self, layer: &LoraLayer, pairs: &[Pair], n_rows: i64) -> bool {
-        if pairs.len() < 2 {
+        // Zero times infinity would reach the rows of others.
+        let finite = |pair: &Pair| pair.segment.adapter.is_none_or(AdapterSet::is_finite);
+        if pairs.len() < 2 || !pairs.iter().all(finite) {
             return false;
         }
         match self.mode {

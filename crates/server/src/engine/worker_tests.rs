@@ -41,6 +41,16 @@ fn rig(budget: Option<u64>) -> Rig {
 impl Rig {
     /// A session with a rank and a dropout of its own and an adapter that changes something.
     fn admit(&mut self, lane: u64) {
+        self.admit_with(lane, |i| (i % 13) as f32 / 130.0 - 0.05);
+    }
+
+    /// In place of a session's adapter one of only this value.
+    fn grow(&mut self, lane: u64, value: f32) {
+        self.scheduler.forget(LaneId(lane));
+        self.admit_with(lane, |_| value);
+    }
+
+    fn admit_with(&mut self, lane: u64, parameter: impl Fn(usize) -> f32) {
         let rank = 1 + lane as usize;
         let lora = LoraSpec {
             r: rank,
@@ -52,7 +62,7 @@ impl Rig {
         let n: usize = sites.iter().map(|s| rank * (s.d_in + s.d_out) as usize).sum();
         let zeros = vec![0.0; n];
         let state = AdapterState {
-            parameters: (0..n).map(|i| ((i * 7 + rank) % 13) as f32 / 130.0 - 0.05).collect(),
+            parameters: (0..n).map(|i| parameter(i * 7 + rank)).collect(),
             gradients: zeros.clone(),
             first_moments: zeros.clone(),
             second_moments: zeros,
@@ -66,7 +76,7 @@ impl Rig {
                 wire_dtype: WireDType::F32,
             },
             start: Start::State { state: std::sync::Arc::new(state), applied: 0 },
-            reserved: self.worker.ledger.count(BytesKind::Adapters, 0),
+            reserved: self.worker.ledger.count(BytesKind::Adapters, 16 * n as u64),
         };
         let lane = LaneId(lane);
         self.scheduler.open(lane, Share { owner: OwnerId(lane.0), weight: 1 });
@@ -227,13 +237,8 @@ fn values_that_overflow_stay_home() {
         rig.worker.part.set_lora_mode(mode);
         (0..3).for_each(|lane| rig.admit(lane));
         // Adapters that have grown without end: one holds infinity, one multiplies up to it.
-        let grow = |rig: &Rig, lane, a_is: f64, b_is: f64| {
-            let adapters = &rig.worker.slots[&LaneId(lane)].adapters;
-            let (mut a, mut b) = adapters.matrices(0);
-            let _ = (a.fill_(a_is), b.fill_(b_is));
-        };
-        grow(&rig, 1, f64::INFINITY, 1.0);
-        grow(&rig, 2, 1e30, 1e30);
+        rig.grow(1, f32::INFINITY);
+        rig.grow(2, 1e30);
         let good = rig.train(0, 5);
         let bad = [1, 2].map(|lane| rig.train(lane, 5));
         rig.turn();
@@ -259,6 +264,11 @@ fn frames_behind_a_refused_one_of_the_same_batch_are_refused() {
     assert_eq!(slot.applied, 0);
 }
 
+/// What the adapters of all sessions take.
+fn adapter_bytes(rig: &Rig) -> u64 {
+    rig.worker.slots.values().map(|slot| slot.adapters.bytes()).sum()
+}
+
 /// The bytes of open microbatches of 6 tokens, all full but the last of this size.
 fn room_for(rig: &Rig, n_full: u64, last: TapeSize) -> u64 {
     let part = &rig.worker.part;
@@ -269,7 +279,7 @@ fn room_for(rig: &Rig, n_full: u64, last: TapeSize) -> u64 {
             part.tape_bytes(6, size, Some(&rig.worker.slots[&LaneId(lane)].adapters))
         })
         .sum();
-    tapes + running.max(part.workspace_bytes(6, Work::Forward))
+    adapter_bytes(rig) + tapes + running.max(part.workspace_bytes(6, Work::Forward))
 }
 
 #[test]
@@ -299,13 +309,13 @@ fn tapes_shrink_under_pressure_and_give_the_same_gradients() {
         assert_close("input gradient", &done(grad), &expected[1]);
         assert_close("gradient", &rig.gradients(lane as u64), &expected[2]);
     }
-    assert_eq!(rig.worker.ledger.usage().now.total(), 0);
+    assert_eq!(rig.worker.ledger.usage().now.total(), adapter_bytes(&rig));
 }
 
 #[test]
 fn a_forward_without_room_waits_until_somebody_is_done() {
     let mut free = rig(None);
-    free.admit(1);
+    (0..2).for_each(|lane| free.admit(lane));
     // Enough for one open microbatch of 12 tokens and nothing else.
     let part = &free.worker.part;
     let adapters = Some(&free.worker.slots[&LaneId(1)].adapters);
@@ -314,7 +324,7 @@ fn a_forward_without_room_waits_until_somebody_is_done() {
         let standing = part.workspace_bytes(12, Work::Backward(size));
         part.tape_bytes(12, size, adapters) + running.max(standing)
     });
-    let mut rig = rig(one.into_iter().min());
+    let mut rig = rig(one.into_iter().min().map(|bytes| bytes + adapter_bytes(&free)));
     (0..2).for_each(|lane| rig.admit(lane));
     let first = rig.train(0, 6);
     rig.turn();
