@@ -91,6 +91,6 @@ pub use session::{
 };
 pub use types::{
     ADAMW_DEFAULTS, AdamWConfig, ErrorCode, ExportedAdapter, FrameReport, Limits, LoraConfig,
-    MemoryReport, OpenSession, Restored, ServerDescription, SessionId, SessionInfo, SessionState,
+    MemoryReport, OpenSession, Restored, ServerDescription, SessionId, SessionInfo, SessionState, Residency,
     SnapshotInfo, WireError,
 };

@@ -3,7 +3,8 @@ use offshoot_proto::{HostTensor, WireDType, v1};
 use std::time::Duration;
 
 pub use v1::{
-    AdamWConfig, ErrorCode, Limits, LoraConfig, MemoryReport, SessionState, SnapshotInfo, WireError,
+    AdamWConfig, ErrorCode, Limits, LoraConfig, MemoryReport, Residency, SessionState, SnapshotInfo,
+    WireError,
 };
 
 /// PyTorch's defaults for AdamW.
@@ -169,7 +170,9 @@ pub struct SessionInfo {
     pub last_applied: u64,
     /// The adapter's settings.
     pub lora: LoraConfig,
-    /// Adapter, gradient and optimizer bytes on the device; 0 for parked sessions.
+    /// Where its adapter is. One that is not on the device comes back with its next frame.
+    pub residency: Residency,
+    /// Adapter, gradient and optimizer bytes in that memory; 0 on disk.
     pub adapter_bytes: u64,
     /// Bytes of its open microbatches.
     pub tape_bytes: u64,
@@ -185,6 +188,7 @@ impl SessionInfo {
     pub(crate) fn from_proto(s: v1::SessionInfo) -> Self {
         SessionInfo {
             state: s.state(),
+            residency: s.residency(),
             id: SessionId(s.session_id),
             name: s.name,
             step: s.step,

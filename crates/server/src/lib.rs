@@ -30,6 +30,7 @@ mod host_memory;
 mod ledger;
 mod pool;
 mod registry;
+mod residency;
 mod scheduler;
 mod server;
 mod session;

@@ -3,7 +3,9 @@ use crate::engine::{Engine, EngineClient, TrunkInfo};
 use crate::error::Error;
 use crate::grpc::TrunkGrpc;
 use crate::pool::{ActorPool, PoolThreads};
-use crate::registry::{Parts, Registry};
+use crate::host_memory;
+use crate::registry::{Parts, Registry, Slots};
+use crate::residency::{Ages, Residency, ResidencyParts};
 use crate::store::Store;
 use offshoot_proto::v1::{self, trunk_service_server::TrunkServiceServer};
 use std::net::SocketAddr;
@@ -20,8 +22,12 @@ use tonic_health::server::HealthReporter;
 /// A peer that does not answer a ping for so long is gone.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(20);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
-/// What a peer may send before it is read: one large frame should not wait for round trips.
-const WINDOW_BYTES: u32 = 8 << 20;
+/// What a peer may send of one message before it is told that it was read: a whole one, so that
+/// large frames wait for no round trip, within these bounds.
+const WINDOW_BYTES: std::ops::RangeInclusive<usize> = 1 << 20..=64 << 20;
+/// Of one HTTP/2 frame. A message of 16 MiB is 1024 of the usual 16 KiB, each with a call of the
+/// system at both ends; larger ones than this gain nothing and leave the processor's cache.
+const HTTP2_FRAME_BYTES: u32 = 128 << 10;
 /// For open connections to notice that the server ends.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -59,9 +65,20 @@ impl Server {
         let engine = Engine::start(model, &limits).await?;
         let (pool, threads) = ActorPool::start(session.n_actor_threads).await?;
         let client = engine.client();
+        let slots = Arc::<Slots>::default();
+        let residency = Residency::start(ResidencyParts {
+            engine: client.clone(),
+            store: store.clone(),
+            slots: slots.clone(),
+            host_bytes: host_bytes(&limits, client.trunk()),
+            wait: limits.admission_wait(),
+            ages: Ages { idle: session.idle(), turn: session.turn() },
+        });
         let registry = Registry::start(Parts {
             engine: client.clone(),
             store,
+            slots,
+            residency,
             pool,
             limits: limits_of(&limits, session.lease()),
             lease: session.lease(),
@@ -87,6 +104,17 @@ impl Server {
             served,
             store_closed,
         })
+    }
+}
+
+/// What sessions off the device may take of the host's memory. On the CPU that is the device's own.
+fn host_bytes(limits: &LimitsConfig, trunk: &TrunkInfo) -> u64 {
+    match trunk.device.as_str() {
+        "cpu" => 0,
+        _ => {
+            let usual = || host_memory::available_bytes().unwrap_or(0) / 2;
+            limits.host_memory_bytes.unwrap_or_else(usual)
+        }
     }
 }
 
@@ -119,6 +147,7 @@ async fn serve(
         .max_decoding_message_size(bytes)
         // An export may bring its gradients.
         .max_encoding_message_size(2 * bytes);
+    let window = bytes.clamp(*WINDOW_BYTES.start(), *WINDOW_BYTES.end()) as u32;
     let (health, health_service) = tonic_health::server::health_reporter();
     set_health(&health, ServingStatus::Serving).await;
     let reflection = || {
@@ -130,8 +159,10 @@ async fn serve(
     let router = tonic::transport::Server::builder()
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
-        .initial_stream_window_size(WINDOW_BYTES)
-        .initial_connection_window_size(WINDOW_BYTES)
+        .initial_stream_window_size(window)
+        // Several sessions share a connection; one that is not read must not hold up the others.
+        .initial_connection_window_size(4 * window)
+        .max_frame_size(HTTP2_FRAME_BYTES)
         .add_service(health_service)
         .add_service(reflection().build_v1()?)
         .add_service(reflection().build_v1alpha()?)
@@ -175,7 +206,7 @@ impl RunningServer {
             Ok(n_lost) => n_lost,
             Err(_) => {
                 tracing::error!("not every session could be made durable in time");
-                self.client.stats().n_sessions.load(std::sync::atomic::Ordering::Relaxed) as usize
+                self.registry.residency().n_live()
             }
         };
         self.end().await;

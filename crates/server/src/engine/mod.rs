@@ -10,6 +10,7 @@
 
 mod backward;
 mod command;
+mod export;
 mod forward;
 mod outcome;
 mod slot;
@@ -22,6 +23,7 @@ pub use command::{
     Admitted, BackwardResult, Command, Exported, ForwardResult, FrameWork, Job, Plan, Reply,
     Settings, Start, StepResult, Times,
 };
+pub use export::export_state;
 pub use start::{TrunkInfo, parse_device};
 
 use crate::config::{LimitsConfig, TrunkConfig};

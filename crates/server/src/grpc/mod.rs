@@ -5,7 +5,9 @@ mod stream;
 
 use crate::engine::{EngineClient, Exported, TrunkInfo};
 use crate::error::Error;
+use crate::ledger::Usage;
 use crate::registry::{Listed, Registry, Restored, snapshot_info};
+use crate::residency::{Residency, Tier};
 use offshoot_adapters::LoraSpec;
 use offshoot_proto::v1::{self, trunk_service_server::TrunkService};
 use offshoot_proto::{HostTensor, WireDType};
@@ -57,7 +59,8 @@ impl TrunkService for TrunkGrpc {
         &self,
         _: Request<v1::DescribeRequest>,
     ) -> Result<Response<v1::DescribeResponse>, Status> {
-        Ok(Response::new(describe(&self.engine, self.limits)))
+        let memory = memory(&self.engine, self.registry.residency());
+        Ok(Response::new(describe(self.engine.trunk(), self.limits, memory)))
     }
 
     async fn open_session(
@@ -107,18 +110,18 @@ impl TrunkService for TrunkGrpc {
         let v1::RestoreRequest { session_id, snapshot_id } = request.into_inner();
         let (id, registry) = (decode::session_id(&session_id)?, self.registry.clone());
         let restored = finish(async move { registry.restore(id, &snapshot_id).await }).await?;
-        let Restored { snapshot, admitted, lora, wire_dtype } = restored;
+        let Restored { snapshot, n_parameters, adapter_bytes, settings } = restored;
         let session = v1::OpenSessionResponse {
             session_id: id.to_string(),
             limits: Some(self.limits),
-            adapter_parameters: admitted.n_parameters,
-            adapter_bytes: admitted.bytes,
+            adapter_parameters: n_parameters,
+            adapter_bytes,
         };
         Ok(Response::new(v1::RestoreResponse {
             snapshot: Some(snapshot_info(&snapshot)),
             session: Some(session),
-            lora: Some(lora_config(lora)),
-            wire_dtype: wire_dtype.to_proto() as i32,
+            lora: Some(lora_config(settings.lora)),
+            wire_dtype: settings.wire_dtype.to_proto() as i32,
         }))
     }
 
@@ -142,7 +145,9 @@ impl TrunkService for TrunkGrpc {
         &self,
         _: Request<v1::ListSessionsRequest>,
     ) -> Result<Response<v1::ListSessionsResponse>, Status> {
-        let sessions = self.registry.list().await?.into_iter().map(session_info).collect();
+        let trunk = self.engine.trunk();
+        let info = |listed| session_info(listed, trunk);
+        let sessions = self.registry.list().await?.into_iter().map(info).collect();
         Ok(Response::new(v1::ListSessionsResponse { sessions }))
     }
 
@@ -166,17 +171,36 @@ async fn finish<T: Send + 'static>(
     tokio::spawn(call).await.map_err(gone)?
 }
 
-fn describe(engine: &EngineClient, limits: v1::Limits) -> v1::DescribeResponse {
-    let trunk: &TrunkInfo = engine.trunk();
-    let stats = engine.stats();
-    let memory = v1::MemoryReport {
+fn memory(engine: &EngineClient, residency: &Residency) -> v1::MemoryReport {
+    let Usage { budget, now, peak, peak_total } = engine.ledger().usage();
+    let host = residency.host().usage();
+    v1::MemoryReport {
         resident_bytes: resident_bytes(),
-        weights_bytes: trunk.weights_bytes,
-        adapter_bytes: stats.adapter_bytes.load(Ordering::Relaxed),
-        tape_bytes: stats.tape_bytes.load(Ordering::Relaxed),
-        live_sessions: stats.n_sessions.load(Ordering::Relaxed) as u32,
-        open_microbatches: stats.n_tapes.load(Ordering::Relaxed) as u32,
-    };
+        weights_bytes: now.weights,
+        adapter_bytes: now.adapters,
+        tape_bytes: now.tapes,
+        live_sessions: residency.n_live() as u32,
+        open_microbatches: engine.stats().n_tapes.load(Ordering::Relaxed) as u32,
+        workspace_bytes: now.workspace,
+        budget_bytes: budget.unwrap_or(0),
+        peak: Some(v1::PeakBytes {
+            adapter_bytes: peak.adapters,
+            tape_bytes: peak.tapes,
+            workspace_bytes: peak.workspace,
+            total_bytes: peak_total,
+        }),
+        host_bytes: host.now.adapters,
+        host_budget_bytes: host.budget.unwrap_or(0),
+        sessions_on_device: residency.count(Tier::Device) as u32,
+        sessions_on_host: residency.count(Tier::Host) as u32,
+    }
+}
+
+fn describe(
+    trunk: &TrunkInfo,
+    limits: v1::Limits,
+    memory: v1::MemoryReport,
+) -> v1::DescribeResponse {
     v1::DescribeResponse {
         model_name: trunk.model_name.clone(),
         model_type: trunk.model_type.clone(),
@@ -214,12 +238,17 @@ fn named_tensor((name, tensor): (String, HostTensor)) -> v1::NamedTensor {
     v1::NamedTensor { name, tensor: Some(tensor.into_proto()) }
 }
 
-fn session_info(listed: Listed) -> v1::SessionInfo {
+fn session_info(listed: Listed, trunk: &TrunkInfo) -> v1::SessionInfo {
     let Listed { id, record, live } = listed;
     let state = match &live {
         Some(live) if live.is_attached => v1::SessionState::Attached,
         Some(_) => v1::SessionState::Detached,
         None => v1::SessionState::Parked,
+    };
+    let residency = match live.as_ref().map(|live| live.tier) {
+        Some(Tier::Device) => v1::Residency::Device,
+        Some(Tier::Host) => v1::Residency::Host,
+        Some(Tier::Disk) | None => v1::Residency::Disk,
     };
     let (step, last_applied) = match (&live, record.head()) {
         (Some(live), _) => (live.step, live.applied),
@@ -231,7 +260,11 @@ fn session_info(listed: Listed) -> v1::SessionInfo {
         state: state as i32,
         step,
         last_applied,
-        adapter_bytes: live.as_ref().map_or(0, |live| live.admitted.bytes),
+        adapter_bytes: match residency {
+            v1::Residency::Device | v1::Residency::Host => trunk.adapter_bytes(&record.lora),
+            v1::Residency::Disk | v1::Residency::Unspecified => 0,
+        },
+        residency: residency as i32,
         tape_bytes: live.as_ref().map_or(0, |live| live.tape_bytes),
         wire_error: live.as_ref().map(|live| live.wire_loss.to_proto()),
         snapshots: record.snapshots.iter().map(snapshot_info).collect(),

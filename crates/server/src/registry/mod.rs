@@ -1,37 +1,40 @@
-//! Which sessions there are: on the device as actors, or in the store only. It opens them, finds
-//! them, brings them back, parks them and drains them.
+//! Which sessions there are: live, with an actor, or in the store only. It opens them, finds them,
+//! brings them back, parks them and drains them. Where a live session's adapter is, `residency`
+//! knows.
 //!
-//! Everything that makes or ends a session's actor happens under that session's own lock, so a
-//! client that comes back while its session is being parked waits and then gets it revived. Frames
-//! do not come this way: a stream holds its actor's address.
+//! Everything that makes, moves or ends a session's actor happens under that session's own lock, so
+//! a client that comes back while its session is being parked waits and then gets it revived.
+//! Frames do not come this way: a stream holds its actor's address.
 
 mod parking;
+mod slots;
 mod snapshot;
 
-pub use snapshot::to_proto as snapshot_info;
+pub use slots::Slots;
+pub use snapshot::{Copied, fits, to_proto as snapshot_info};
 
-use crate::engine::{Admitted, EngineClient, Exported, Plan, Settings, Start};
+use crate::engine::{Admitted, EngineClient, Exported, Plan, Settings, Start, export_state};
 use crate::error::Error;
-use crate::ledger::{BytesKind, Reservation};
 use crate::pool::ActorPool;
+use crate::residency::{Activity, Away, Home, Profile, Residency};
 use crate::session::{
-    Attach, DRAIN_RETRY, Export, Info, Permit, Reason, Resume, Retire, SessionActor, SessionId,
-    SessionSeed, SessionView, StreamEnds,
+    Attach, DRAIN_RETRY, Export, ExportOf, Info, Permit, Reason, Resume, Retire, SessionActor,
+    SessionId, SessionSeed, SessionView, StreamEnds,
 };
 use crate::store::{Origin, Record, SnapshotRecord, Store};
 use actix::{Actor, Addr};
-use dashmap::DashMap;
 use offshoot_adapters::LoraSpec;
 use offshoot_proto::{WireDType, v1};
+use slots::{Held, Live};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
-use tokio::sync::{Mutex, mpsc};
+use tokio::sync::mpsc;
 
 /// See the module's text.
 pub struct Registry {
-    /// None within: in the store only, or nowhere.
-    sessions: DashMap<SessionId, Arc<Mutex<Option<Live>>>>,
+    slots: Arc<Slots>,
+    residency: Arc<Residency>,
     engine: EngineClient,
     store: Arc<Store>,
     pool: ActorPool,
@@ -45,17 +48,11 @@ pub struct Registry {
 pub struct Parts {
     pub engine: EngineClient,
     pub store: Arc<Store>,
+    pub slots: Arc<Slots>,
+    pub residency: Arc<Residency>,
     pub pool: ActorPool,
     pub limits: v1::Limits,
     pub lease: Duration,
-}
-
-/// A session on the device.
-struct Live {
-    actor: Addr<SessionActor>,
-    record: Record,
-    wire_dtype: WireDType,
-    admitted: Admitted,
 }
 
 /// A new session, checked.
@@ -86,9 +83,9 @@ pub struct StreamEnd {
 /// A session that was set back.
 pub struct Restored {
     pub snapshot: SnapshotRecord,
-    pub admitted: Admitted,
-    pub lora: LoraSpec,
-    pub wire_dtype: WireDType,
+    pub n_parameters: u64,
+    pub adapter_bytes: u64,
+    pub settings: Settings,
 }
 
 /// A session in a list.
@@ -104,7 +101,8 @@ impl Registry {
     pub fn start(parts: Parts) -> Arc<Registry> {
         let (idle, expired) = mpsc::channel(64);
         let registry = Arc::new(Registry {
-            sessions: DashMap::new(),
+            slots: parts.slots,
+            residency: parts.residency,
             engine: parts.engine,
             store: parts.store,
             pool: parts.pool,
@@ -122,13 +120,35 @@ impl Registry {
         self.limits
     }
 
+    /// Where the adapters are.
+    pub fn residency(&self) -> &Residency {
+        &self.residency
+    }
+
     /// Starts a session and makes it durable as it begins.
     pub async fn open(&self, opening: Opening) -> Result<(SessionId, Admitted), Error> {
         self.refuse_while_draining()?;
         let Opening { name, settings, start } = opening;
         let id = SessionId::new();
+        let mut held = self.slots.lock(id).await;
+        let reserved = self.residency.reserve(&settings.lora).await?;
+        let plan = Plan { reserved, settings: settings.clone(), start };
+        let (session, admitted) = self.engine.admit(plan).await?;
+        let adapters = Arc::new(session.state().await?);
+        let first = Copied { adapters, resume: Resume::default() };
+        let (store, record) = (self.store.clone(), self.new_record(name, &settings));
+        let name = record.name.clone();
+        blocking(move || store.create(id, record, first.encode(Origin::Server))).await?;
+        let profile = profile(id, settings);
+        let home = Home::Device(self.residency.settle_in(&profile, (session, admitted)));
+        held.put(Some(self.spawn(profile, home, Resume::default())));
+        tracing::info!(session = %id, name, parameters = admitted.n_parameters, "session opened");
+        Ok((id, admitted))
+    }
+
+    fn new_record(&self, name: String, settings: &Settings) -> Record {
         let trunk = self.engine.trunk();
-        let record = Record {
+        Record {
             name,
             lora: settings.lora.clone(),
             adamw: settings.adamw.clone(),
@@ -140,49 +160,26 @@ impl Registry {
             head: String::new(),
             snapshots: Vec::new(),
             n_snapshots: 0,
-        };
-        let wire_dtype = settings.wire_dtype;
-        let slot = self.slot(id);
-        let mut slot = slot.lock().await;
-        let plan = Plan { reserved: self.reserve(&settings.lora)?, settings, start };
-        let (session, admitted) = self.engine.admit(plan).await?;
-        let first =
-            snapshot::Copied { adapters: session.state().await?, resume: Resume::default() };
-        let (store, created) = (self.store.clone(), record.clone());
-        blocking(move || store.create(id, created, first.encode(Origin::Server))).await?;
-        let resume = Resume::default();
-        *slot = Some(Live {
-            actor: self.spawn(id, session, admitted, resume),
-            record,
-            wire_dtype,
-            admitted,
-        });
-        let name = slot.as_ref().map_or("", |live| live.record.name.as_str());
-        tracing::info!(session = %id, name, parameters = admitted.n_parameters, "session opened");
-        Ok((id, admitted))
+        }
     }
 
-    /// Attaches a stream; a parked session is revived first.
+    /// Attaches a stream. A parked session becomes live; its adapter comes with the first frame.
     pub async fn attach(&self, id: SessionId, end: StreamEnd) -> Result<AttachedStream, Error> {
-        let slot = self.slot(id);
-        let mut slot = slot.lock().await;
-        let (actor, wire_dtype) = {
-            let live = self.revive(id, &mut slot).await?;
-            (live.actor.clone(), live.wire_dtype)
-        };
+        let mut held = self.slots.lock(id).await;
         let record = self.record(id).await?;
+        let live = self.revive(&mut held, id, &record)?;
         let StreamEnd { last_answered, hello, farewell, ends } = end;
         let durable = record.head().map(snapshot::to_proto);
         let attach = Attach { last_answered, durable, hello, farewell, ends };
-        let attached = actor.send(attach).await.map_err(gone)??;
-        Ok(AttachedStream { actor, number: attached.number, wire_dtype })
+        let attached = live.actor.send(attach).await.map_err(gone)??;
+        let (number, wire_dtype) = (attached.number, live.profile.settings.wire_dtype);
+        Ok(AttachedStream { actor: live.actor, number, wire_dtype })
     }
 
     /// Makes a session durable as it is after frame `after`.
     pub async fn snapshot(&self, id: SessionId, after: u64) -> Result<SnapshotRecord, Error> {
-        let slot = self.slot(id);
-        let slot = slot.lock().await;
-        match live(&slot) {
+        let held = self.slots.lock(id).await;
+        match held.live() {
             Some(live) => self.write_cut(id, live, Reason::Snapshot { after }).await,
             None => {
                 let head = self.head(id).await?;
@@ -190,17 +187,16 @@ impl Registry {
                 if server != client {
                     return Err(Error::Point { server, client });
                 }
-                let store = self.store.clone();
-                blocking(move || store.claim_head(id)).await
+                self.claim_head(id).await
             }
         }
     }
 
-    /// Sets a session back to a snapshot; empty: the one that it would go on from.
+    /// Sets a session back to a snapshot; empty: the one that it would go on from. Its adapter
+    /// comes with the first frame.
     pub async fn restore(&self, id: SessionId, snapshot: &str) -> Result<Restored, Error> {
         self.refuse_while_draining()?;
-        let slot = self.slot(id);
-        let mut slot = slot.lock().await;
+        let mut held = self.slots.lock(id).await;
         let record = self.record(id).await?;
         let wanted = if snapshot.is_empty() { record.head.as_str() } else { snapshot };
         let Some(snapshot) = record.snapshot(wanted).cloned() else {
@@ -209,46 +205,60 @@ impl Registry {
             return Err(Error::UnknownSnapshot { session, snapshot: wanted.into(), known });
         };
         // Read before anything ends: a damaged snapshot leaves the session as it is.
-        let stored = self.read(id, &record, &snapshot).await?;
-        retire(slot.take()).await;
+        drop(self.read(id, &record, &snapshot).await?);
+        let settings = snapshot::settings(&record)?;
+        retire(held.put(None)).await;
         let (store, head) = (self.store.clone(), snapshot.id.clone());
         blocking(move || store.set_head(id, &head)).await?;
-        let live = self.bring_back(id, record, stored).await?;
+        let trunk = self.engine.trunk();
         let restored = Restored {
+            n_parameters: trunk.n_parameters(&settings.lora),
+            adapter_bytes: trunk.adapter_bytes(&settings.lora),
+            settings: settings.clone(),
             snapshot,
-            admitted: live.admitted,
-            lora: live.record.lora.clone(),
-            wire_dtype: live.wire_dtype,
         };
-        *slot = Some(live);
+        let standing = snapshot::standing(&restored.snapshot);
+        held.put(Some(self.spawn(profile(id, settings), Home::Away(Away::Disk), standing)));
         tracing::info!(session = %id, snapshot = restored.snapshot.id, "session restored");
         Ok(restored)
     }
 
-    /// A session's adapter, and the accumulated gradients if they are wanted.
+    /// A session's adapter, and the accumulated gradients if they are wanted. It is taken from
+    /// where it is.
     pub async fn export(
         &self,
         id: SessionId,
         gradients: bool,
     ) -> Result<(LoraSpec, Exported), Error> {
-        let slot = self.slot(id);
-        let mut slot = slot.lock().await;
-        let live = self.revive(id, &mut slot).await?;
-        let exported = live.actor.send(Export { gradients }).await.map_err(gone)??;
-        Ok((live.record.lora.clone(), exported))
+        let held = self.slots.lock(id).await;
+        let exported = match held.live() {
+            Some(live) => live.actor.send(Export { gradients }).await.map_err(gone)??,
+            None => ExportOf::InStore,
+        };
+        let record = self.record(id).await?;
+        let adapters = match exported {
+            ExportOf::Device(exported) => return Ok((record.lora, exported)),
+            ExportOf::Host(adapters) => adapters,
+            ExportOf::InStore => {
+                let head = record.head().ok_or_else(|| Error::UnknownSession(id.to_string()))?;
+                self.read(id, &record, head).await?.adapters
+            }
+        };
+        let (trunk, lora) = (self.engine.trunk().clone(), record.lora);
+        blocking(move || {
+            let exported = export_state(&trunk, &lora, &adapters, gradients)?;
+            Ok((lora, exported))
+        })
+        .await
     }
 
-    /// Every session, on the device or not.
+    /// Every session, live or not.
     pub async fn list(&self) -> Result<Vec<Listed>, Error> {
         let store = self.store.clone();
         let records = blocking(move || store.records()).await?;
         let mut listed = Vec::with_capacity(records.len());
         for (id, record) in records {
-            let slot = self.sessions.get(&id).map(|slot| slot.clone());
-            let actor = match slot {
-                Some(slot) => live(&*slot.lock().await).map(|live| live.actor.clone()),
-                None => None,
-            };
+            let actor = self.slots.actor(id).await;
             let live = match actor {
                 Some(actor) => actor.send(Info).await.ok(),
                 None => None,
@@ -264,84 +274,46 @@ impl Registry {
         id: SessionId,
         forget: bool,
     ) -> Result<Option<SnapshotRecord>, Error> {
-        let slot = self.slot(id);
-        let mut slot = slot.lock().await;
+        let mut held = self.slots.lock(id).await;
         let head = self.head(id).await?;
         if !forget {
-            let snapshot = match live(&slot) {
-                Some(_) => self.park(id, &mut slot, Reason::Close).await?,
+            let snapshot = match held.live() {
+                Some(_) => self.park(id, &mut held, Reason::Close).await?,
                 None => head,
             };
             tracing::info!(session = %id, step = snapshot.step, "session closed");
             return Ok(Some(snapshot));
         }
-        retire(slot.take()).await;
+        retire(held.put(None)).await;
         let store = self.store.clone();
         blocking(move || store.forget(id)).await?;
         tracing::info!(session = %id, "session forgotten");
         Ok(None)
     }
 
-    /// The session on the device, brought back from the store if need be.
-    async fn revive<'a>(
-        &self,
-        id: SessionId,
-        slot: &'a mut Option<Live>,
-    ) -> Result<&'a Live, Error> {
-        if live(slot).is_none() {
-            let record = self.record(id).await?;
-            self.refuse_while_draining()?;
-            let head = record.head().cloned().ok_or(Error::UnknownSession(id.to_string()))?;
-            let stored = self.read(id, &record, &head).await?;
-            let revived = self.bring_back(id, record, stored).await?;
-            tracing::info!(session = %id, step = head.step, "session revived");
-            *slot = Some(revived);
+    /// The live session, made from its record if need be.
+    fn revive(&self, held: &mut Held<'_>, id: SessionId, record: &Record) -> Result<Live, Error> {
+        if let Some(live) = held.live() {
+            return Ok(live.clone());
         }
-        live(slot).ok_or(Error::Gone { part: "session" })
+        self.refuse_while_draining()?;
+        let head = record.head().ok_or_else(|| Error::UnknownSession(id.to_string()))?;
+        fits(id, record, head, self.engine.trunk())?;
+        let profile = profile(id, snapshot::settings(record)?);
+        let live = self.spawn(profile, Home::Away(Away::Disk), snapshot::standing(head));
+        tracing::info!(session = %id, step = head.step, "session revived");
+        held.put(Some(live.clone()));
+        Ok(live)
     }
 
-    async fn bring_back(
-        &self,
-        id: SessionId,
-        record: Record,
-        stored: snapshot::Copied,
-    ) -> Result<Live, Error> {
-        let wire_dtype = snapshot::wire_dtype(&record)?;
-        let applied = stored.resume.applied;
-        let settings = Settings {
-            lora: record.lora.clone(),
-            adamw: record.adamw.clone(),
-            seed: record.seed,
-            wire_dtype,
-        };
-        let plan = Plan {
-            reserved: self.reserve(&record.lora)?,
-            settings,
-            start: Start::State { state: stored.adapters, applied },
-        };
-        let (session, admitted) = self.engine.admit(plan).await?;
-        let actor = self.spawn(id, session, admitted, stored.resume);
-        Ok(Live { actor, record, wire_dtype, admitted })
-    }
-
-    fn reserve(&self, lora: &LoraSpec) -> Result<Reservation, Error> {
-        let bytes = self.engine.trunk().adapter_bytes(lora);
-        self.engine
-            .ledger()
-            .reserve(BytesKind::Adapters, bytes)
-            .map_err(|shortage| Error::NoRoom { shortage, retry_after: None })
-    }
-
-    fn spawn(
-        &self,
-        id: SessionId,
-        engine: crate::engine::EngineSession,
-        admitted: Admitted,
-        resume: Resume,
-    ) -> Addr<SessionActor> {
+    fn spawn(&self, profile: Arc<Profile>, home: Home, resume: Resume) -> Live {
         let (limits, lease, idle) = (self.limits, self.lease, self.idle.clone());
-        let seed = SessionSeed { id, engine, admitted, resume, limits, lease, idle };
-        SessionActor::start_in_arbiter(self.pool.arbiter(), move |_| SessionActor::new(seed))
+        let (residency, known) = (self.residency.clone(), profile.clone());
+        let alive = residency.count_in();
+        let seed = SessionSeed { alive, profile, residency, home, resume, limits, lease, idle };
+        let start = move |_: &mut _| SessionActor::new(seed);
+        let actor = SessionActor::start_in_arbiter(self.pool.arbiter(), start);
+        Live { actor, profile: known }
     }
 
     async fn read(
@@ -349,10 +321,15 @@ impl Registry {
         id: SessionId,
         record: &Record,
         snapshot: &SnapshotRecord,
-    ) -> Result<snapshot::Copied, Error> {
-        snapshot::check(id, record, snapshot, self.engine.trunk())?;
+    ) -> Result<Copied, Error> {
+        fits(id, record, snapshot, self.engine.trunk())?;
         let (store, snapshot) = (self.store.clone(), snapshot.clone());
-        blocking(move || snapshot::Copied::decode(store.read(&snapshot)?)).await
+        blocking(move || Copied::decode(store.read(&snapshot)?)).await
+    }
+
+    async fn claim_head(&self, id: SessionId) -> Result<SnapshotRecord, Error> {
+        let store = self.store.clone();
+        blocking(move || store.claim_head(id)).await
     }
 
     async fn record(&self, id: SessionId) -> Result<Record, Error> {
@@ -366,14 +343,6 @@ impl Registry {
         record.head().cloned().ok_or_else(|| Error::UnknownSession(id.to_string()))
     }
 
-    fn slot(&self, id: SessionId) -> Arc<Mutex<Option<Live>>> {
-        // Slots of sessions that are in use nowhere go first, so that forged ids take no memory.
-        self.sessions.retain(|_, slot| {
-            Arc::strong_count(slot) > 1 || slot.try_lock().map_or(true, |live| live.is_some())
-        });
-        self.sessions.entry(id).or_default().clone()
-    }
-
     fn refuse_while_draining(&self) -> Result<(), Error> {
         if self.draining.load(Ordering::Relaxed) {
             return Err(Error::Draining { retry_after: DRAIN_RETRY });
@@ -382,9 +351,8 @@ impl Registry {
     }
 }
 
-/// What is in the slot, unless its actor has died.
-fn live(slot: &Option<Live>) -> Option<&Live> {
-    slot.as_ref().filter(|live| live.actor.connected())
+fn profile(id: SessionId, settings: Settings) -> Arc<Profile> {
+    Arc::new(Profile { id, settings, activity: Activity::default() })
 }
 
 /// Ends an actor. One that has died already is fine, too.
@@ -399,7 +367,7 @@ fn gone(_: actix::MailboxError) -> Error {
 }
 
 /// Runs what blocks beside the runtime's threads.
-async fn blocking<T: Send + 'static>(
+pub async fn blocking<T: Send + 'static>(
     run: impl FnOnce() -> Result<T, Error> + Send + 'static,
 ) -> Result<T, Error> {
     tokio::task::spawn_blocking(run).await.map_err(|_| Error::Gone { part: "store" })?

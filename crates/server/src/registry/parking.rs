@@ -1,8 +1,9 @@
 //! How sessions leave the device: copied, made durable, and only then ended.
 
-use super::{Live, Registry, blocking, gone, live, retire, snapshot};
+use super::slots::{Held, Live};
+use super::{Copied, Registry, blocking, gone, retire};
 use crate::error::Error;
-use crate::session::{Cut, DrainWhenQuiet, Keep, Reason, SessionId};
+use crate::session::{Cut, DrainWhenQuiet, Keep, Reason, SessionCut, SessionId};
 use crate::store::{Origin, SnapshotRecord};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
@@ -14,12 +15,11 @@ use tokio::time::Instant;
 pub(super) async fn park_expired(registry: Weak<Registry>, mut expired: mpsc::Receiver<SessionId>) {
     while let Some(id) = expired.recv().await {
         let Some(registry) = registry.upgrade() else { return };
-        let slot = registry.slot(id);
-        let mut slot = slot.lock().await;
-        if live(&slot).is_none() {
+        let mut held = registry.slots.lock(id).await;
+        if held.live().is_none() {
             continue;
         }
-        match registry.park(id, &mut slot, Reason::Lease).await {
+        match registry.park(id, &mut held, Reason::Lease).await {
             Ok(snapshot) => tracing::info!(session = %id, step = snapshot.step, "session parked"),
             // The client came back.
             Err(Error::Busy) => {}
@@ -34,14 +34,14 @@ impl Registry {
     pub(super) async fn park(
         &self,
         id: SessionId,
-        slot: &mut Option<Live>,
+        held: &mut Held<'_>,
         reason: Reason,
     ) -> Result<SnapshotRecord, Error> {
-        let live = live(slot).ok_or(Error::Gone { part: "session" })?;
+        let live = held.live().ok_or(Error::Gone { part: "session" })?;
         let actor = live.actor.clone();
         match self.write_cut(id, live, reason).await {
             Ok(snapshot) => {
-                retire(slot.take()).await;
+                retire(held.put(None)).await;
                 Ok(snapshot)
             }
             // It was not ended, or not by this.
@@ -63,15 +63,22 @@ impl Registry {
             Reason::Snapshot { .. } => Origin::Client,
             Reason::Lease | Reason::Close | Reason::Drain => Origin::Server,
         };
-        let cut = live.actor.send(Cut { reason }).await.map_err(gone)??;
-        let copied = snapshot::Copied { adapters: cut.adapters, resume: cut.resume };
-        let store = self.store.clone();
-        blocking(move || store.add_snapshot(id, copied.encode(origin))).await
+        match live.actor.send(Cut { reason }).await.map_err(gone)?? {
+            SessionCut::Copied { adapters, resume } => {
+                let (store, copied) = (self.store.clone(), Copied { adapters, resume });
+                blocking(move || store.add_snapshot(id, copied.encode(origin))).await
+            }
+            SessionCut::InStore => match origin {
+                Origin::Client => self.claim_head(id).await,
+                Origin::Server => self.head(id).await,
+            },
+        }
     }
 
     /// Takes no new sessions from now on, and live ones only until they are parked.
     pub fn begin_drain(&self) {
         self.draining.store(true, Ordering::Relaxed);
+        self.residency.begin_drain();
     }
 
     /// Lets open microbatches finish until `quiet_by`, then makes every session durable and takes
@@ -81,9 +88,8 @@ impl Registry {
         let mut n_failed = 0;
         // Twice, for sessions that were just being opened.
         for _ in 0..2 {
-            let ids: Vec<SessionId> = self.sessions.iter().map(|entry| *entry.key()).collect();
             let mut all = JoinSet::new();
-            for id in ids {
+            for id in self.slots.ids() {
                 let registry = self.clone();
                 all.spawn(async move { registry.drain_one(id, quiet_by).await });
             }
@@ -94,18 +100,16 @@ impl Registry {
     }
 
     async fn drain_one(&self, id: SessionId, quiet_by: Instant) -> bool {
-        let slot = self.slot(id);
-        let actor = live(&*slot.lock().await).map(|live| live.actor.clone());
-        let Some(actor) = actor else { return true };
+        let Some(actor) = self.slots.actor(id).await else { return true };
         // Without the lock, so that a client that lost its stream can come back and finish.
         if tokio::time::timeout_at(quiet_by, actor.send(DrainWhenQuiet)).await.is_err() {
             tracing::warn!(session = %id, "drained with an open microbatch; its tape is dropped");
         }
-        let mut slot = slot.lock().await;
-        if live(&slot).is_none() {
+        let mut held = self.slots.lock(id).await;
+        if held.live().is_none() {
             return true;
         }
-        match self.park(id, &mut slot, Reason::Drain).await {
+        match self.park(id, &mut held, Reason::Drain).await {
             Ok(snapshot) => {
                 tracing::info!(session = %id, step = snapshot.step, "session parked");
                 true

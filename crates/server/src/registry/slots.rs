@@ -1,4 +1,4 @@
-use crate::engine::Settings;
+use crate::residency::Profile;
 use crate::session::{SessionActor, SessionId};
 use actix::Addr;
 use dashmap::DashMap;
@@ -9,7 +9,7 @@ use tokio::sync::{Mutex, OwnedMutexGuard};
 #[derive(Clone)]
 pub struct Live {
     pub actor: Addr<SessionActor>,
-    pub settings: Arc<Settings>,
+    pub profile: Arc<Profile>,
 }
 
 type Slot = Arc<Mutex<Option<Live>>>;
@@ -40,12 +40,21 @@ impl Slots {
         Some(Held { slots: self, id, guard: Some(slot.try_lock_owned().ok()?) })
     }
 
+    /// The actor of a live session.
+    pub async fn actor(&self, id: SessionId) -> Option<Addr<SessionActor>> {
+        if !self.0.contains_key(&id) {
+            return None;
+        }
+        self.lock(id).await.live().map(|live| live.actor.clone())
+    }
+
     /// All that are in there now.
     pub fn ids(&self) -> Vec<SessionId> {
         self.0.iter().map(|entry| *entry.key()).collect()
     }
 
     /// How many.
+    #[cfg(test)]
     pub fn len(&self) -> usize {
         self.0.len()
     }

@@ -1,4 +1,4 @@
-use crate::engine::TrunkInfo;
+use crate::engine::{Settings, TrunkInfo};
 use crate::error::Error;
 use crate::session::{Recorded, Resume, SessionId};
 use crate::store::{NewSnapshot, Origin, Record, SnapshotRecord, StoredSnapshot};
@@ -6,10 +6,11 @@ use offshoot_adapters::AdapterState;
 use offshoot_proto::v1::{ServerFrame, SnapshotInfo};
 use offshoot_proto::{WireDType, v1};
 use prost::Message;
+use std::sync::Arc;
 
 /// A session in host memory, between device and store.
-pub(super) struct Copied {
-    pub adapters: AdapterState,
+pub struct Copied {
+    pub adapters: Arc<AdapterState>,
     pub resume: Resume,
 }
 
@@ -30,13 +31,14 @@ impl Copied {
     pub fn decode(stored: StoredSnapshot) -> Result<Copied, Error> {
         let StoredSnapshot { record, state, answers } = stored;
         let answers = answers.map(|bytes| decode_answers(&bytes)).transpose()?;
-        let resume = Resume {
-            applied: record.sequence,
-            step: record.step,
-            answers: answers.unwrap_or_default(),
-        };
-        Ok(Copied { adapters: AdapterState::from_safetensors(&state)?, resume })
+        let resume = Resume { answers: answers.unwrap_or_default(), ..standing(&record) };
+        Ok(Copied { adapters: Arc::new(AdapterState::from_safetensors(&state)?), resume })
     }
+}
+
+/// Where a session stands that goes on from a snapshot, without its recorded answers.
+pub(super) fn standing(snapshot: &SnapshotRecord) -> Resume {
+    Resume { applied: snapshot.sequence, step: snapshot.step, answers: Vec::new() }
 }
 
 /// For each answer: the digest of its frame, then the answer with its length.
@@ -64,7 +66,7 @@ fn decode_answers(mut bytes: &[u8]) -> Result<Vec<Recorded>, Error> {
 }
 
 /// Refuses what another trunk trained.
-pub(super) fn check(
+pub fn fits(
     session: SessionId,
     record: &Record,
     snapshot: &SnapshotRecord,
@@ -85,7 +87,14 @@ pub(super) fn check(
     Ok(())
 }
 
-pub(super) fn wire_dtype(record: &Record) -> Result<WireDType, Error> {
+/// What a stored session's adapter is.
+pub(super) fn settings(record: &Record) -> Result<Settings, Error> {
+    let wire_dtype = wire_dtype(record)?;
+    let (lora, adamw, seed) = (record.lora.clone(), record.adamw.clone(), record.seed);
+    Ok(Settings { lora, adamw, seed, wire_dtype })
+}
+
+fn wire_dtype(record: &Record) -> Result<WireDType, Error> {
     let known = WireDType::ALL.into_iter().find(|dtype| dtype.name() == record.wire_dtype);
     known.ok_or_else(|| Error::Setting {
         field: "wire_dtype of the stored session",
@@ -133,13 +142,13 @@ mod tests {
             answer: ServerFrame { sequence, body: Some(Body::Step(StepDone { step: 9 })) },
         };
         let resume = Resume { applied: 5, step: 2, answers: vec![answer(4), answer(5)] };
-        let adapters = AdapterState {
+        let adapters = Arc::new(AdapterState {
             parameters: vec![1.0, 2.0],
             gradients: vec![3.0, 4.0],
             first_moments: vec![5.0, 6.0],
             second_moments: vec![7.0, 8.0],
             n_steps: 2,
-        };
+        });
         let new = Copied { adapters: adapters.clone(), resume: resume.clone() };
         let new = new.encode(Origin::Server);
         let dir = tempfile::tempdir().unwrap();
@@ -177,7 +186,7 @@ mod tests {
             bytes: 0,
         };
         let session = SessionId::new();
-        let text = |record: &Record| match check(session, record, &snapshot, &trunk) {
+        let text = |record: &Record| match fits(session, record, &snapshot, &trunk) {
             Ok(()) => String::new(),
             Err(error) => error.to_string(),
         };

@@ -26,7 +26,7 @@ use crate::store::{Origin, Store};
 use list::List;
 use offshoot_adapters::{AdapterState, LoraSpec};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use tokio::sync::{Notify, mpsc, oneshot};
 
@@ -45,6 +45,17 @@ pub struct Residency {
     /// A resident has become quiet.
     quiet: Arc<Notify>,
     list: Arc<List>,
+    draining: Arc<AtomicBool>,
+    n_live: Arc<AtomicUsize>,
+}
+
+/// Counts a live session until it is dropped.
+pub struct Alive(Arc<AtomicUsize>);
+
+impl Drop for Alive {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// What a residency is made from.
@@ -116,6 +127,8 @@ impl Residency {
             n_waiting: Arc::default(),
             quiet: Arc::default(),
             list: Arc::default(),
+            draining: Arc::default(),
+            n_live: Arc::default(),
         });
         tokio::spawn(room::keep(&residency, parts.slots, asked));
         residency
@@ -124,6 +137,17 @@ impl Residency {
     /// Bytes of the host's memory that sessions off the device take.
     pub fn host(&self) -> &Ledger {
         &self.host
+    }
+
+    /// Counts a session that becomes live.
+    pub fn count_in(&self) -> Alive {
+        self.n_live.fetch_add(1, Ordering::Relaxed);
+        Alive(self.n_live.clone())
+    }
+
+    /// Sessions that have an actor, wherever their adapters are.
+    pub fn n_live(&self) -> usize {
+        self.n_live.load(Ordering::Relaxed)
     }
 
     /// How many sessions are in this memory.
@@ -156,6 +180,12 @@ impl Residency {
     ) -> OnDevice {
         let listed = self.list.enter(profile, Tier::Device, admitted.bytes);
         OnDevice { engine, admitted, listed }
+    }
+
+    /// Nobody waits for room from now on.
+    pub fn begin_drain(&self) {
+        self.draining.store(true, Ordering::Relaxed);
+        self.quiet.notify_waiters();
     }
 
     /// A resident's frames are all answered; whoever waits for room may ask it to leave.

@@ -1,16 +1,16 @@
 //! The loop that lets sessions in: it serves those who ask for room in their order, and asks idle
 //! sessions to leave. It sleeps while nobody waits and nobody is idle for too long.
 
+use super::Residency;
 use super::list::List;
 use super::policy::{Ages, Tier, idle, make_room};
-use super::Residency;
 use crate::error::Error;
 use crate::ledger::{BytesKind, Ledger, Reservation, Shortage};
 use crate::registry::Slots;
-use crate::session::{Leave, SessionId};
+use crate::session::{DRAIN_RETRY, Leave, SessionId};
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::{JoinError, JoinSet};
@@ -66,6 +66,7 @@ struct Room {
     /// What a session that goes to disk would have needed of the host's memory, until it fits.
     host_need: u64,
     leaving: JoinSet<(SessionId, Result<(), Error>)>,
+    draining: Arc<AtomicBool>,
 }
 
 /// Runs until the residency is dropped.
@@ -85,6 +86,7 @@ pub(super) fn keep(
         work: 0,
         host_need: 0,
         leaving: JoinSet::new(),
+        draining: residency.draining.clone(),
     };
     let quiet: Arc<Notify> = residency.quiet.clone();
     let (ledger, host) = (room.ledger.clone(), room.host.clone());
@@ -168,6 +170,9 @@ impl Room {
     }
 
     fn refusal(&self, head: &Request, shortage: Shortage) -> Option<Error> {
+        if self.draining.load(Ordering::Relaxed) {
+            return Some(Error::Draining { retry_after: DRAIN_RETRY });
+        }
         let most = self.ledger.most(BytesKind::Adapters);
         if most.is_some_and(|most| head.bytes > most) {
             return Some(Error::NoRoom { shortage, retry_after: None });

@@ -1,49 +1,56 @@
 use super::frame::{Frame, SessionId, Work};
+use super::home::{Backlog, Place, Waiting};
 use super::loss::WireLoss;
 use super::messages::{
-    Attach, Attached, Cut, Detach, DrainWhenQuiet, Export, Frames, Info, Keep, Reason, Retire,
-    SessionCut, SessionView,
+    Attach, Attached, Detach, DrainWhenQuiet, Frames, Info, Keep, Reason, Retire, SessionCut,
+    SessionView,
 };
-use super::outbox::{Answer, CutAsked, Next, Outbox, Pending, Permit, StreamEnds};
-use super::state::{Admission, FrameLimits, Resume, SessionState, Ticket};
-use crate::engine::{Admitted, EngineSession, Exported, FrameWork};
+use super::outbox::{Answer, CutAsked, CutState, Next, Outbox, Pending, Permit, StreamEnds};
+use super::state::{Admission, DRAIN_RETRY, FrameLimits, Resume, SessionState, Ticket};
+use crate::engine::FrameWork;
 use crate::error::Error;
+use crate::residency::{Alive, Home, Profile, Residency};
 use actix::{
-    Actor, ActorContext, ActorFutureExt, AsyncContext, Context, Handler, ResponseFuture,
-    SpawnHandle, WrapFuture,
+    Actor, ActorContext, ActorFutureExt, AsyncContext, Context, Handler, MessageResult,
+    ResponseFuture, SpawnHandle, WrapFuture,
 };
-use offshoot_adapters::AdapterState;
 use offshoot_proto::v1::{self, ServerFrame, server_frame::Body};
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 
-/// One client's session while it is on the device. Messages come one at a time; what takes long
-/// happens elsewhere and comes back as a future of this actor.
+/// One client's session while it is live. Messages come one at a time; what takes long happens
+/// elsewhere and comes back as a future of this actor.
 pub struct SessionActor {
-    id: SessionId,
-    state: SessionState,
-    engine: EngineSession,
-    admitted: Admitted,
+    /// Before the adapter's place, so that it counts no longer when its bytes are back.
+    _alive: Alive,
+    pub(super) profile: Arc<Profile>,
+    pub(super) state: SessionState,
+    pub(super) residency: Arc<Residency>,
+    pub(super) place: Place,
+    pub(super) backlog: Backlog,
     limits: v1::Limits,
-    outbox: Outbox,
+    pub(super) outbox: Outbox,
     wire_loss: WireLoss,
     stream: Option<Stream>,
     n_streams: u64,
-    n_cuts: u64,
+    pub(super) n_cuts: u64,
     lease: Lease,
     /// A last copy is under way; no new frame is taken in.
-    ending: Option<Reason>,
+    pub(super) ending: Option<Reason>,
     /// Who waits for [`SessionState::is_quiet`].
     quiet: Vec<oneshot::Sender<()>>,
 }
 
 /// What a session actor is made from.
 pub struct SessionSeed {
-    pub id: SessionId,
-    pub engine: EngineSession,
-    pub admitted: Admitted,
+    pub alive: Alive,
+    pub profile: Arc<Profile>,
+    pub residency: Arc<Residency>,
+    pub home: Home,
+    /// Without recorded answers, if the home is the disk.
     pub resume: Resume,
     pub limits: v1::Limits,
     /// How long the session may be without a stream.
@@ -74,10 +81,12 @@ impl SessionActor {
             max_open_microbatches: seed.limits.max_open_microbatches as usize,
         };
         SessionActor {
-            id: seed.id,
+            _alive: seed.alive,
+            profile: seed.profile,
             state: SessionState::new(limits, seed.resume),
-            engine: seed.engine,
-            admitted: seed.admitted,
+            residency: seed.residency,
+            place: Place::At(seed.home),
+            backlog: Backlog::default(),
             limits: seed.limits,
             outbox: Outbox::default(),
             wire_loss: WireLoss::default(),
@@ -96,13 +105,14 @@ impl SessionActor {
             stream.farewell.send(Ok(error.to_frame(0)));
         }
         self.outbox.detach();
+        self.backlog.detach();
     }
 
     fn start_lease(&mut self, ctx: &mut Context<Self>) {
         self.stop_lease(ctx);
         let timer = ctx.run_later(self.lease.duration, |actor, ctx| {
             actor.lease.over = true;
-            let (idle, id) = (actor.lease.idle.clone(), actor.id);
+            let (idle, id) = (actor.lease.idle.clone(), actor.profile.id);
             let tell = async move {
                 // Nobody listens any more when the server ends.
                 let _ = idle.send(id).await;
@@ -144,8 +154,17 @@ impl SessionActor {
         }
     }
 
-    fn refuse(&mut self, permit: Permit, sequence: u64, error: &Error) {
-        tracing::debug!(session = %self.id, sequence, error = error.label(), "frame refused");
+    pub(super) fn take_frames(&mut self, message: Frames, ctx: &mut Context<Self>) {
+        let Frames { sequence, frame, permit, .. } = message;
+        self.residency.used(&self.profile);
+        match frame {
+            Ok(frame) => self.take_in(frame, permit, ctx),
+            Err(error) => self.refuse(permit, sequence, &error),
+        }
+    }
+
+    pub(super) fn refuse(&mut self, permit: Permit, sequence: u64, error: &Error) {
+        tracing::debug!(session = %self.profile.id, sequence, error = error.label(), "frame refused");
         self.answer(permit, error.to_frame(sequence));
     }
 
@@ -155,9 +174,10 @@ impl SessionActor {
 
     fn run(&mut self, ticket: Ticket, frame: Frame, permit: Permit, ctx: &mut Context<Self>) {
         let sequence = frame.head.sequence;
-        let span = tracing::debug_span!("frame", session = %self.id, sequence);
+        let span = tracing::debug_span!("frame", session = %self.profile.id, sequence);
         let (work, answer) = with_reply(frame.work);
-        let submitted = span.in_scope(|| self.engine.submit(sequence, work));
+        let on = self.place.on_device().ok_or(Error::Gone { part: "adapter" });
+        let submitted = on.and_then(|on| span.in_scope(|| on.engine.submit(sequence, work)));
         self.outbox.push(Pending::Frame { ticket, sequence, permit: Some(permit), answer: None });
         if let Err(error) = submitted {
             // In its turn, as if the engine had refused it.
@@ -172,7 +192,7 @@ impl SessionActor {
     }
 
     /// Sends and settles what is ready, in order.
-    fn pump(&mut self) {
+    pub(super) fn pump(&mut self) {
         while let Some(next) = self.outbox.next() {
             match next {
                 Next::Ready { permit, answer } => drop(permit.send(Ok(*answer))),
@@ -187,22 +207,26 @@ impl SessionActor {
                 Next::Cut { asked, state } => self.finish_cut(asked, state),
             }
         }
-        let quiet = match &self.stream {
-            Some(_) => self.state.is_quiet(),
-            None => self.state.is_settled(),
-        };
-        if quiet {
+        let is_quiet = self.state.is_quiet() && self.backlog.is_empty();
+        if self.profile.activity.set_busy(!is_quiet) && is_quiet {
+            self.residency.became_quiet();
+        }
+        // Without a stream no Backward will come.
+        if is_quiet || self.stream.is_none() && self.state.is_settled() {
             for waiting in self.quiet.drain(..) {
                 let _ = waiting.send(());
             }
         }
     }
 
-    fn finish_cut(&mut self, asked: CutAsked, state: Result<AdapterState, Error>) {
+    fn finish_cut(&mut self, asked: CutAsked, state: Result<CutState, Error>) {
         let (server, client) = (self.state.applied(), asked.after);
         let cut = match state {
             Ok(_) if server != client => Err(Error::Point { server, client }),
-            Ok(adapters) => Ok(SessionCut { adapters, resume: self.state.resume() }),
+            Ok(CutState::Copied(adapters)) => {
+                Ok(SessionCut::Copied { adapters, resume: self.state.resume() })
+            }
+            Ok(CutState::InStore) => Ok(SessionCut::InStore),
             Err(error) => Err(error),
         };
         match (&self.ending, &cut) {
@@ -214,7 +238,7 @@ impl SessionActor {
         let _ = asked.reply.send(cut);
     }
 
-    fn check_cut(&self, reason: &Reason) -> Result<(), Error> {
+    pub(super) fn check_cut(&self, reason: &Reason) -> Result<(), Error> {
         if self.ending.is_some() {
             return Err(Error::Busy);
         }
@@ -290,15 +314,16 @@ impl Handler<Frames> for SessionActor {
     type Result = ();
 
     fn handle(&mut self, message: Frames, ctx: &mut Context<Self>) {
-        let Frames { stream, sequence, frame, permit } = message;
-        if self.stream.as_ref().is_none_or(|current| current.number != stream) {
+        if self.stream.as_ref().is_none_or(|current| current.number != message.stream) {
             return;
         }
-        match frame {
-            Ok(frame) => self.take_in(frame, permit, ctx),
-            Err(error) => self.refuse(permit, sequence, &error),
+        if self.state.is_draining() && self.place.on_device().is_none() {
+            let draining = Error::Draining { retry_after: DRAIN_RETRY };
+            self.refuse(message.permit, message.sequence, &draining);
+            return self.pump();
         }
-        self.pump();
+        self.backlog.push(Waiting::Frames(message));
+        self.serve_backlog(ctx);
     }
 }
 
@@ -309,37 +334,10 @@ impl Handler<Detach> for SessionActor {
         if self.stream.as_ref().is_some_and(|current| current.number == message.stream) {
             self.stream = None;
             self.outbox.detach();
+            self.backlog.detach();
             self.start_lease(ctx);
             self.pump();
         }
-    }
-}
-
-impl Handler<Cut> for SessionActor {
-    type Result = ResponseFuture<Result<SessionCut, Error>>;
-
-    fn handle(&mut self, Cut { reason }: Cut, ctx: &mut Context<Self>) -> Self::Result {
-        let state = self.check_cut(&reason).and_then(|()| self.engine.request_state());
-        let state = match state {
-            Ok(state) => state,
-            Err(error) => return Box::pin(async { Err(error) }),
-        };
-        let ends = !matches!(reason, Reason::Snapshot { .. });
-        if ends {
-            self.ending = Some(reason);
-        }
-        let (reply, cut) = oneshot::channel();
-        let asked = CutAsked { after: self.state.expected_applied(), ends, reply };
-        self.n_cuts += 1;
-        let id = self.n_cuts;
-        self.outbox.push(Pending::Cut { id, asked, state: None });
-        let finish = state.into_actor(self).map(move |state, actor, _| {
-            let state = state.unwrap_or(Err(Error::Gone { part: "engine" }));
-            actor.outbox.copied(id, state);
-            actor.pump();
-        });
-        ctx.spawn(finish);
-        Box::pin(async { cut.await.unwrap_or(Err(Error::Gone { part: "session" })) })
     }
 }
 
@@ -368,6 +366,10 @@ impl Handler<DrainWhenQuiet> for SessionActor {
 
     fn handle(&mut self, _: DrainWhenQuiet, _: &mut Context<Self>) -> Self::Result {
         self.state.drain();
+        if self.place.on_device().is_none() {
+            // They would wait for room, and leave again at once.
+            self.refuse_backlog(&Error::Draining { retry_after: DRAIN_RETRY });
+        }
         let (quiet, waiting) = oneshot::channel();
         self.quiet.push(quiet);
         self.pump();
@@ -376,26 +378,17 @@ impl Handler<DrainWhenQuiet> for SessionActor {
     }
 }
 
-impl Handler<Export> for SessionActor {
-    type Result = ResponseFuture<Result<Exported, Error>>;
-
-    fn handle(&mut self, Export { gradients }: Export, _: &mut Context<Self>) -> Self::Result {
-        let exported = self.engine.request_export(gradients);
-        Box::pin(async { exported?.await.unwrap_or(Err(Error::Gone { part: "engine" })) })
-    }
-}
-
 impl Handler<Info> for SessionActor {
-    type Result = SessionView;
+    type Result = MessageResult<Info>;
 
-    fn handle(&mut self, _: Info, _: &mut Context<Self>) -> SessionView {
-        SessionView {
+    fn handle(&mut self, _: Info, _: &mut Context<Self>) -> Self::Result {
+        MessageResult(SessionView {
             is_attached: self.stream.is_some(),
             step: self.state.step(),
             applied: self.state.applied(),
-            admitted: self.admitted,
+            tier: self.place.tier(),
             tape_bytes: self.state.open().values().sum(),
             wire_loss: self.wire_loss,
-        }
+        })
     }
 }

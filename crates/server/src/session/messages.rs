@@ -4,11 +4,13 @@ use super::frame::Frame;
 use super::loss::WireLoss;
 use super::outbox::{Permit, StreamEnds};
 use super::state::{DRAIN_RETRY, Resume};
-use crate::engine::{Admitted, Exported};
+use crate::engine::Exported;
 use crate::error::Error;
+use crate::residency::Tier;
 use actix::Message;
 use offshoot_adapters::AdapterState;
 use offshoot_proto::v1;
+use std::sync::Arc;
 
 /// A stream says Hello. The one before, if there is one, ends.
 #[derive(Message)]
@@ -62,6 +64,11 @@ pub enum Reason {
 }
 
 impl Reason {
+    /// Whether the session ends with it.
+    pub(super) fn ends(self) -> bool {
+        !matches!(self, Reason::Snapshot { .. })
+    }
+
     /// What the stream hears if the session ends for this.
     pub(super) fn farewell(self) -> Error {
         match self {
@@ -81,9 +88,11 @@ pub struct Cut {
 
 /// A session between two frames.
 #[derive(Debug)]
-pub struct SessionCut {
-    pub adapters: AdapterState,
-    pub resume: Resume,
+pub enum SessionCut {
+    /// As it is now.
+    Copied { adapters: Arc<AdapterState>, resume: Resume },
+    /// The store's head is the session as it is now.
+    InStore,
 }
 
 /// The last copy could not be made durable: the session goes on.
@@ -102,12 +111,27 @@ pub struct Retire;
 #[rtype(result = "()")]
 pub struct DrainWhenQuiet;
 
+/// Takes a quiet session one tier down: from the device, or from the host's memory. Sent under the
+/// session's lock. [`Error::Busy`]: it cannot go now.
+#[derive(Message)]
+#[rtype(result = "Result<(), Error>")]
+pub struct Leave;
+
 /// The adapter as it is after all frames that were taken in.
 #[derive(Message)]
-#[rtype(result = "Result<Exported, Error>")]
+#[rtype(result = "Result<ExportOf, Error>")]
 pub struct Export {
     /// Also what Backwards accumulated since the last Step.
     pub gradients: bool,
+}
+
+/// A session's adapter, from wherever it is.
+#[derive(Debug)]
+pub enum ExportOf {
+    Device(Exported),
+    Host(Arc<AdapterState>),
+    /// The store's head holds it.
+    InStore,
 }
 
 /// What a list shows of a session.
@@ -116,12 +140,12 @@ pub struct Export {
 pub struct Info;
 
 /// A live session at a glance.
-#[derive(Debug, Clone, actix::MessageResponse)]
+#[derive(Debug, Clone)]
 pub struct SessionView {
     pub is_attached: bool,
     pub step: u64,
     pub applied: u64,
-    pub admitted: Admitted,
+    pub tier: Tier,
     pub tape_bytes: u64,
     pub wire_loss: WireLoss,
 }

@@ -3,6 +3,7 @@
 
 mod actor;
 mod frame;
+mod home;
 mod loss;
 mod messages;
 mod outbox;
@@ -11,8 +12,8 @@ mod state;
 pub use actor::{SessionActor, SessionSeed};
 pub use frame::{BackwardWork, Digest, ForwardWork, Frame, Head, Mode, SessionId, StepWork, Work};
 pub use messages::{
-    Attach, Cut, Detach, DrainWhenQuiet, Export, Frames, Info, Keep, Reason, Retire, SessionCut,
-    SessionView,
+    Attach, Cut, Detach, DrainWhenQuiet, Export, ExportOf, Frames, Info, Keep, Leave, Reason,
+    Retire, SessionCut, SessionView,
 };
 pub use outbox::{Permit, StreamEnds};
 pub(crate) use state::DRAIN_RETRY;

@@ -85,6 +85,8 @@ pub struct SessionState {
     /// The last frame that changed the session.
     applied: u64,
     step: u64,
+    /// The client has seen all answers up to this one.
+    acknowledged: u64,
     /// Tape bytes by microbatch.
     open: BTreeMap<u64, u64>,
     answers: VecDeque<Recorded>,
@@ -100,6 +102,7 @@ impl SessionState {
             limits,
             applied: resume.applied,
             step: resume.step,
+            acknowledged: 0,
             open: BTreeMap::new(),
             answers: resume.answers.into(),
             in_flight: VecDeque::new(),
@@ -142,8 +145,21 @@ impl SessionState {
         if sequence > self.applied {
             return Err(Error::Acknowledged { found: sequence, applied: self.applied });
         }
+        self.acknowledged = self.acknowledged.max(sequence);
         self.answers.retain(|answer| answer.sequence > sequence);
         Ok(())
+    }
+
+    /// The recorded answers lie on disk with the adapter now: with their tensors they may be larger
+    /// than it. No frame is admitted until they are back.
+    pub fn drop_answers(&mut self) {
+        self.answers.clear();
+    }
+
+    /// The recorded answers are back from the disk.
+    pub fn put_answers(&mut self, answers: Vec<Recorded>) {
+        self.answers = answers.into();
+        self.answers.retain(|answer| answer.sequence > self.acknowledged);
     }
 
     /// Decides about a frame. An error changes nothing but what was acknowledged.
@@ -190,6 +206,11 @@ impl SessionState {
     /// From now on no training Forward is admitted.
     pub fn drain(&mut self) {
         self.draining = true;
+    }
+
+    /// Whether [`SessionState::drain`] was called.
+    pub fn is_draining(&self) -> bool {
+        self.draining
     }
 
     /// Whether nothing is left that a snapshot would tear apart: no frame in flight and no open
