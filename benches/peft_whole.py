@@ -74,7 +74,7 @@ def train(args):
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.01)
     bf16 = args.dtype == "bf16"
 
-    losses, seconds = [], []
+    losses, seconds, ends = [], [], []
     for i, ids in enumerate(batches(args)):
         start = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext():
@@ -84,11 +84,13 @@ def train(args):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
+        ends.append(time.monotonic())
         if i >= args.warm:
             seconds.append(time.perf_counter() - start)
     print(json.dumps(dict(
         side="peft", dtype=args.dtype, batch=args.batch, seq=args.seq, rank=args.rank,
         threads=args.threads, step_seconds=[round(s, 4) for s in seconds],
+        step_ends=[round(s, 4) for s in ends],
         losses=[round(x, 4) for x in losses],
         memory=dict(peft=dict(resident=memory("VmRSS"), peak=memory("VmHWM"))))))
 

@@ -67,6 +67,7 @@ impl ModelSize {
 }
 
 /// A model's directory that goes away with it.
+#[derive(Debug)]
 pub struct RandomModel {
     dir: TempDir,
 }
