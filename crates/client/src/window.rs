@@ -264,6 +264,10 @@ impl<R> Window<R> {
         }
         if let Some(id) = entry.closes() {
             self.open.remove(&id);
+            // What it held may be what the server was short of.
+            if let Flow::Held { cause: Cause::Retry, .. } = self.flow {
+                self.flow = Flow::Open;
+            }
         }
         Outcome::Answered(entry)
     }

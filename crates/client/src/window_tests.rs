@@ -139,6 +139,20 @@ fn backwards_overtake_forwards_that_the_server_cannot_take_yet() {
 }
 
 #[test]
+fn a_forward_without_room_goes_out_again_once_a_backward_has_made_some() {
+    let (mut w, claim) = (window(), Claim::default());
+    w.push(forward(&claim), "f1");
+    w.push(forward(&claim), "f2");
+    sent(&mut w);
+    answer(&mut w, 1);
+    refuse(&mut w, 2, Cause::Retry);
+    w.push(backward(1, &claim), "b1");
+    assert_eq!(sent(&mut w), ["2:B1"]);
+    assert_eq!(answer(&mut w, 2), "b1");
+    assert_eq!(sent(&mut w), ["3:F2"]);
+}
+
+#[test]
 fn a_backward_does_not_overtake_a_step() {
     let (mut w, claim) = (window(), Claim::default());
     w.push(forward(&claim), "f1");
