@@ -7,6 +7,8 @@ mod breaks;
 mod refusals;
 #[path = "protocol_sessions.rs"]
 mod sessions;
+#[path = "protocol_wire.rs"]
+mod wire;
 
 /// Not a claim: the server process that other tests start and kill. See `offshoot_tests::child`.
 #[test]

@@ -3,6 +3,8 @@
 
 #[path = "train_overlap.rs"]
 mod overlap;
+#[path = "train_wire.rs"]
+mod wire;
 
 use offshoot_adapters::peft;
 use offshoot_client::{ClientOptions, Retry, WireDType};

@@ -34,7 +34,7 @@ pub enum TensorError {
     #[error("scale_exponent is {found}, expected -126 to 113")]
     ScaleExponent { found: i32 },
     #[error(
-        "block_scales[{index}] is {found}, expected a number that is at least 0 and below 2^121; was \
+        "block_scales[{index}] is {found:e}, expected a number that is at least 0 and below 2^121; was \
          a block with a value that is not finite rounded?"
     )]
     BlockScale { index: usize, found: f32 },

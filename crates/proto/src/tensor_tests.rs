@@ -123,7 +123,7 @@ fn every_field_is_checked() {
         (exponent(Some(114)), "114, expected -126 to 113"),
         (exponent(Some(-127)), "-127"),
         (scales(4, f32::NAN), "block_scales[4] is NaN"),
-        (scales(1, -1.0), "block_scales[1] is -1"),
+        (scales(1, -1.0), "block_scales[1] is -1e0"),
         (scales(0, 1e37), "block_scales[0]"),
         (v1::Tensor { block_scales: bytes(20), ..int8.clone() }, "24 bytes of block_scales, 20"),
         (v1::Tensor { outlier_values: bytes(4), ..int8.clone() }, "6 bytes of outlier_values, 4"),

@@ -51,6 +51,16 @@ fn body_name(body: &Option<Body>) -> &'static str {
     }
 }
 
+/// Elements of the frame's tensor, in bytes: what its check takes time for.
+pub fn tensor_bytes(frame: &v1::ClientFrame) -> usize {
+    let tensor = match &frame.body {
+        Some(Body::Forward(forward)) => forward.hidden.as_ref(),
+        Some(Body::Backward(backward)) => backward.grad.as_ref(),
+        Some(Body::Hello(_) | Body::Step(_)) | None => None,
+    };
+    tensor.map_or(0, |tensor| tensor.data.len())
+}
+
 /// Any other frame of a stream.
 pub fn frame(frame: v1::ClientFrame, rules: &FrameRules) -> Result<Frame, Error> {
     let v1::ClientFrame { sequence, acknowledged, body } = frame;

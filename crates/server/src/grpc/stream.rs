@@ -1,7 +1,7 @@
 use super::decode::{self, FrameRules};
 use crate::error::Error;
 use crate::registry::{AttachedStream, Registry, StreamEnd};
-use crate::session::{Detach, Frames};
+use crate::session::{Detach, Frame, Frames};
 use offshoot_proto::v1::{ClientFrame, ServerFrame};
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,6 +10,8 @@ use tonic::{Status, Streaming};
 
 /// How long a client may keep a stream open without saying who it is.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(30);
+/// A tensor of so many bytes takes most of a millisecond to check and digest.
+const LARGE_BYTES: usize = 1 << 20;
 /// Room beside the frames in flight: for the answer to Hello and for the last word.
 pub const EXTRA_ANSWERS: usize = 2;
 
@@ -91,10 +93,20 @@ async fn read(
         // Not before there is room for its answer.
         let Ok(permit) = answers.clone().reserve_owned().await else { return };
         let sequence = frame.sequence;
-        let frame = decode::frame(frame, rules);
+        let frame = check(frame, *rules).await;
         let frames = Frames { stream: attached.number, sequence, frame, permit };
         if attached.actor.send(frames).await.is_err() {
             return;
         }
     }
+}
+
+/// Checks a frame: a large one beside the runtime's threads, so that other sessions' frames do not
+/// wait for it.
+async fn check(frame: ClientFrame, rules: FrameRules) -> Result<Frame, Error> {
+    if decode::tensor_bytes(&frame) < LARGE_BYTES {
+        return decode::frame(frame, &rules);
+    }
+    let checked = tokio::task::spawn_blocking(move || decode::frame(frame, &rules)).await;
+    checked.map_err(|_| Error::Gone { part: "check of a frame" })?
 }

@@ -1,0 +1,47 @@
+//! A run in each wire dtype stays beside the one in float32.
+
+use super::{Place, run};
+use offshoot_client::WireDType;
+use offshoot_tests::TestServer;
+use std::fs;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_wire_dtype_trains() {
+    let place = Place::new();
+    let server = TestServer::start_with(place.server()).await;
+    let mut straight = Vec::new();
+    // f32 first.
+    for dtype in WireDType::ALL {
+        let name = dtype.name();
+        let mut options = place.options(&server, name);
+        options.wire_dtype = dtype;
+        options.max_steps = Some(20);
+        options.learning_rate = 2e-2;
+        let losses = run(options).await.losses;
+        if straight.is_empty() {
+            straight = losses.clone();
+        }
+        let far = losses.iter().zip(&straight).map(|(loss, exact)| (loss / exact - 1.0).abs());
+        let far = far.fold(0.0, f64::max);
+        println!("{name}: {far:e} from f32; {losses:?}");
+        // Below what training itself does: the loss falls by a quarter and more.
+        let most = match dtype {
+            WireDType::F32 => 0.0,
+            WireDType::F16 => 1e-3,
+            WireDType::Bf16 => 5e-3,
+            WireDType::Int8 => 2e-2,
+        };
+        assert!(far <= most, "{name}: {far:e}");
+        assert!(losses[19] < 0.9 * losses[0], "{name}: {losses:?}");
+
+        let metrics = place.dir.path().join(name).join("metrics.jsonl");
+        let done = fs::read_to_string(metrics).unwrap().lines().last().unwrap().to_string();
+        let done: serde_json::Value = serde_json::from_str(&done).unwrap();
+        for part in ["hidden_sent", "hidden_received", "gradients_sent", "gradients_received"] {
+            let error = done["wire_error"][part].as_f64().unwrap();
+            assert_eq!(error > 0.0, dtype != WireDType::F32, "{name}: {done}");
+            assert!(error < 3e-2, "{name}: {done}");
+        }
+    }
+    server.drain().await;
+}
