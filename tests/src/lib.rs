@@ -5,6 +5,7 @@ pub mod child;
 pub mod proxy;
 pub mod raw;
 pub mod run;
+pub mod together;
 
 use offshoot_server::{LimitsConfig, RunningServer, Server, ServerConfig};
 use std::net::SocketAddr;
@@ -28,6 +29,8 @@ pub fn server_config(store: &Path) -> ServerConfig {
     config.model.split_point_2 = 3;
     config.model.n_threads = Some(1);
     config.store.dir = store.to_path_buf();
+    // Each job alone: which jobs meet in a batch depends on the time, and with it the last bits.
+    config.limits.max_tokens_per_batch = 1;
     config
 }
 
