@@ -5,7 +5,7 @@ use super::{Place, assert_same_adapters, run};
 use offshoot_adapters::{AdamW, LoraSpec};
 use offshoot_client::Client;
 use offshoot_model::weights::Checkpoint;
-use offshoot_model::{ModelConfig, SplitPoints};
+use offshoot_model::{ModelConfig, Part, PartSpec, SplitPoints, TapeSize, Work};
 use offshoot_tests::proxy::Proxy;
 use offshoot_tests::run::open_request;
 use offshoot_tests::{TestServer, fixture};
@@ -106,33 +106,41 @@ async fn cut_with_several_in_flight_goes_on() {
     server.drain().await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn so_many_are_in_flight_and_no_more() {
+/// Bottom and top of the tiny llama around layers 1 and 2.
+fn bottom_and_top() -> SplitModel {
     let checkpoint = Checkpoint::open(&fixture("llama")).unwrap();
     let config = ModelConfig::from_json(checkpoint.config()).unwrap();
-    let batches: Vec<Batch> = (0..5)
-        .map(|i| {
-            let ids: Vec<i64> = (0..7).map(|n| (n * 5 + i) % config.vocab_size).collect();
-            let mut batch = Batch::default();
-            batch.push(&Sample { learn: vec![true; ids.len()], ids });
-            batch
-        })
-        .collect();
+    let options = SplitOptions {
+        split: SplitPoints::new(1, 3, config.n_layers).unwrap(),
+        lora: LoraSpec { target_modules: config.default_targets(), ..LoraSpec::default() },
+        adamw: AdamW::default(),
+        seed: 1,
+        kind: Kind::Float,
+        device: Device::Cpu,
+    };
+    SplitModel::load(&checkpoint, &config, &options).unwrap()
+}
+
+/// Microbatches of one sequence.
+fn batches<const N: usize>(n_tokens: i64) -> [Batch; N] {
+    std::array::from_fn(|i| {
+        let ids: Vec<i64> = (0..n_tokens).map(|n| (n * 5 + i as i64) % 60).collect();
+        let mut batch = Batch::default();
+        batch.push(&Sample { learn: vec![true; ids.len()], ids });
+        batch
+    })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn so_many_are_in_flight_and_no_more() {
+    let batches = batches::<5>(7);
     for in_flight in 1..=3 {
         let server = TestServer::start_limited(|limits| {
             limits.max_open_microbatches = in_flight;
             limits.max_tokens_per_batch = 1;
         })
         .await;
-        let options = SplitOptions {
-            split: SplitPoints::new(1, 3, config.n_layers).unwrap(),
-            lora: LoraSpec { target_modules: config.default_targets(), ..LoraSpec::default() },
-            adamw: AdamW::default(),
-            seed: 1,
-            kind: Kind::Float,
-            device: Device::Cpu,
-        };
-        let mut model = SplitModel::load(&checkpoint, &config, &options).unwrap();
+        let mut model = bottom_and_top();
         let proxy = Proxy::start(server.address()).await.unwrap();
         let client = Client::connect_with(&proxy.endpoint(), super::quick()).await.unwrap();
         let session = client.open(open_request(&client).await.unwrap()).await.unwrap();
@@ -159,4 +167,42 @@ async fn so_many_are_in_flight_and_no_more() {
         assert_eq!(session.settle().await.unwrap(), 10);
         server.drain().await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_without_room_for_two_tapes_gets_one_at_a_time() {
+    const N_TOKENS: u64 = 200;
+    let batches = batches::<5>(N_TOKENS as i64);
+    let mut budget = None;
+    let mut runs = Vec::new();
+    for in_flight in [1, 4] {
+        let server = TestServer::start_limited(|limits| {
+            limits.memory_bytes = budget;
+            limits.max_tokens_per_batch = 1;
+        })
+        .await;
+        let client = Client::connect_with(&server.endpoint(), super::quick()).await.unwrap();
+        let session = client.open(open_request(&client).await.unwrap()).await.unwrap();
+        let mut model = bottom_and_top();
+        let step = Microbatches { batches: &batches, first_number: 0, scale: 1e-3, in_flight };
+        let done = model.accumulate(&session, step).await.unwrap();
+        assert_eq!(done.in_flight, 1, "the server had room for two");
+        let results = done.results.iter().map(|r| (r.loss_sum, r.trunk_norm_squared));
+        runs.push((results.collect::<Vec<_>>(), session.export_with_gradients().await.unwrap()));
+
+        // For the second server: room for the smallest tape, half of another, and the work.
+        let checkpoint = Checkpoint::open(&fixture("llama")).unwrap();
+        let config = ModelConfig::from_json(checkpoint.config()).unwrap();
+        let spec = PartSpec { layers: 1..3, embed: false, head: false };
+        let trunk = Part::load(&checkpoint, &config, spec, Kind::Float, Device::Cpu).unwrap();
+        let (forward, backward) = (Work::Forward, Work::Backward(TapeSize::Input));
+        let work = [forward, backward].map(|work| trunk.workspace_bytes(N_TOKENS, work));
+        let tape = trunk.tape_bytes(N_TOKENS, TapeSize::Input, None);
+        let weights = client.describe().await.unwrap().memory.weights_bytes;
+        let adapter = client.list_sessions().await.unwrap()[0].adapter_bytes;
+        budget = Some(weights + adapter + work[0].max(work[1]) + tape + tape / 2);
+        server.drain().await;
+    }
+    assert_eq!(runs[0].0, runs[1].0);
+    assert!(runs[0].1 == runs[1].1, "the gradients differ");
 }
