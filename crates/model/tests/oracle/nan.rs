@@ -2,19 +2,34 @@
 
 use crate::FAMILIES;
 use crate::batch::Batch;
-use crate::tenant::{Dice, Model, Tenant};
-use offshoot_adapters::LoraSpec;
+use crate::tenant::{Dice, Model, Tenant, distance};
+use offshoot_adapters::{AdapterSet, LoraSpec};
 use offshoot_model::{LoraMode, Tape, TapeSize};
+use std::rc::Rc;
 use tch::{Kind, Tensor};
 
-/// Where a tenant's bad value is.
+/// Where a tenant's bad values are, and which.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Place {
-    Rows,
-    Gradient,
-    A,
-    B,
+enum Poison {
+    Rows(f64),
+    Gradient(f64),
+    A(f64),
+    B(f64),
+    /// All of A and B: finite, and what they make of finite rows is not.
+    Large,
 }
+
+const POISONS: [Poison; 9] = [
+    Poison::Rows(f64::NAN),
+    Poison::Rows(f64::INFINITY),
+    Poison::Gradient(f64::NAN),
+    Poison::Gradient(f64::INFINITY),
+    Poison::A(f64::NAN),
+    Poison::A(f64::NEG_INFINITY),
+    Poison::B(f64::NAN),
+    Poison::B(f64::INFINITY),
+    Poison::Large,
+];
 
 const POISONED: usize = 1;
 
@@ -35,15 +50,29 @@ fn tenants(model: &Model, dice: &mut Dice) -> Vec<Tenant> {
     ]
 }
 
-/// The sick tenant's tensor that `place` means, a view.
-fn place_of(tenants: &[Tenant], place: Place) -> Tensor {
-    let tenant = &tenants[POISONED];
-    let set = tenant.set.as_ref().unwrap();
-    match place {
-        Place::Rows => tenant.x.shallow_clone(),
-        Place::Gradient => tenant.grad.shallow_clone(),
-        Place::A => set.matrices(2).0,
-        Place::B => set.matrices(2).1,
+impl Poison {
+    fn give(self, tenant: &mut Tenant) {
+        let one = |t: &Tensor, bad| t.flatten(0, -1).narrow(0, 3, 1).fill_(bad);
+        match self {
+            Poison::Rows(bad) => drop(one(&tenant.x, bad)),
+            Poison::Gradient(bad) => drop(one(&tenant.grad, bad)),
+            Poison::A(_) | Poison::B(_) | Poison::Large => {
+                let set = tenant.set.as_ref().unwrap();
+                let (a, b) = set.matrices(2);
+                match self {
+                    Poison::A(bad) => drop(one(&a, bad)),
+                    Poison::B(bad) => drop(one(&b, bad)),
+                    _ => (0..set.sites().len()).for_each(|site| {
+                        let (mut a, mut b) = set.matrices(site);
+                        let _ = (a.fill_(1e25), b.fill_(1e25));
+                    }),
+                }
+                // As a session comes to such values: through its set, which looks at them.
+                let (spec, sites) = (set.spec().clone(), set.sites().to_vec());
+                let set = AdapterSet::from_state(spec, sites, set.to_state(), set.device());
+                tenant.set = Some(Rc::new(set.unwrap()));
+            }
+        }
     }
 }
 
@@ -61,30 +90,14 @@ fn results(model: &Model, tenants: &[Tenant], keep: TapeSize) -> Vec<[Tensor; 3]
     all.map(|(y, share)| [y, share.input.unwrap(), share.lora]).collect()
 }
 
-/// Runs `check` on a healthy batch's results and on the same with one bad value, for every mode,
-/// place, bad value and tape size.
-fn with_poison(
-    model: &mut Model,
-    mode: LoraMode,
-    places: &[Place],
-    check: impl Fn(&str, &[[Tensor; 3]], &[[Tensor; 3]]),
-) {
-    model.part.set_lora_mode(mode);
-    let tenants = tenants(model, &mut Dice::new(21));
-    for keep in TapeSize::ALL {
-        let healthy = results(model, &tenants, keep);
-        for &place in places {
-            for bad in [f64::NAN, f64::INFINITY] {
-                let value = place_of(&tenants, place).flatten(0, -1).narrow(0, 3, 1);
-                let before = value.copy();
-                let _ = value.shallow_clone().fill_(bad);
-                let sick = results(model, &tenants, keep);
-                value.shallow_clone().copy_(&before);
-                let finite = |t: &Tensor| t.isfinite().all().int64_value(&[]) == 1;
-                let what = format!("{mode:?}, {bad} in {place:?}, {keep:?} tapes");
-                assert!(!sick[POISONED].iter().all(finite), "{what}: it was not bad");
-                check(&what, &healthy, &sick);
-            }
+/// Whether nobody but the poisoned one differs, by more than `bound`.
+fn assert_unchanged(what: &str, sick: &[[Tensor; 3]], healthy: &[[Tensor; 3]], bound: f64) {
+    let finite = |t: &Tensor| t.isfinite().all().int64_value(&[]) == 1;
+    assert!(!sick[POISONED].iter().all(finite), "{what}: it was not bad");
+    for i in (0..healthy.len()).filter(|i| *i != POISONED) {
+        for (found, expected) in sick[i].iter().zip(&healthy[i]).filter(|(_, e)| e.numel() > 0) {
+            let far = distance(found, expected);
+            assert!(far <= bound, "{what}: tenant {i} changed by {far:.1e}");
         }
     }
 }
@@ -93,35 +106,22 @@ fn with_poison(
 fn nan_stays_home() {
     for family in FAMILIES {
         let mut model = Model::load(family, 1..3, Kind::Float);
-        let unchanged = |what: &str, healthy: &[[Tensor; 3]], sick: &[[Tensor; 3]]| {
-            for i in (0..healthy.len()).filter(|i| *i != POISONED) {
-                for (found, expected) in sick[i].iter().zip(&healthy[i]) {
-                    assert!(found.equal(expected), "{family} {what}: tenant {i} changed");
+        for mode in [LoraMode::Loop, LoraMode::Stacked] {
+            model.part.set_lora_mode(mode);
+            for keep in TapeSize::ALL {
+                let healthy = results(&model, &tenants(&model, &mut Dice::new(21)), keep);
+                for poison in POISONS {
+                    let mut tenants = tenants(&model, &mut Dice::new(21));
+                    poison.give(&mut tenants[POISONED]);
+                    let what = format!("{family}, {mode:?}, {poison:?}, {keep:?} tapes");
+                    // A batch with an adapter that is not finite is not stacked, so that others get
+                    // the other way's rounding.
+                    let other_way =
+                        mode == LoraMode::Stacked && matches!(poison, Poison::A(_) | Poison::B(_));
+                    let bound = if other_way { 1e-5 } else { 0.0 };
+                    assert_unchanged(&what, &results(&model, &tenants, keep), &healthy, bound);
                 }
             }
-        };
-        let all = [Place::Rows, Place::Gradient, Place::A, Place::B];
-        with_poison(&mut model, LoraMode::Loop, &all, unchanged);
-        // Stacked, every row is multiplied with every adapter.
-        with_poison(&mut model, LoraMode::Stacked, &all[..2], unchanged);
-    }
-}
-
-/// The engine runs tenants alone again when a stacked batch shows a value that is not finite. That
-/// is enough only if nobody's numbers change without showing one.
-#[test]
-fn a_bad_adapter_in_a_stacked_batch_shows_wherever_it_reaches() {
-    for family in FAMILIES {
-        let mut model = Model::load(family, 1..3, Kind::Float);
-        let places = [Place::A, Place::B];
-        with_poison(&mut model, LoraMode::Stacked, &places, |what, healthy, sick| {
-            for i in (0..healthy.len()).filter(|i| *i != POISONED) {
-                for (found, expected) in sick[i].iter().zip(&healthy[i]) {
-                    let silent = found.isfinite().logical_and(&found.ne_tensor(expected));
-                    let n = silent.sum(Kind::Int64).int64_value(&[]);
-                    assert_eq!(n, 0, "{family} {what}: tenant {i} has other finite values");
-                }
-            }
-        });
+        }
     }
 }
