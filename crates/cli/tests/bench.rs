@@ -54,6 +54,8 @@ fn assert_consistent(json: &Value) {
                 assert!(p50 <= p99 && p50 >= 0.0, "{name}: {frames}");
                 assert!(p99 <= part("round_trip")[1], "{name}: {frames}");
             }
+            let batch = number(&frames["mean_batch_jobs"]);
+            assert!(batch == 0.0 || batch >= 1.0, "{frames}");
             // No frame is answered without being computed.
             assert!(number(&frames["count"]) == 0.0 || part("execute")[0] > 0.0, "{frames}");
         }
@@ -61,6 +63,12 @@ fn assert_consistent(json: &Value) {
     let (begin, peak) = (&json["memory"]["begin"], &json["memory"]["peak"]);
     for (kind, bytes) in begin.as_object().unwrap() {
         assert!(number(bytes) <= number(&peak[kind]), "{kind}: {json}");
+    }
+    // What is there at any time was counted by the server.
+    for kind in ["adapters", "tapes", "workspace"] {
+        let since_start = number(&peak[format!("{kind}_bytes_since_start")]);
+        assert!(since_start >= number(&peak[format!("{kind}_bytes")]), "{kind}: {peak}");
+        assert!(since_start > 0.0 || kind == "tapes", "{kind}: {peak}");
     }
     assert!(number(&peak["weights_bytes"]) > 0.0 && number(&peak["adapters_bytes"]) > 0.0);
 }
@@ -82,6 +90,7 @@ fn a_given_number_of_steps_is_counted_exactly() {
         assert_eq!(json["latency_seconds"]["all"][kind]["count"], 24, "{json}");
     }
     assert_eq!(json["setting"]["server_in_this_process"], true);
+    assert!(number(&json["memory"]["peak"]["tapes_bytes_since_start"]) > 0.0, "{json}");
     for expected in ["24 microbatches", "Jain's fairness index", "execute", "layers 1..3 of 4"] {
         assert!(text.contains(expected), "{expected}: {text}");
     }

@@ -35,6 +35,8 @@ impl MemoryWatch {
             while tokio::time::timeout(INTERVAL, &mut ended).await.is_err() {
                 seen.add(client.describe().await?.memory);
             }
+            // For the peaks that the server keeps itself.
+            seen.add(client.describe().await?.memory);
             Ok(seen)
         });
         Ok(MemoryWatch { end, task })
@@ -55,8 +57,14 @@ impl MemorySeen {
         peak.weights_bytes = peak.weights_bytes.max(now.weights_bytes);
         peak.adapter_bytes = peak.adapter_bytes.max(now.adapter_bytes);
         peak.tape_bytes = peak.tape_bytes.max(now.tape_bytes);
+        peak.workspace_bytes = peak.workspace_bytes.max(now.workspace_bytes);
+        peak.host_bytes = peak.host_bytes.max(now.host_bytes);
         peak.live_sessions = peak.live_sessions.max(now.live_sessions);
         peak.open_microbatches = peak.open_microbatches.max(now.open_microbatches);
+        peak.sessions_on_device = peak.sessions_on_device.max(now.sessions_on_device);
+        peak.sessions_on_host = peak.sessions_on_host.max(now.sessions_on_host);
+        // The server keeps it itself.
+        peak.peak = now.peak;
         self.n_readings += 1;
     }
 }

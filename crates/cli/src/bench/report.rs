@@ -121,7 +121,7 @@ impl Report<'_> {
     fn write_latencies(&self, out: &mut String) -> std::fmt::Result {
         let header: Vec<String> =
             PARTS.iter().map(|(name, _)| format!("{:>19}", name.replace('_', " "))).collect();
-        writeln!(out, "\n{:23}{}", "ms: p50 / p99", header.concat())?;
+        writeln!(out, "\n{:23}{}{:>12}", "ms: p50 / p99", header.concat(), "mean batch")?;
         for (group, sessions) in self.groups() {
             for (kind, frames) in kinds(sessions) {
                 if frames.is_empty() {
@@ -135,7 +135,8 @@ impl Report<'_> {
                         format!("{:.2} / {:.2}", milliseconds(p50), milliseconds(p99))
                     )
                 });
-                writeln!(out, "{label:23}{}", cells.concat())?;
+                let batch = mean_batch_jobs(&frames);
+                writeln!(out, "{label:23}{}{batch:>12.2}", cells.concat())?;
             }
         }
         Ok(())
@@ -143,14 +144,20 @@ impl Report<'_> {
 
     fn write_memory(&self, out: &mut String) -> std::fmt::Result {
         let MemorySeen { peak, begin, n_readings } = &self.memory;
-        writeln!(out, "\n{:23}{:>19}{:>19}", "server's bytes, MB", "at the beginning", "peak")?;
-        for ((name, begin), (_, peak)) in bytes(begin).into_iter().zip(bytes(peak)) {
-            writeln!(out, "{name:23}{:>19.1}{:>19.1}", begin as f64 / MB, peak as f64 / MB)?;
+        let columns = ["at the beginning", "highest reading", "peak since start"];
+        let [first, second, third] = columns.map(|name| format!("{name:>19}"));
+        writeln!(out, "\n{:23}{first}{second}{third}", "server's bytes, MB")?;
+        let cell = |bytes: u64| format!("{:>19.1}", bytes as f64 / MB);
+        for (begin, peak) in bytes(begin).into_iter().zip(bytes(peak)) {
+            let since_start = peak.since_start.map(cell).unwrap_or_default();
+            let (name, begin, peak) = (begin.name, cell(begin.now), cell(peak.now));
+            writeln!(out, "{name:23}{begin}{peak}{since_start}")?;
         }
-        let (live, open) = (peak.live_sessions, peak.open_microbatches);
+        let MemoryReport { live_sessions, sessions_on_device, open_microbatches, .. } = peak;
         writeln!(
             out,
-            "at most {live} live sessions and {open} open microbatches in {n_readings} readings"
+            "at most {live_sessions} live sessions, {sessions_on_device} of them on the device, and \
+             {open_microbatches} open microbatches in {n_readings} readings"
         )
     }
 
@@ -241,8 +248,14 @@ fn percentiles(frames: &[FrameReport], (_, part): Part) -> [Duration; 2] {
     [0.5, 0.99].map(|share| percentile(&values, share))
 }
 
+/// Frames of a batch: each stands for its share of one. Zero if there were none.
+fn mean_batch_jobs(frames: &[FrameReport]) -> f64 {
+    let n_batches: f64 = frames.iter().map(|frame| 1.0 / f64::from(frame.batch_jobs.max(1))).sum();
+    if frames.is_empty() { 0.0 } else { frames.len() as f64 / n_batches }
+}
+
 fn latency(frames: &[FrameReport]) -> Value {
-    let mut all = json!({ "count": frames.len() });
+    let mut all = json!({ "count": frames.len(), "mean_batch_jobs": mean_batch_jobs(frames) });
     for part in PARTS {
         let [p50, p99] = percentiles(frames, part).map(|time| time.as_secs_f64());
         all[part.0] = json!({ "p50": p50, "p99": p99 });
@@ -254,19 +267,38 @@ fn milliseconds(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
 }
 
-fn bytes(report: &MemoryReport) -> [(&'static str, u64); 4] {
+/// One kind of bytes.
+struct Bytes {
+    name: &'static str,
+    now: u64,
+    /// The most since the server's start, where it tells.
+    since_start: Option<u64>,
+}
+
+fn bytes(report: &MemoryReport) -> [Bytes; 6] {
+    let peak = report.peak.as_ref();
+    let bytes = |name, now, since_start| Bytes { name, now, since_start };
     [
-        ("resident", report.resident_bytes),
-        ("weights", report.weights_bytes),
-        ("adapters", report.adapter_bytes),
-        ("tapes", report.tape_bytes),
+        bytes("resident", report.resident_bytes, None),
+        bytes("weights", report.weights_bytes, None),
+        bytes("adapters", report.adapter_bytes, peak.map(|peak| peak.adapter_bytes)),
+        bytes("tapes", report.tape_bytes, peak.map(|peak| peak.tape_bytes)),
+        bytes("workspace", report.workspace_bytes, peak.map(|peak| peak.workspace_bytes)),
+        bytes("host", report.host_bytes, None),
     ]
 }
 
 fn memory(report: &MemoryReport) -> Value {
-    let kinds = bytes(report).map(|(name, bytes)| (format!("{name}_bytes"), json!(bytes)));
-    let mut all = Value::Object(kinds.into_iter().collect());
-    all["live_sessions"] = json!(report.live_sessions);
-    all["open_microbatches"] = json!(report.open_microbatches);
+    let mut all = json!({
+        "live_sessions": report.live_sessions,
+        "sessions_on_device": report.sessions_on_device,
+        "open_microbatches": report.open_microbatches,
+    });
+    for Bytes { name, now, since_start } in bytes(report) {
+        all[format!("{name}_bytes")] = json!(now);
+        if let Some(most) = since_start {
+            all[format!("{name}_bytes_since_start")] = json!(most);
+        }
+    }
     all
 }
