@@ -85,7 +85,9 @@ mod tests {
     /// Two segments with other ranks, one with dropout, against autograd on the formula.
     #[test]
     fn backward_equals_autograd_with_dropout_on() {
-        [LoraMode::Loop, LoraMode::Stacked].map(check_against_autograd);
+        for mode in [LoraMode::Loop, LoraMode::Stacked] {
+            check_against_autograd(mode);
+        }
     }
 
     fn check_against_autograd(mode: LoraMode) {
