@@ -59,3 +59,24 @@ fn explicit_math_equals_autograd_for_every_family_and_target() {
     }
     println!("largest difference: forward {:.1e}, backward {:.1e}", worst[0], worst[1]);
 }
+
+/// Longer than a block of the fused attention kernels, beside short ones.
+#[test]
+fn long_sequences_equal_autograd() {
+    let mut dice = Dice::new(2);
+    for family in ["gpt2", "llama", "qwen3"] {
+        let model = Model::load(family, 2..3, Kind::Float);
+        let tenant = Tenant::new(&model, &mut dice, Some(spec(&["all-linear"])), &[3, 700, 65, 65]);
+        let tenant = tenant.drops(5, 5);
+        let expected = tenant.expected(&model);
+        let batch = Batch::new(&[&tenant], model.part.kind());
+        let (rows, segments) = (&batch.rows, &batch.segments);
+        let (y, tape) = model.part.forward_train(&batch.x, rows, &segments[0]);
+        let back = model.part.backward(&[&tape], &batch.grad, rows, segments, true);
+        let share = batch.shares(back).remove(0);
+        let forward = distance(&y, &expected.output);
+        let backward = expected.distance_of_backward(tenant.set.as_deref(), &share);
+        println!("{family}: forward {forward:.1e}, backward {backward:.1e}");
+        assert!(forward < F32 && backward < F32, "{family}: {forward:.1e} {backward:.1e}");
+    }
+}
