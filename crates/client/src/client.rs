@@ -241,18 +241,26 @@ impl Client {
         let rpc = self.rpc(answer_bytes);
         let mut backoff = Backoff::new(retry);
         let mut cause = String::new();
+        let mut refused = None;
         while backoff.attempt().await {
             let status = match ask(rpc.clone(), request.clone()).await {
                 Ok(response) => return Ok(response.into_inner()),
                 Err(status) => status,
             };
-            let undone = status::is_unsent(&status) || status::is_pushed_back(&status);
+            let pushback = status::pushback(&status);
+            backoff.wait_at_least(pushback.unwrap_or_default());
+            let undone = status::is_unsent(&status) || pushback.is_some();
             let passing = status::is_transport(&status) || status.code() == Code::Unavailable;
             if !(undone || passing && repeat == Repeat::Harmless) {
                 return Err(ClientError::refused(name, &status));
             }
             cause = status::text(&status);
             tracing::debug!(call = name, cause, "no answer, will try again");
+            refused = (!status::is_transport(&status)).then_some(status);
+        }
+        // A server that says no to the end can be reached.
+        if let Some(status) = refused {
+            return Err(ClientError::refused(name, &status));
         }
         Err(ClientError::Unreachable {
             endpoint: self.shared.endpoint.clone(),

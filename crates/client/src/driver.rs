@@ -20,6 +20,8 @@ pub(crate) enum Command {
         request: Request,
         reply: oneshot::Sender<Result<Answer, ClientError>>,
     },
+    /// A microbatch is not wanted any more.
+    Look,
     /// Answered with the last number once no frame is without an answer.
     Settle {
         reply: oneshot::Sender<Result<u64, ClientError>>,
@@ -195,6 +197,7 @@ impl Driver {
     /// Serves one stream until it ends.
     async fn pump(&mut self, mut wire: Wire) -> End {
         loop {
+            self.discard_abandoned();
             while let Some(frame) = self.window.take_unsent() {
                 match wire.out.try_send(frame) {
                     Ok(()) => {}
@@ -237,8 +240,20 @@ impl Driver {
         }
     }
 
+    /// Discards microbatches that nobody wants any more.
+    fn discard_abandoned(&mut self) {
+        for microbatch in self.window.abandoned() {
+            // Nobody waits for the answer.
+            let reply = Reply { to: oneshot::channel().0, since: Instant::now() };
+            self.window.push(Request::Discard(v1::Discard { microbatch }), reply);
+        }
+    }
+
     fn take_command(&mut self, command: Command) {
+        // They may stand in the way of a step, and belong before a snapshot.
+        self.discard_abandoned();
         match command {
+            Command::Look => {}
             Command::Send { request, reply } => match self.unreported.take() {
                 Some(earlier) => {
                     let _ = reply.send(Err(aborted(request.call(), earlier)));
@@ -302,7 +317,10 @@ impl Driver {
         match self.window.refused(sequence, cause) {
             Outcome::Refused(entry) => {
                 let (call, code) = (entry.call(), error.code());
-                let refusal = ClientError::Refused { call, code, message: error.message };
+                let after = Duration::from_millis(error.retry_after_millis.into());
+                let retry_after = (!after.is_zero()).then_some(after);
+                let message = error.message;
+                let refusal = ClientError::Refused { call, code, message, retry_after };
                 self.refusal = Some(refusal.clone());
                 if entry.reply.to.send(Err(refusal)).is_err() {
                     self.unreported = self.refusal.clone();
@@ -358,6 +376,7 @@ impl Driver {
             let _ = match command {
                 Command::Send { reply, .. } => reply.send(Err(error.clone())).is_err(),
                 Command::Settle { reply } => reply.send(Err(error.clone())).is_err(),
+                Command::Look => false,
             };
         }
     }

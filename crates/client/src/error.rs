@@ -52,6 +52,9 @@ pub enum ClientError {
         code: v1::ErrorCode,
         /// The server's text.
         message: String,
+        /// When trying again may help, as after a server that is full. It was tried for as long as
+        /// [`Retry::max_elapsed`](crate::Retry) allows already.
+        retry_after: Option<Duration>,
     },
     /// This frame was not applied because one sent before it was refused. The session goes on; send
     /// it again if it still makes sense.
@@ -175,7 +178,8 @@ impl ClientError {
     /// From the status of a unary call that the server answered.
     pub(crate) fn refused(call: &'static str, status: &tonic::Status) -> Self {
         let code = crate::status::error_code(status.code());
-        ClientError::Refused { call, code, message: status.message().to_string() }
+        let retry_after = crate::status::pushback(status);
+        ClientError::Refused { call, code, message: status.message().to_string(), retry_after }
     }
 
     /// The server's reason, if it refused this or what this depended on.
@@ -186,6 +190,15 @@ impl ClientError {
             }
             ClientError::TakenOver { .. } => Some(v1::ErrorCode::TakenOver),
             ClientError::Aborted { earlier, .. } => earlier.code(),
+            _ => None,
+        }
+    }
+
+    /// When trying again may help, if the server refused this only for now.
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self {
+            ClientError::Refused { retry_after, .. } => *retry_after,
+            ClientError::Aborted { earlier, .. } => earlier.retry_after(),
             _ => None,
         }
     }

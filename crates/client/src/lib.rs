@@ -65,11 +65,14 @@
 //!   that were sent behind it and have no answer yet are not applied: their calls get
 //!   [`ClientError::Aborted`]. The next frame takes the refused one's number. A refused step that
 //!   nobody awaits is reported by the next call.
+//! - **A microbatch is given up:** dropped anywhere between its forward and the answer to its
+//!   backward, it is discarded on the server before the next frame.
 //! - **The server is full** and says when to try again: the frame waits here and is sent again under
 //!   the same number. Meanwhile backwards of open microbatches go ahead of waiting forwards, which
 //!   is what frees memory; the same while the server drains.
 //! - **Another client attaches to the session:** [`ClientError::TakenOver`].
 
+mod claim;
 mod client;
 mod driver;
 mod error;

@@ -70,11 +70,13 @@ pub(crate) struct Backoff {
     retry: Retry,
     started: tokio::time::Instant,
     attempts: u32,
+    /// The next delay is not shorter.
+    least: Duration,
 }
 
 impl Backoff {
     pub(crate) fn new(retry: Retry) -> Self {
-        Backoff { retry, started: tokio::time::Instant::now(), attempts: 0 }
+        Backoff { retry, started: tokio::time::Instant::now(), attempts: 0, least: Duration::ZERO }
     }
 
     pub(crate) fn elapsed(&self) -> Duration {
@@ -86,12 +88,19 @@ impl Backoff {
         self.attempts
     }
 
+    /// The server asked for this delay before the next attempt, at least.
+    pub(crate) fn wait_at_least(&mut self, delay: Duration) {
+        self.least = delay;
+    }
+
     /// Waits for the time of the next attempt: none before the first one. False if it is time to
     /// give up.
     pub(crate) async fn attempt(&mut self) -> bool {
         if let Some(failed) = self.attempts.checked_sub(1) {
-            match self.retry.delay(failed, self.elapsed(), rand::random()) {
-                Some(delay) => tokio::time::sleep(delay).await,
+            let elapsed = self.elapsed();
+            match self.retry.delay(failed, elapsed, rand::random()) {
+                Some(_) if elapsed + self.least > self.retry.max_elapsed => return false,
+                Some(delay) => tokio::time::sleep(delay.max(self.least)).await,
                 None => return false,
             }
         }

@@ -1,9 +1,10 @@
 use crate::ClientError;
+use crate::claim::{Claim, Wanted};
 use crate::client::Client;
 use crate::driver::{Answer, Command};
 use crate::loss::SentLoss;
 use crate::types::{ExportedAdapter, FrameReport, Limits, SessionId, SnapshotInfo, WireError};
-use crate::window::{Claim, Request};
+use crate::window::Request;
 use offshoot_proto::v1::server_frame::Body;
 use offshoot_proto::{HostTensor, WireDType, v1};
 use std::future::IntoFuture;
@@ -99,7 +100,7 @@ impl Session {
     /// Like [`forward`](Session::forward), but only sends: several microbatches can be on their way
     /// at once. Waits while `limits().max_frames_in_flight` frames are without an answer.
     pub async fn send_forward(&self, input: ForwardInput) -> Result<PendingForward, ClientError> {
-        let claim = Claim::default();
+        let claim = Wanted::by(&self.commands);
         let interest = Arc::downgrade(&claim);
         self.loss.add_hidden(&input.hidden);
         let forward = to_proto(input, v1::Mode::Train);
@@ -250,10 +251,11 @@ fn wrong_answer<T>(call: &'static str) -> Result<T, ClientError> {
 /// The server holds this microbatch's activations. Its one use is
 /// [`backward`](Microbatch::backward), which uses it up.
 ///
-/// Without its backward a microbatch stays open on the server, counts there, and stands in the way
-/// of the next step; for a forward without a backward use [`Session::evaluate`].
+/// Dropped without its backward it is discarded on the server too, as is a forward or a backward
+/// that is dropped before its answer or refused: no tape stays behind, and nothing stands in the way
+/// of the next step. For a forward that is to have no backward [`Session::evaluate`] is cheaper.
 #[derive(Debug)]
-#[must_use = "a microbatch without its backward stays open on the server"]
+#[must_use = "dropped without its backward, a microbatch is discarded on the server"]
 pub struct Microbatch {
     id: u64,
     claim: Claim,

@@ -2,6 +2,7 @@
 
 use offshoot_proto::v1::ErrorCode;
 use std::error::Error;
+use std::time::Duration;
 use tonic::{Code, Status};
 
 /// The connection broke or could not be made; the server did not say this itself.
@@ -22,9 +23,10 @@ pub(crate) fn is_unsent(status: &Status) -> bool {
     false
 }
 
-/// The server did nothing yet and asks to be called again later.
-pub(crate) fn is_pushed_back(status: &Status) -> bool {
-    status.metadata().contains_key("grpc-retry-pushback-ms")
+/// The server did nothing yet and asks to be called again after so long.
+pub(crate) fn pushback(status: &Status) -> Option<Duration> {
+    let millis = status.metadata().get("grpc-retry-pushback-ms")?.to_str().ok()?.parse().ok()?;
+    Some(Duration::from_millis(millis))
 }
 
 /// Trying again may help: the connection is broken, or the server is full, draining or starting.

@@ -6,22 +6,17 @@
 //! the last answer. A frame that the server refused changed nothing and its number is free, so the
 //! queue only moves up.
 
+use crate::claim::{Claim, Interest};
 use offshoot_proto::v1;
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Arc, Weak};
 use v1::client_frame::Body;
-
-/// Held by everyone who may still want a microbatch's tape: the pending forward, the `Microbatch`,
-/// the backward on its way.
-pub(crate) type Claim = Arc<()>;
-/// Tells whether there still is such a one.
-pub(crate) type Interest = Weak<()>;
 
 /// What a caller wants to send. The window makes the frame of it.
 pub(crate) enum Request {
     Forward { forward: v1::Forward, interest: Interest },
     Backward { backward: v1::Backward, claim: Claim },
     Step(v1::Step),
+    Discard(v1::Discard),
 }
 
 /// One frame without an answer, with its way home.
@@ -44,6 +39,7 @@ impl Request {
             Request::Forward { .. } => "Forward (evaluate)",
             Request::Backward { .. } => "Backward",
             Request::Step(_) => "Step",
+            Request::Discard(_) => "Discard",
         }
     }
 
@@ -52,7 +48,7 @@ impl Request {
         let tensor = match self {
             Request::Forward { forward, .. } => forward.hidden.as_ref(),
             Request::Backward { backward, .. } => backward.grad.as_ref(),
-            Request::Step(_) => None,
+            Request::Step(_) | Request::Discard(_) => None,
         };
         tensor.map_or(0, |t| t.data.len() + t.block_scales.len() + t.outlier_values.len())
     }
@@ -77,10 +73,11 @@ impl<R> Entry<R> {
         }
     }
 
-    /// The microbatch that this frame uses up.
+    /// The microbatch that this frame uses up or drops.
     fn closes(&self) -> Option<u64> {
         match &self.body {
             Body::Backward(b) => Some(b.microbatch),
+            Body::Discard(d) => Some(d.microbatch),
             _ => None,
         }
     }
@@ -107,8 +104,8 @@ enum Flow {
     Open,
     /// A frame was refused. Those behind it on the wire come back too, because of the gap.
     Returning { cause: Cause, returned: usize },
-    /// Everything came back. Only backwards of open microbatches go out, ahead of the forwards that
-    /// wait: they free what the server is short of, or are what its drain waits for.
+    /// Everything came back. Only what closes open microbatches goes out, ahead of the forwards that
+    /// wait: it frees what the server is short of, or is what its drain waits for.
     Held { cause: Cause, ahead: bool },
 }
 
@@ -205,8 +202,26 @@ impl<R> Window<R> {
                 (Body::Backward(backward), Interest::new(), Some(claim))
             }
             Request::Step(step) => (Body::Step(step), Interest::new(), None),
+            Request::Discard(discard) => (Body::Discard(discard), Interest::new(), None),
         };
         self.entries.push_back(Entry { call, body, interest, _claim: claim, retries: 0, reply });
+    }
+
+    /// Microbatches that nobody wants any more and that no frame closes yet: each needs a Discard.
+    pub(crate) fn abandoned(&self) -> Vec<u64> {
+        if self.is_returning() {
+            return Vec::new();
+        }
+        let mut unclosed: BTreeMap<u64, &Interest> =
+            self.open.iter().map(|(id, interest)| (*id, interest)).collect();
+        for entry in &self.entries {
+            unclosed.extend(entry.opens().map(|id| (id, &entry.interest)));
+        }
+        for id in self.entries.iter().filter_map(Entry::closes) {
+            unclosed.remove(&id);
+        }
+        let unwanted = unclosed.into_iter().filter(|(_, interest)| interest.strong_count() == 0);
+        unwanted.map(|(id, _)| id).collect()
     }
 
     /// The next frame for the wire, if one may go.
@@ -229,10 +244,15 @@ impl<R> Window<R> {
         })
     }
 
-    /// Place of the first unsent backward of an open microbatch with only forwards before it.
+    /// Place of the first unsent frame that closes an open microbatch, with only forwards before it
+    /// and what discards those.
     fn overtaking(&self) -> Option<usize> {
         let waiting = self.entries.iter().enumerate().skip(self.on_wire);
-        let mut passed = waiting.skip_while(|(_, e)| matches!(e.body, Body::Forward(_)));
+        let mut passed = waiting.skip_while(|(_, entry)| match &entry.body {
+            Body::Forward(_) => true,
+            Body::Discard(discard) => !self.open.contains_key(&discard.microbatch),
+            _ => false,
+        });
         let (place, entry) = passed.next()?;
         entry.closes().filter(|id| self.open.contains_key(id)).map(|_| place)
     }
@@ -259,7 +279,6 @@ impl<R> Window<R> {
         let Some(entry) = self.take_front() else { return Outcome::Unexpected { due } };
         self.answered = sequence;
         if let Some(id) = entry.opens() {
-            self.open.retain(|_, interest| interest.strong_count() > 0);
             self.open.insert(id, entry.interest.clone());
         }
         if let Some(id) = entry.closes() {
@@ -294,7 +313,13 @@ impl<R> Window<R> {
             return Outcome::Kept;
         }
         match self.take_front() {
-            Some(entry) if first => Outcome::Refused(entry),
+            Some(entry) if first => {
+                // A tape that cannot even be dropped is not tried again and again.
+                if let Body::Discard(discard) = &entry.body {
+                    self.open.remove(&discard.microbatch);
+                }
+                Outcome::Refused(entry)
+            }
             Some(entry) => Outcome::Aborted(entry),
             None => Outcome::Unexpected { due },
         }

@@ -1,4 +1,5 @@
 use super::*;
+use std::sync::Arc;
 
 fn limits() -> v1::Limits {
     v1::Limits { max_frames_in_flight: 4, max_open_microbatches: 2, ..Default::default() }
@@ -30,6 +31,7 @@ fn sent<R>(window: &mut Window<R>) -> Vec<String> {
                 Body::Forward(f) => format!("F{}", f.microbatch),
                 Body::Backward(b) => format!("B{}", b.microbatch),
                 Body::Step(_) => "S".to_string(),
+                Body::Discard(d) => format!("D{}", d.microbatch),
                 Body::Hello(_) => "H".to_string(),
             };
             format!("{}:{kind}", frame.sequence)
@@ -150,6 +152,71 @@ fn a_forward_without_room_goes_out_again_once_a_backward_has_made_some() {
     assert_eq!(sent(&mut w), ["2:B1"]);
     assert_eq!(answer(&mut w, 2), "b1");
     assert_eq!(sent(&mut w), ["3:F2"]);
+}
+
+/// As the task does before each command and each frame.
+fn discard_abandoned(window: &mut Window<&'static str>) {
+    for microbatch in window.abandoned() {
+        window.push(Request::Discard(v1::Discard { microbatch }), "d");
+    }
+}
+
+#[test]
+fn what_nobody_wants_is_discarded_before_the_next_frame() {
+    let (mut w, first, second) = (window(), Claim::default(), Claim::default());
+    w.push(forward(&first), "f1");
+    w.push(forward(&second), "f2");
+    sent(&mut w);
+    answer(&mut w, 1);
+    assert!(w.abandoned().is_empty());
+    // One whose forward is answered, and one whose forward is not.
+    drop((first, second));
+    discard_abandoned(&mut w);
+    discard_abandoned(&mut w);
+    w.push(step(), "s");
+    assert_eq!(sent(&mut w), ["3:D1", "4:D2", "5:S"]);
+    for sequence in 2..=5 {
+        answer(&mut w, sequence);
+    }
+    assert!(w.is_empty() && w.abandoned().is_empty());
+}
+
+#[test]
+fn a_backward_on_its_way_is_wanted_and_a_refused_one_is_not() {
+    let (mut w, claim) = (window(), Claim::default());
+    w.push(forward(&claim), "f1");
+    sent(&mut w);
+    answer(&mut w, 1);
+    w.push(backward(1, &claim), "b1");
+    drop(claim);
+    assert!(w.abandoned().is_empty());
+    sent(&mut w);
+    assert_eq!(refuse(&mut w, 2, Cause::Final), ["b1"]);
+    discard_abandoned(&mut w);
+    assert_eq!(sent(&mut w), ["2:D1"]);
+    // A server that does not do it is not asked for ever.
+    assert_eq!(refuse(&mut w, 2, Cause::Final), ["d"]);
+    assert!(w.abandoned().is_empty());
+}
+
+#[test]
+fn a_discard_overtakes_as_a_backward_does_but_not_its_own_forward() {
+    let (mut w, first, second) = (window(), Claim::default(), Claim::default());
+    w.push(forward(&first), "f1");
+    w.push(forward(&second), "f2");
+    sent(&mut w);
+    answer(&mut w, 1);
+    refuse(&mut w, 2, Cause::Drain);
+    drop(second);
+    discard_abandoned(&mut w);
+    assert!(sent(&mut w).is_empty() && !w.may_leave(), "the server waits for microbatch 1");
+    drop(first);
+    discard_abandoned(&mut w);
+    assert_eq!(sent(&mut w), ["2:D1"]);
+    answer(&mut w, 2);
+    assert!(w.may_leave());
+    w.release();
+    assert_eq!(sent(&mut w), ["3:F2", "4:D2"]);
 }
 
 #[test]

@@ -37,6 +37,7 @@ pub enum FrameWork {
     Forward { work: ForwardWork, reply: Reply<ForwardResult> },
     Backward { work: BackwardWork, reply: Reply<BackwardResult> },
     Step { work: StepWork, reply: Reply<StepResult> },
+    Discard { microbatch: u64, reply: Reply<DiscardResult> },
 }
 
 /// What a session's adapter is, all its life.
@@ -120,6 +121,10 @@ pub struct StepResult {
     pub step: u64,
 }
 
+/// The tape is gone, if there was one.
+#[derive(Debug)]
+pub struct DiscardResult;
+
 /// An adapter as PEFT names it.
 #[derive(Debug)]
 pub struct Exported {
@@ -136,6 +141,7 @@ impl Command {
             Command::Frame { work: FrameWork::Forward { .. }, .. } => Kind::Forward,
             Command::Frame { work: FrameWork::Backward { .. }, .. } => Kind::Backward,
             Command::Frame { work: FrameWork::Step { .. }, .. } => Kind::Control,
+            Command::Frame { work: FrameWork::Discard { .. }, .. } => Kind::Control,
             Command::Admit { .. } | Command::Release { .. } => Kind::Control,
             Command::ToState { .. } | Command::Export { .. } => Kind::Control,
         }

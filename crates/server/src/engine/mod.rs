@@ -20,8 +20,8 @@ mod wire;
 mod worker;
 
 pub use command::{
-    Admitted, BackwardResult, Command, Exported, ForwardResult, FrameWork, Job, Plan, Reply,
-    Settings, Start, StepResult, Times,
+    Admitted, BackwardResult, Command, DiscardResult, Exported, ForwardResult, FrameWork, Job,
+    Plan, Reply, Settings, Start, StepResult, Times,
 };
 pub use export::export_state;
 pub use start::{TrunkInfo, parse_device};

@@ -1,6 +1,8 @@
 //! What becomes of a job: its result, or what went wrong, told to whoever waits.
 
-use super::command::{Admitted, BackwardResult, Exported, ForwardResult, Reply, StepResult};
+use super::command::{
+    Admitted, BackwardResult, DiscardResult, Exported, ForwardResult, Reply, StepResult,
+};
 use crate::error::Error;
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -60,6 +62,7 @@ impl Outcome for Admitted {}
 impl Outcome for Exported {}
 impl Outcome for ForwardResult {}
 impl Outcome for StepResult {}
+impl Outcome for DiscardResult {}
 impl Outcome for offshoot_adapters::AdapterState {}
 impl Outcome for BackwardResult {
     fn is_done(&self) -> bool {

@@ -1,5 +1,5 @@
 use super::Stats;
-use super::command::{Command, FrameWork, Job};
+use super::command::{Command, DiscardResult, FrameWork, Job};
 use super::outcome::{answer, caught, send};
 use super::slot::Slot;
 use super::tapes::Tapes;
@@ -93,6 +93,16 @@ impl Worker {
                         let result = caught("Step", || Ok(slot.step(&work)))?;
                         slot.applied = sequence;
                         Ok(result)
+                    });
+                    send(reply, result);
+                }
+                FrameWork::Discard { microbatch, reply } => {
+                    let result = self.check_order(lane, sequence, 0).map(|()| {
+                        drop(self.tapes.close((lane, microbatch)));
+                        self.tapes.settle(&self.part);
+                        self.set_applied(lane, sequence);
+                        scheduler.let_go();
+                        DiscardResult
                     });
                     send(reply, result);
                 }

@@ -47,6 +47,7 @@ fn body_name(body: &Option<Body>) -> &'static str {
         Some(Body::Forward(_)) => "Forward",
         Some(Body::Backward(_)) => "Backward",
         Some(Body::Step(_)) => "Step",
+        Some(Body::Discard(_)) => "Discard",
         None => "an empty frame",
     }
 }
@@ -56,7 +57,7 @@ pub fn tensor_bytes(frame: &v1::ClientFrame) -> usize {
     let tensor = match &frame.body {
         Some(Body::Forward(forward)) => forward.hidden.as_ref(),
         Some(Body::Backward(backward)) => backward.grad.as_ref(),
-        Some(Body::Hello(_) | Body::Step(_)) | None => None,
+        Some(Body::Hello(_) | Body::Step(_) | Body::Discard(_)) | None => None,
     };
     tensor.map_or(0, |tensor| tensor.data.len())
 }
@@ -78,6 +79,7 @@ pub fn frame(frame: v1::ClientFrame, rules: &FrameRules) -> Result<Frame, Error>
             grad: rows("grad", backward.grad, rules)?,
         }),
         Some(Body::Step(step)) => Work::Step(self::step(step)?),
+        Some(Body::Discard(v1::Discard { microbatch })) => Work::Discard { microbatch },
         Some(Body::Hello(_)) | None => return Err(Error::Hello { found: "another".into() }),
     };
     let head = Head { sequence, acknowledged, digest, effect: work.effect() };
@@ -191,6 +193,7 @@ fn digest(body: &Body) -> Digest {
         Body::Step(step) => {
             numbers(&mut hasher, [3, step.learning_rate.to_bits(), step.clip_factor.to_bits()]);
         }
+        Body::Discard(discard) => numbers(&mut hasher, [4, discard.microbatch]),
     }
     *hasher.finalize().as_bytes()
 }

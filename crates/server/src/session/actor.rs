@@ -280,6 +280,11 @@ fn with_reply(work: Work) -> (FrameWork, PendingAnswer) {
             let answer = Box::pin(async { Answer::Step(wait(result).await) });
             (FrameWork::Step { work, reply }, answer)
         }
+        Work::Discard { microbatch } => {
+            let (reply, result) = oneshot::channel();
+            let answer = Box::pin(async { Answer::Discard(wait(result).await) });
+            (FrameWork::Discard { microbatch, reply }, answer)
+        }
     }
 }
 

@@ -57,6 +57,8 @@ pub enum Effect {
     Open(u64),
     /// A Backward uses it.
     Close(u64),
+    /// A Discard drops it, if it is there.
+    Discard(u64),
     Step,
     /// A Forward in evaluation mode.
     Nothing,
@@ -68,6 +70,10 @@ pub enum Work {
     Forward(ForwardWork),
     Backward(BackwardWork),
     Step(StepWork),
+    /// The tape will have no Backward.
+    Discard {
+        microbatch: u64,
+    },
 }
 
 /// A checked Forward.
@@ -118,6 +124,7 @@ impl Work {
             Work::Forward(forward) => Effect::Open(forward.microbatch),
             Work::Backward(backward) => Effect::Close(backward.microbatch),
             Work::Step(_) => Effect::Step,
+            Work::Discard { microbatch } => Effect::Discard(*microbatch),
         }
     }
 }

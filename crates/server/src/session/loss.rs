@@ -17,7 +17,7 @@ impl WireLoss {
                 self.gradients += grad.rounding();
             }
             Answer::Forward(_) | Answer::Backward { .. } => {}
-            Answer::Step(_) | Answer::Refused(_) => {}
+            Answer::Step(_) | Answer::Discard(_) | Answer::Refused(_) => {}
         }
     }
 

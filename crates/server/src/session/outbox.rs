@@ -1,7 +1,7 @@
 //! A session's answers in the order of its frames, whenever each becomes ready.
 
 use super::state::{Settled, Ticket};
-use crate::engine::{BackwardResult, ForwardResult, StepResult};
+use crate::engine::{BackwardResult, DiscardResult, ForwardResult, StepResult};
 use crate::error::Error;
 use offshoot_adapters::AdapterState;
 use offshoot_proto::v1::{self, ServerFrame, server_frame::Body};
@@ -25,6 +25,7 @@ pub enum Answer {
         result: Result<BackwardResult, Error>,
     },
     Step(Result<StepResult, Error>),
+    Discard(Result<DiscardResult, Error>),
     /// It did not come as far as the engine.
     Refused(Error),
 }
@@ -60,9 +61,13 @@ impl Answer {
             Answer::Step(Ok(StepResult { step })) => {
                 applied(Body::Step(v1::StepDone { step }), 0, Some(step))
             }
+            Answer::Discard(Ok(DiscardResult)) => {
+                applied(Body::Discard(v1::DiscardDone {}), 0, None)
+            }
             Answer::Forward(Err(error))
             | Answer::Backward { result: Err(error), .. }
             | Answer::Step(Err(error))
+            | Answer::Discard(Err(error))
             | Answer::Refused(error) => refused(error, None),
         }
     }

@@ -256,7 +256,9 @@ impl SessionState {
         for frame in self.live() {
             match frame.head.effect {
                 Effect::Open(microbatch) => open.push(microbatch),
-                Effect::Close(microbatch) => open.retain(|&m| m != microbatch),
+                Effect::Close(microbatch) | Effect::Discard(microbatch) => {
+                    open.retain(|&m| m != microbatch);
+                }
                 Effect::Step | Effect::Nothing => {}
             }
         }
@@ -266,7 +268,7 @@ impl SessionState {
     fn check_effect(&self, effect: Effect) -> Result<(), Error> {
         let open = self.expected_open();
         match effect {
-            Effect::Nothing => Ok(()),
+            Effect::Nothing | Effect::Discard(_) => Ok(()),
             Effect::Open(_) if self.draining => Err(Error::Draining { retry_after: DRAIN_RETRY }),
             Effect::Open(microbatch) if open.contains(&microbatch) => {
                 Err(Error::OpenTape { microbatch })
@@ -291,7 +293,7 @@ impl SessionState {
             Effect::Open(microbatch) => {
                 self.open.insert(microbatch, tape_bytes);
             }
-            Effect::Close(microbatch) => {
+            Effect::Close(microbatch) | Effect::Discard(microbatch) => {
                 self.open.remove(&microbatch);
             }
             Effect::Step | Effect::Nothing => {}
