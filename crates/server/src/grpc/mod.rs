@@ -193,6 +193,7 @@ fn memory(engine: &EngineClient, residency: &Residency) -> v1::MemoryReport {
         host_budget_bytes: host.budget.unwrap_or(0),
         sessions_on_device: residency.count(Tier::Device) as u32,
         sessions_on_host: residency.count(Tier::Host) as u32,
+        waiting_for_room: residency.n_waiting() as u32,
     }
 }
 

@@ -150,6 +150,11 @@ impl Residency {
         self.n_live.load(Ordering::Relaxed)
     }
 
+    /// Sessions that wait for room on the device.
+    pub fn n_waiting(&self) -> usize {
+        self.n_waiting.load(Ordering::Relaxed)
+    }
+
     /// How many sessions are in this memory.
     pub fn count(&self, tier: Tier) -> usize {
         self.list.count(tier)
