@@ -16,7 +16,6 @@ async fn every_wire_dtype_trains() {
         let mut options = place.options(&server, name);
         options.wire_dtype = dtype;
         options.max_steps = Some(20);
-        options.learning_rate = 2e-2;
         let losses = run(options).await.losses;
         if straight.is_empty() {
             straight = losses.clone();
@@ -24,15 +23,15 @@ async fn every_wire_dtype_trains() {
         let far = losses.iter().zip(&straight).map(|(loss, exact)| (loss / exact - 1.0).abs());
         let far = far.fold(0.0, f64::max);
         println!("{name}: {far:e} from f32; {losses:?}");
-        // Below what training itself does: the loss falls by a quarter and more.
+        // Far below what training itself does: the loss falls by two fifths.
         let most = match dtype {
             WireDType::F32 => 0.0,
-            WireDType::F16 => 1e-3,
-            WireDType::Bf16 => 5e-3,
-            WireDType::Int8 => 2e-2,
+            WireDType::F16 => 5e-4,
+            WireDType::Bf16 => 2e-3,
+            WireDType::Int8 => 3e-3,
         };
         assert!(far <= most, "{name}: {far:e}");
-        assert!(losses[19] < 0.9 * losses[0], "{name}: {losses:?}");
+        assert!(losses[19] < 0.7 * losses[0], "{name}: {losses:?}");
 
         let metrics = place.dir.path().join(name).join("metrics.jsonl");
         let done = fs::read_to_string(metrics).unwrap().lines().last().unwrap().to_string();

@@ -105,3 +105,32 @@ fn the_first_frame_is_hello() {
     let error = hello(frame(0, Some(Body::Hello(forged)))).unwrap_err();
     assert_eq!(error.label(), "unknown_session");
 }
+
+#[test]
+fn any_change_of_a_scale_or_an_outlier_changes_the_digest() {
+    // An outlier channel.
+    let values: Vec<f32> = (0..4 * 70).map(|i| if i % 70 == 9 { 90.0 } else { 1.0 }).collect();
+    let digest = |tensor: v1::Tensor, wire_dtype| {
+        let rules = FrameRules { hidden_size: 70, wire_dtype, max_tokens: 4 };
+        let backward = v1::Backward { microbatch: 1, grad: Some(tensor) };
+        let body = Some(Body::Backward(backward));
+        let frame = frame(v1::ClientFrame { sequence: 1, acknowledged: 0, body }, &rules);
+        frame.unwrap().head.digest
+    };
+    let f16 = HostTensor::from_f32(&values, vec![4, 70], WireDType::F16).into_proto();
+    let other = v1::Tensor { scale_exponent: Some(3), ..f16.clone() };
+    assert_ne!(digest(f16, WireDType::F16), digest(other, WireDType::F16));
+
+    let int8 = HostTensor::from_f32(&values, vec![4, 70], WireDType::Int8).into_proto();
+    let twice = |bytes: &bytes::Bytes| bytes.iter().map(|byte| byte / 2).collect::<Vec<u8>>();
+    let others = [
+        v1::Tensor { block_scales: twice(&int8.block_scales).into(), ..int8.clone() },
+        v1::Tensor { outlier_channels: vec![10], ..int8.clone() },
+        v1::Tensor { outlier_values: twice(&int8.outlier_values).into(), ..int8.clone() },
+        v1::Tensor { outlier_values: vec![].into(), outlier_channels: vec![], ..int8.clone() },
+    ];
+    let first = digest(int8, WireDType::Int8);
+    for other in others {
+        assert_ne!(digest(other, WireDType::Int8), first);
+    }
+}

@@ -99,7 +99,7 @@ fn wire_dtype(record: &Record) -> Result<WireDType, Error> {
     known.ok_or_else(|| Error::Setting {
         field: "wire_dtype of the stored session",
         found: record.wire_dtype.clone(),
-        expected: "f32 or bf16".into(),
+        expected: WireDType::ALL.map(WireDType::name).join(", "),
     })
 }
 
