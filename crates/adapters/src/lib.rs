@@ -28,7 +28,7 @@ mod set;
 mod spec;
 
 pub use optimizer::AdamW;
-pub use set::{AdapterSet, AdapterState};
+pub use set::{AdapterSet, AdapterState, LoraPair};
 pub use spec::{LoraSpec, Site};
 
 /// What can be wrong with an adapter that comes from outside.

@@ -20,6 +20,20 @@ pub struct AdapterSet {
     second_moments: Tensor,
     n_steps: u64,
     is_finite: bool,
+    /// Of `parameters`, made once: making them for each product would cost more than small products.
+    pairs: Vec<LoraPair>,
+}
+
+/// LoRA's two matrices at one site, and their transposes, all views of the same memory.
+pub struct LoraPair {
+    /// `[r, d_in]`.
+    pub a: Tensor,
+    /// `[d_in, r]`.
+    pub a_t: Tensor,
+    /// `[d_out, r]`.
+    pub b: Tensor,
+    /// `[r, d_out]`.
+    pub b_t: Tensor,
 }
 
 impl AdapterSet {
@@ -83,8 +97,9 @@ impl AdapterSet {
             sites,
             offsets,
             is_finite: true,
+            pairs: Vec::new(),
         };
-        set.check_finite();
+        set.changed();
         Ok(set)
     }
 
@@ -136,6 +151,11 @@ impl AdapterSet {
         self.views(&self.parameters, site)
     }
 
+    /// A and B of a site with their transposes.
+    pub fn pair(&self, site: usize) -> &LoraPair {
+        &self.pairs[site]
+    }
+
     /// The places of A `[r, d_in]` and B `[d_out, r]` of a site in a flat `[P]` buffer, as views.
     pub fn views(&self, flat: &Tensor, site: usize) -> (Tensor, Tensor) {
         let (r, offset) = (self.spec.r as i64, self.offsets[site]);
@@ -183,6 +203,16 @@ impl AdapterSet {
     /// meet another's rows, not even multiplied by zero.
     pub fn is_finite(&self) -> bool {
         self.is_finite
+    }
+
+    /// The parameters are in other memory.
+    fn changed(&mut self) {
+        let pair = |site| {
+            let (a, b) = self.matrices(site);
+            LoraPair { a_t: a.tr(), b_t: b.tr(), a, b }
+        };
+        self.pairs = (0..self.sites.len()).map(pair).collect();
+        self.check_finite();
     }
 
     fn check_finite(&mut self) {
@@ -233,7 +263,7 @@ impl AdapterSet {
             }
         }
         self.parameters = loaded;
-        self.check_finite();
+        self.changed();
         Ok(())
     }
 }

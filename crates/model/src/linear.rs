@@ -43,7 +43,7 @@ impl Linear {
     }
 
     fn layer<'a>(&'a self, segments: &'a [Segment<'a>], pass: &'a LoraPass) -> LoraLayer<'a> {
-        LoraLayer { path: &self.path, d_in: self.d_in(), d_out: self.d_out(), segments, pass }
+        LoraLayer { path: &self.path, d_in: self.d_in(), segments, pass }
     }
 
     /// `[N, in] -> [N, out]`.

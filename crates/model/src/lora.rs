@@ -6,15 +6,17 @@
 //! every adapter of the batch.
 
 use crate::Segment;
-use offshoot_adapters::AdapterSet;
+use offshoot_adapters::{AdapterSet, LoraPair};
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::ops::Deref;
 use tch::{Device, Kind, Tensor};
 
 /// How LoRA of several segments is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum LoraMode {
-    /// Whichever is expected to be quicker for the shapes at hand.
+    /// Segment by segment on the CPU, where that was quicker at every shape measured
+    /// (docs/decisions/0004-batches.md); stacked on devices where each product is a launch.
     #[default]
     Auto,
     /// All A and B stacked, unless an adapter of the batch holds values that are not finite.
@@ -41,7 +43,6 @@ pub(crate) struct LoraPass {
 pub(crate) struct LoraLayer<'a> {
     pub path: &'a str,
     pub d_in: i64,
-    pub d_out: i64,
     pub segments: &'a [Segment<'a>],
     pub pass: &'a LoraPass,
 }
@@ -51,48 +52,63 @@ struct Pair<'a> {
     /// Index among the segments.
     index: usize,
     segment: &'a Segment<'a>,
+    adapter: &'a AdapterSet,
     /// Index of the site in the adapter set.
     site: usize,
-    /// `[r, in]`.
-    a: Tensor,
-    /// `[out, r]`.
-    b: Tensor,
+    matrices: Matrices<'a>,
     scaling: f64,
 }
 
-impl Pair<'_> {
-    fn rank(&self) -> i64 {
-        self.a.size()[0]
+/// A and B in the dtype of the rows.
+enum Matrices<'a> {
+    Own(&'a LoraPair),
+    Rounded(Box<LoraPair>),
+}
+
+impl Deref for Matrices<'_> {
+    type Target = LoraPair;
+
+    fn deref(&self) -> &LoraPair {
+        match self {
+            Matrices::Own(pair) => pair,
+            Matrices::Rounded(pair) => pair,
+        }
     }
 }
 
-/// Costs on the CPU, measured (benches/runs/*-lora-modes): what one segment costs beside its
-/// arithmetic, in seconds, and multiplications per second of the stacked products.
-const LOOP_SECONDS: f64 = 9e-6;
-const STACKED_PER_SECOND: f64 = 50e9;
+impl<'a> Pair<'a> {
+    fn new(index: usize, segment: &'a Segment<'a>, path: &str, kind: Kind) -> Option<Pair<'a>> {
+        let adapter = segment.adapter?;
+        let site = adapter.site_index(path)?;
+        let own = adapter.pair(site);
+        let matrices = if own.a.kind() == kind {
+            Matrices::Own(own)
+        } else {
+            let (a, b) = (own.a.to_kind(kind), own.b.to_kind(kind));
+            Matrices::Rounded(Box::new(LoraPair { a_t: a.tr(), b_t: b.tr(), a, b }))
+        };
+        let scaling = adapter.spec().scaling();
+        Some(Pair { index, segment, adapter, site, matrices, scaling })
+    }
+
+    fn rank(&self) -> i64 {
+        self.adapter.spec().r as i64
+    }
+}
 
 impl LoraPass {
     pub fn new(mode: LoraMode) -> Self {
         LoraPass { mode, others: RefCell::default() }
     }
 
-    fn is_stacked(&self, layer: &LoraLayer, pairs: &[Pair], n_rows: i64) -> bool {
-        // Zero times infinity would reach the rows of others.
-        let finite = |pair: &Pair| pair.segment.adapter.is_none_or(AdapterSet::is_finite);
-        if pairs.len() < 2 || !pairs.iter().all(finite) {
-            return false;
-        }
-        match self.mode {
+    fn is_stacked(&self, pairs: &[Pair], device: Device) -> bool {
+        let wanted = match self.mode {
             LoraMode::Stacked => true,
             LoraMode::Loop => false,
-            LoraMode::Auto => {
-                let rank: i64 = pairs.iter().map(Pair::rank).sum();
-                // All but each segment's own share is extra.
-                let others = 1.0 - 1.0 / pairs.len() as f64;
-                let extra = (n_rows * rank * (layer.d_in + layer.d_out)) as f64 * others;
-                extra / STACKED_PER_SECOND < LOOP_SECONDS * (pairs.len() - 1) as f64
-            }
-        }
+            LoraMode::Auto => device != Device::Cpu,
+        };
+        // Zero times infinity would reach the rows of others.
+        wanted && pairs.len() > 1 && pairs.iter().all(|pair| pair.adapter.is_finite())
     }
 
     /// Bool `[N, R]`: true where a column is not of the row's own segment.
@@ -118,24 +134,8 @@ impl LoraPass {
 
 impl LoraLayer<'_> {
     fn pairs(&self, kind: Kind) -> Vec<Pair<'_>> {
-        let pair = |(index, segment): (usize, &'_ Segment<'_>)| {
-            let adapter = segment.adapter?;
-            let site = adapter.site_index(self.path)?;
-            let (a, b) = adapter.matrices(site);
-            let (a, b) = (a.to_kind(kind), b.to_kind(kind));
-            Some((index, site, a, b, adapter.spec().scaling()))
-        };
-        let pairs = self.segments.iter().enumerate().filter_map(|(i, s)| Some((pair((i, s))?, s)));
-        pairs
-            .map(|((index, site, a, b, scaling), segment)| Pair {
-                index,
-                segment,
-                site,
-                a,
-                b,
-                scaling,
-            })
-            .collect()
+        let segments = self.segments.iter().enumerate();
+        segments.filter_map(|(i, segment)| Pair::new(i, segment, self.path, kind)).collect()
     }
 
     /// The mask `[n, in]` of a segment's rows, if it drops anything.
@@ -149,14 +149,14 @@ impl LoraLayer<'_> {
     pub fn forward(&self, x: &Tensor, y: &mut Tensor) -> LoraTape {
         let mut tape: LoraTape = self.segments.iter().map(|_| None).collect();
         let pairs = self.pairs(x.kind());
-        if self.pass.is_stacked(self, &pairs, x.size()[0]) {
+        if self.pass.is_stacked(&pairs, x.device()) {
             self.forward_stacked(x, y, &pairs, &mut tape);
             return tape;
         }
         for pair in &pairs {
             let x = self.dropped(pair.segment, pair.segment.of(x));
-            let h = x.mm(&pair.a.tr()).g_mul_scalar_(pair.scaling); // [n, r]
-            let _ = pair.segment.of(y).addmm_(&h, &pair.b.tr());
+            let h = x.mm(&pair.matrices.a_t).g_mul_scalar_(pair.scaling); // [n, r]
+            let _ = pair.segment.of(y).addmm_(&h, &pair.matrices.b_t);
             tape[pair.index] = Some(h);
         }
         tape
@@ -190,22 +190,21 @@ impl LoraLayer<'_> {
         let pairs = self.pairs(x.kind());
         let stacked_grad_h = self
             .pass
-            .is_stacked(self, &pairs, x.size()[0])
+            .is_stacked(&pairs, x.device())
             .then(|| self.backward_stacked(grad, &pairs, &mut grad_x));
         let mut column = 0;
         for pair in &pairs {
-            let (Some(adapter), Some(h)) = (pair.segment.adapter, &tape[pair.index]) else {
+            let (Some(h), Some(flat)) = (&tape[pair.index], &gradients[pair.index]) else {
                 continue;
             };
-            let Some(flat) = &gradients[pair.index] else { continue };
             let (x, grad) = (pair.segment.of(x), pair.segment.of(grad));
             let mask = self.mask(pair.segment, &x);
             let grad_h = match &stacked_grad_h {
                 Some(all) => pair.segment.of(all).narrow(1, column, pair.rank()),
-                None => grad.mm(&pair.b).g_mul_scalar_(pair.scaling), // [n, r]
+                None => grad.mm(&pair.matrices.b).g_mul_scalar_(pair.scaling), // [n, r]
             };
             column += pair.rank();
-            let (grad_a, grad_b) = adapter.views(flat, pair.site);
+            let (grad_a, grad_b) = pair.adapter.views(flat, pair.site);
             product_into(&grad_b, &grad.tr(), h); // h has the scaling
             match &mask {
                 None => product_into(&grad_a, &grad_h.tr(), &x),
@@ -214,8 +213,8 @@ impl LoraLayer<'_> {
             if let (Some(grad_x), None) = (&mut grad_x, &stacked_grad_h) {
                 let mut rows = pair.segment.of(grad_x);
                 let _ = match &mask {
-                    None => rows.addmm_(&grad_h, &pair.a),
-                    Some(mask) => rows.g_add_(&grad_h.mm(&pair.a).g_mul_(mask)),
+                    None => rows.addmm_(&grad_h, &pair.matrices.a),
+                    Some(mask) => rows.g_add_(&grad_h.mm(&pair.matrices.a).g_mul_(mask)),
                 };
             }
         }
@@ -286,8 +285,8 @@ impl LoraLayer<'_> {
 
 /// A `[R, in]` and B `[out, R]` of all pairs.
 fn stacked(pairs: &[Pair]) -> (Tensor, Tensor) {
-    let a: Vec<&Tensor> = pairs.iter().map(|pair| &pair.a).collect();
-    let b: Vec<&Tensor> = pairs.iter().map(|pair| &pair.b).collect();
+    let a: Vec<&Tensor> = pairs.iter().map(|pair| &pair.matrices.a).collect();
+    let b: Vec<&Tensor> = pairs.iter().map(|pair| &pair.matrices.b).collect();
     (Tensor::cat(&a, 0), Tensor::cat(&b, 1))
 }
 
