@@ -1,4 +1,5 @@
 use crate::legacy::LegacyServe;
+use bytesize::ByteSize;
 use clap::{Args, ValueEnum};
 use figment::Figment;
 use figment::providers::{Env, Format, Serialized, Toml};
@@ -42,7 +43,9 @@ A file for --config:
   [listen]
   port = 50051
   [limits]
-  max_rank = 64";
+  max_rank = 64
+  memory_bytes = \"8GiB\"
+All settings with their defaults are in docs/server.toml of the repository.";
 
 #[derive(Args)]
 #[command(next_help_heading = "Model")]
@@ -101,6 +104,15 @@ struct SessionArgs {
     /// A session without a client for so long is saved and leaves the device.
     #[arg(long, value_name = "SECONDS")]
     lease_seconds: Option<f64>,
+    /// A session without a frame for so long leaves the device for the disk until its next one
+    /// [default: 60].
+    #[arg(long, value_name = "SECONDS")]
+    idle_seconds: Option<f64>,
+    /// Most memory of the device for weights, adapters, tapes and workspace, such as 8GiB. Sessions
+    /// that do not fit wait on disk for their turn [default: on the CPU 0.8 of what is available,
+    /// elsewhere no limit].
+    #[arg(long, value_name = "SIZE", value_parser = bytes)]
+    memory_limit: Option<u64>,
     /// Longest time from a signal to the end.
     #[arg(long, value_name = "SECONDS")]
     drain_timeout_seconds: Option<f64>,
@@ -113,6 +125,12 @@ struct SessionArgs {
     /// Highest LoRA rank that a client may ask for.
     #[arg(long, value_name = "R")]
     max_rank: Option<usize>,
+}
+
+/// A size as people write it.
+fn bytes(text: &str) -> Result<u64, String> {
+    let expected = "expected a number of bytes, or one with a unit such as 8GiB or 500MB";
+    text.parse().map(|size: ByteSize| size.as_u64()).map_err(|_| expected.to_string())
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -155,6 +173,8 @@ impl ServeArgs {
             ("store", "dir", json!(listen.store_dir)),
             ("store", "snapshots_kept", json!(listen.snapshots_kept)),
             ("session", "lease_seconds", json!(session.lease_seconds)),
+            ("session", "idle_seconds", json!(session.idle_seconds)),
+            ("limits", "memory_bytes", json!(session.memory_limit)),
             ("drain", "timeout_seconds", json!(session.drain_timeout_seconds)),
             ("limits", "max_tokens_per_microbatch", json!(session.max_tokens_per_microbatch)),
             ("limits", "max_open_microbatches", json!(session.max_open_microbatches)),
@@ -238,6 +258,48 @@ mod tests {
             assert!(error.contains("limit"), "{error}");
             Ok(())
         });
+    }
+
+    #[test]
+    fn memory_is_said_as_people_do() {
+        Jail::expect_with(|jail| {
+            jail.create_file("s.toml", "[limits]\nhost_memory_bytes = \"2 GB\"\n")?;
+            let limits = parse("--config s.toml --memory-limit 1.5GiB").config().unwrap().limits;
+            assert_eq!(limits.memory_bytes, Some(3 << 29));
+            assert_eq!(limits.host_memory_bytes, Some(2_000_000_000));
+            jail.set_env("OFFSHOOT_LIMITS__MEMORY_BYTES", "8GiB");
+            assert_eq!(parse("").config().unwrap().limits.memory_bytes, Some(8 << 30));
+            jail.set_env("OFFSHOOT_LIMITS__MEMORY_BYTES", "4096");
+            assert_eq!(parse("").config().unwrap().limits.memory_bytes, Some(4096));
+            jail.set_env("OFFSHOOT_LIMITS__MEMORY_BYTES", "much");
+            let error = parse("").config().unwrap_err().to_string();
+            assert!(error.to_lowercase().contains("memory_bytes"), "{error}");
+            Ok(())
+        });
+        let line = ["offshoot", "serve", "--memory-limit", "much"];
+        let error = Cli::try_parse_from(line).err().unwrap().to_string();
+        assert!(error.contains("--memory-limit") && error.contains("8GiB"), "{error}");
+    }
+
+    #[test]
+    fn the_reference_file_holds_every_setting_with_its_default() {
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/server.toml");
+        let told: ServerConfig = Figment::from(Toml::file_exact(file)).extract().unwrap();
+        assert_eq!(told, ServerConfig::default());
+        let text = std::fs::read_to_string(file).unwrap();
+        // What has no default stands there as a comment.
+        let keys: Vec<String> = text
+            .lines()
+            .filter_map(|line| line.trim_start_matches("# ").split_once(" = "))
+            .map(|(key, _)| key.to_string())
+            .collect();
+        let defaults = json!(ServerConfig::default());
+        for (part, settings) in defaults.as_object().unwrap() {
+            assert!(text.contains(&format!("[{part}]")), "[{part}] is missing");
+            for key in settings.as_object().unwrap().keys() {
+                assert!(keys.contains(key), "{part}.{key} is missing");
+            }
+        }
     }
 
     #[test]

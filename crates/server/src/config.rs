@@ -130,6 +130,9 @@ pub struct LimitsConfig {
     pub host_memory_bytes: Option<u64>,
     /// How long a session waits for room on the device before it is refused.
     pub admission_wait_seconds: f64,
+    /// Sessions that clients have open or may come back to within their leases, wherever their
+    /// adapters are.
+    pub max_live_sessions: usize,
 }
 
 impl LimitsConfig {
@@ -171,6 +174,7 @@ impl Default for LimitsConfig {
             memory_bytes: None,
             host_memory_bytes: None,
             admission_wait_seconds: 30.0,
+            max_live_sessions: 10_000,
         }
     }
 }
@@ -340,6 +344,7 @@ impl ServerConfig {
             ("limits.max_rank", limits.max_rank),
             ("limits.max_queued_jobs", limits.max_queued_jobs),
             ("limits.max_tokens_per_batch", limits.max_tokens_per_batch),
+            ("limits.max_live_sessions", limits.max_live_sessions),
             ("session.n_actor_threads", self.session.n_actor_threads),
             ("store.snapshots_kept", self.store.snapshots_kept),
         ] {

@@ -163,6 +163,10 @@ pub enum Error {
     OpenMicrobatches { limit: usize },
     #[error("{limit} jobs are waiting for the device, the limit; try again later")]
     QueueFull { limit: usize },
+    #[error(
+        "{limit} sessions are live already, the limit; close one that is done, or try again later"
+    )]
+    LiveSessions { limit: usize },
     #[error("no room on the device: {shortage}, the limit; {}", try_again(*.retry_after))]
     NoRoom { shortage: Shortage, retry_after: Option<Duration> },
 
@@ -242,7 +246,7 @@ impl Error {
             Acknowledged { .. } | Point { .. } => Class::Sequence,
             NoTape { .. } | OpenTape { .. } | StepWithOpen { .. } => Class::Microbatch,
             InFlight { .. } | OpenMicrobatches { .. } | QueueFull { .. } => Class::Exhausted,
-            NoRoom { .. } | OutOfMemory { .. } => Class::Exhausted,
+            NoRoom { .. } | LiveSessions { .. } | OutOfMemory { .. } => Class::Exhausted,
             UnknownSession(_) | UnknownSnapshot { .. } | Ended => Class::NotFound,
             TakenOver => Class::TakenOver,
             Draining { .. } => Class::Draining,
@@ -295,6 +299,7 @@ impl Error {
             OpenMicrobatches { .. } => "open_microbatches",
             QueueFull { .. } => "queue_full",
             NoRoom { .. } => "no_room",
+            LiveSessions { .. } => "live_sessions",
             UnknownSession(_) => "unknown_session",
             UnknownSnapshot { .. } => "unknown_snapshot",
             TakenOver => "taken_over",
@@ -313,6 +318,7 @@ impl Error {
         match self {
             Error::Draining { retry_after } => Some(*retry_after),
             Error::NoRoom { retry_after, .. } => *retry_after,
+            Error::LiveSessions { .. } => Some(Duration::from_secs(5)),
             Error::InFlight { .. } | Error::QueueFull { .. } | Error::Busy => {
                 Some(Duration::from_millis(100))
             }

@@ -82,6 +82,7 @@ impl Server {
             pool,
             limits: limits_of(&limits, session.lease()),
             lease: session.lease(),
+            max_live_sessions: limits.max_live_sessions,
         });
         let local_addr = listener
             .local_addr()

@@ -41,6 +41,7 @@ pub struct Registry {
     limits: v1::Limits,
     lease: Duration,
     idle: mpsc::Sender<SessionId>,
+    max_live_sessions: usize,
     draining: AtomicBool,
 }
 
@@ -53,6 +54,7 @@ pub struct Parts {
     pub pool: ActorPool,
     pub limits: v1::Limits,
     pub lease: Duration,
+    pub max_live_sessions: usize,
 }
 
 /// A new session, checked.
@@ -109,6 +111,7 @@ impl Registry {
             limits: parts.limits,
             lease: parts.lease,
             idle,
+            max_live_sessions: parts.max_live_sessions,
             draining: AtomicBool::new(false),
         });
         tokio::spawn(parking::park_expired(Arc::downgrade(&registry), expired));
@@ -127,7 +130,7 @@ impl Registry {
 
     /// Starts a session and makes it durable as it begins.
     pub async fn open(&self, opening: Opening) -> Result<(SessionId, Admitted), Error> {
-        self.refuse_while_draining()?;
+        self.refuse_one_more()?;
         let Opening { name, settings, start } = opening;
         let id = SessionId::new();
         let mut held = self.slots.lock(id).await;
@@ -197,6 +200,9 @@ impl Registry {
     pub async fn restore(&self, id: SessionId, snapshot: &str) -> Result<Restored, Error> {
         self.refuse_while_draining()?;
         let mut held = self.slots.lock(id).await;
+        if held.live().is_none() {
+            self.refuse_one_more()?;
+        }
         let record = self.record(id).await?;
         let wanted = if snapshot.is_empty() { record.head.as_str() } else { snapshot };
         let Some(snapshot) = record.snapshot(wanted).cloned() else {
@@ -296,7 +302,7 @@ impl Registry {
         if let Some(live) = held.live() {
             return Ok(live.clone());
         }
-        self.refuse_while_draining()?;
+        self.refuse_one_more()?;
         let head = record.head().ok_or_else(|| Error::UnknownSession(id.to_string()))?;
         fits(id, record, head, self.engine.trunk())?;
         let profile = profile(id, snapshot::settings(record)?);
@@ -341,6 +347,12 @@ impl Registry {
     async fn head(&self, id: SessionId) -> Result<SnapshotRecord, Error> {
         let record = self.record(id).await?;
         record.head().cloned().ok_or_else(|| Error::UnknownSession(id.to_string()))
+    }
+
+    fn refuse_one_more(&self) -> Result<(), Error> {
+        self.refuse_while_draining()?;
+        let limit = self.max_live_sessions;
+        if self.residency.n_live() < limit { Ok(()) } else { Err(Error::LiveSessions { limit }) }
     }
 
     fn refuse_while_draining(&self) -> Result<(), Error> {
