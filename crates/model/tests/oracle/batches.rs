@@ -258,3 +258,47 @@ fn a_session_may_share_a_batch_with_itself() {
         }
     }
 }
+
+/// An adapter whose targets are all in layers that are elsewhere, as a session with LoRA in the
+/// client's layers only has it.
+#[test]
+fn an_adapter_without_sites_is_the_base_model() {
+    let mut dice = Dice::new(9);
+    let mut model = Model::load("llama", 1..3, Kind::Float);
+    for mode in [LoraMode::Stacked, LoraMode::Loop] {
+        model.part.set_lora_mode(mode);
+        let mut tenants = three_tenants(&model, &mut dice);
+        let elsewhere = LoraSpec {
+            lora_dropout: 0.1,
+            target_modules: vec!["model.layers.3.mlp.up_proj".into()],
+            ..LoraSpec::default()
+        };
+        tenants.insert(1, Tenant::new(&model, &mut dice, Some(elsewhere), &[4, 2]).drops(1, 1));
+        assert_eq!(tenants[1].set.as_ref().unwrap().n_parameters(), 0);
+        let found = gradients(&model, &tenants, TapeSize::Full, &[]);
+        for (tenant, share) in tenants.iter().zip(&found) {
+            let expected = tenant.expected(&model);
+            let far = expected.distance_of_backward(tenant.set.as_deref(), share);
+            assert!(far < F32, "{mode:?}: {far:.1e}");
+        }
+    }
+}
+
+/// A client that keeps only the embeddings has a part without layers.
+#[test]
+fn a_part_without_layers_passes_everything_through() {
+    let mut dice = Dice::new(10);
+    let model = Model::load("llama", 1..1, Kind::Float);
+    let tenant = Tenant::new(&model, &mut dice, None, &[3, 2]);
+    let batch = Batch::new(&[&tenant], model.part.kind());
+    let (rows, segments) = (&batch.rows, &batch.segments);
+    for keep in TapeSize::ALL {
+        let (y, tapes) = model.part.forward(&batch.x, rows, segments, &[Some(keep)]);
+        assert!(y.equal(&tenant.x));
+        let mut tape = tapes.into_iter().flatten().next().unwrap();
+        assert_eq!((tape.n_tokens(), tape.bytes()), (5, 0));
+        tape.shrink(TapeSize::Input);
+        let back = model.part.backward(&[&tape], &batch.grad, rows, segments, true);
+        assert!(back.input.unwrap().equal(&tenant.grad));
+    }
+}
