@@ -3,6 +3,8 @@
 
 #[path = "protocol_breaks.rs"]
 mod breaks;
+#[path = "protocol_discards.rs"]
+mod discards;
 #[path = "protocol_refusals.rs"]
 mod refusals;
 #[path = "protocol_sessions.rs"]

@@ -10,7 +10,7 @@ use offshoot_tests::{TestServer, server_config};
 use std::time::Duration;
 
 /// Comes back quickly and does not give up before the test does.
-fn quick() -> ClientOptions {
+pub(super) fn quick() -> ClientOptions {
     let retry = Retry {
         first_delay: Duration::from_millis(2),
         max_delay: Duration::from_millis(50),
@@ -31,7 +31,7 @@ async fn undisturbed(n_steps: u64) -> (Vec<Numbers>, ExportedAdapter) {
     (numbers, adapter)
 }
 
-async fn through(proxy: &Proxy) -> (Client, usize, Session) {
+pub(super) async fn through(proxy: &Proxy) -> (Client, usize, Session) {
     let client = Client::connect_with(&proxy.endpoint(), quick()).await.unwrap();
     let h = client.describe().await.unwrap().hidden_size;
     let session = client.open(open_request(&client).await.unwrap()).await.unwrap();

@@ -124,6 +124,26 @@ fn microbatches_have_an_order() {
 }
 
 #[test]
+fn a_discard_closes_what_is_open_and_minds_nothing_else() {
+    let mut state = state();
+    go(&mut state, &head(1, Effect::Discard(9)));
+    go(&mut state, &head(2, Effect::Open(9)));
+    let open = run(&mut state, &head(3, Effect::Open(8)));
+    // Also of a forward that is in flight; what it held may be opened again behind it.
+    let discard = run(&mut state, &head(4, Effect::Discard(8)));
+    let again = run(&mut state, &head(5, Effect::Open(7)));
+    applied(&mut state, open, 3);
+    applied(&mut state, discard, 4);
+    applied(&mut state, again, 5);
+    assert_eq!(state.open().keys().copied().collect::<Vec<_>>(), [7, 9]);
+    state.drain();
+    for (sequence, microbatch) in [(6, 7), (7, 9)] {
+        go(&mut state, &head(sequence, Effect::Discard(microbatch)));
+    }
+    assert!(state.is_quiet());
+}
+
+#[test]
 fn a_client_may_not_run_further_ahead_than_its_limit() {
     let mut state = state();
     for sequence in 1..=3 {
