@@ -346,3 +346,6 @@ enum Lowered {
     Host { adapters: Arc<AdapterState>, reserved: Reservation, profile: Arc<Profile> },
     Disk,
 }
+
+#[cfg(test)]
+mod tests;
