@@ -2,8 +2,8 @@
 //! bits; who finds no room waits or is told why; what is damaged on disk harms only its own.
 
 use offshoot_client::{
-    Client, ClientError, ClientOptions, ErrorCode, ExportedAdapter, MemoryReport,
-    Residency, Retry, Session, SessionInfo, SessionState,
+    Client, ClientError, ClientOptions, ErrorCode, ExportedAdapter, MemoryReport, Residency, Retry,
+    Session, SessionInfo, SessionState,
 };
 use offshoot_server::ServerConfig;
 use offshoot_tests::run::{assert_same_adapter, input, open_request, train};
@@ -22,6 +22,7 @@ async fn crowded(store: &Path, n_adapters: u64, change: impl FnOnce(&mut ServerC
     let (weights, adapter) = sizes().await;
     let mut config = server_config(store);
     config.limits.memory_bytes = Some(weights + n_adapters * adapter + adapter / 2);
+    config.limits.max_tokens_per_microbatch = 32;
     config.session.turn_seconds = 0.0;
     change(&mut config);
     let server = TestServer::start_with(config).await;

@@ -57,9 +57,6 @@ pub struct EngineClient {
 /// Bytes and counts, kept by the engine thread, read by anyone.
 #[derive(Debug, Default)]
 pub struct Stats {
-    /// Adapters, gradients and moments of all sessions.
-    pub adapter_bytes: AtomicU64,
-    pub tape_bytes: AtomicU64,
     pub n_sessions: AtomicU64,
     pub n_tapes: AtomicU64,
 }

@@ -4,7 +4,9 @@ use crate::host_memory;
 use crate::ledger::{BytesKind, Ledger, Reservation};
 use offshoot_adapters::{LoraSpec, Site};
 use offshoot_model::weights::Checkpoint;
-use offshoot_model::{LoraMode, ModelConfig, ModelError, Part, PartSpec, SplitPoints};
+use offshoot_model::{
+    LoraMode, ModelConfig, ModelError, Part, PartSpec, SplitPoints, TapeSize, Work,
+};
 use std::ops::Range;
 use tch::{Cuda, Device, Kind};
 
@@ -123,6 +125,11 @@ pub(super) fn load(config: &TrunkConfig, limits: &LimitsConfig) -> Result<Loaded
         sites,
     };
     let ledger = Ledger::new(budget);
+    // Whatever sessions are on the device, the largest microbatch can have its turn.
+    let n_tokens = limits.max_tokens_per_microbatch as u64;
+    let smallest = TapeSize::Input;
+    let work = part.workspace_bytes(n_tokens, Work::Backward(smallest));
+    ledger.set_work_room(work + part.tape_bytes(n_tokens, smallest, None));
     let too_large = |short: crate::ledger::Shortage| Error::TrunkTooLarge {
         weights: short.need,
         budget: short.budget,

@@ -6,7 +6,9 @@ use crate::config::{LimitsConfig, TrunkConfig};
 use crate::engine::Engine;
 use crate::pool::{ActorPool, PoolThreads};
 use crate::registry::{AttachedStream, Opening, Parts, Registry, StreamEnd};
-use crate::session::{BackwardWork, Digest, ForwardWork, Frame, Frames, Head, Mode, StepWork, Work};
+use crate::session::{
+    BackwardWork, Digest, ForwardWork, Frame, Frames, Head, Mode, StepWork, Work,
+};
 use offshoot_proto::v1::{self, ServerFrame, server_frame::Body};
 use offshoot_proto::{HostTensor, WireDType};
 
@@ -45,7 +47,11 @@ impl Fixture {
             n_threads: Some(1),
             ..TrunkConfig::default()
         };
-        let mut limits = LimitsConfig { max_tokens_per_batch: 1, ..LimitsConfig::default() };
+        let mut limits = LimitsConfig {
+            max_tokens_per_batch: 1,
+            max_tokens_per_microbatch: 32,
+            ..LimitsConfig::default()
+        };
         let probe = Engine::start(model.clone(), &limits).await.unwrap();
         let (weights, adapter) = {
             let client = probe.client();
@@ -75,7 +81,7 @@ impl Fixture {
             residency,
             pool,
             limits: v1::Limits {
-                max_tokens_per_microbatch: 64,
+                max_tokens_per_microbatch: 32,
                 max_frames_in_flight: 4,
                 max_open_microbatches: 4,
                 max_rank: 64,
