@@ -57,7 +57,12 @@ pub async fn train(options: TrainOptions, cancel: CancelToken) -> Result<Summary
                 }
                 run.go_back(&error).await?;
             }
-            Err(error) => return Err(error),
+            Err(error) => {
+                // What was in flight was dropped, and is discarded with this: the session may be
+                // resumed from a checkpoint, and until then its tapes serve nobody.
+                let _ = run.session.settle().await;
+                return Err(error);
+            }
         }
     }
     run.end().await
