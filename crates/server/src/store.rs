@@ -16,6 +16,7 @@ use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use tokio::sync::oneshot;
 
@@ -48,9 +49,12 @@ pub struct Store {
     sessions: sled::Tree,
     /// Of those that a client asked for.
     snapshots_kept: usize,
-    /// How many snapshots name each blob. Held while blobs and records change, so that no blob is
-    /// collected between its writing and its record.
+    /// How many snapshots name each blob, those included that are just being written. Held while
+    /// records change and files are deleted, not while files are written: that takes long, and goes
+    /// on for several sessions at once.
     references: Mutex<HashMap<BlobName, usize>>,
+    /// Names files that are not whole yet.
+    n_written: AtomicU64,
     /// The last field, so that it is dropped after the records are closed.
     closes: Mutex<Option<oneshot::Sender<()>>>,
 }
@@ -68,8 +72,8 @@ impl Store {
         check_version(&db, dir)?;
         let sessions = db.open_tree("sessions").map_err(records_error(dir))?;
         let (references, closes) = (Mutex::default(), Mutex::default());
-        let dir = dir.to_path_buf();
-        let store = Store { dir, db, sessions, snapshots_kept, references, closes };
+        let (dir, n_written) = (dir.to_path_buf(), AtomicU64::new(0));
+        let store = Store { dir, db, sessions, snapshots_kept, references, n_written, closes };
         store.collect()?;
         Ok(store)
     }
@@ -89,7 +93,7 @@ impl Store {
         record: Record,
         snapshot: NewSnapshot,
     ) -> Result<SnapshotRecord, Error> {
-        self.append(&mut self.references(), session, record, snapshot)
+        self.append(session, Some(record), snapshot)
     }
 
     /// Adds a snapshot, from which the session will go on, and drops those that are too many.
@@ -98,9 +102,8 @@ impl Store {
         session: SessionId,
         snapshot: NewSnapshot,
     ) -> Result<SnapshotRecord, Error> {
-        let mut references = self.references();
-        let record = self.known(session)?;
-        self.append(&mut references, session, record, snapshot)
+        self.known(session)?;
+        self.append(session, None, snapshot)
     }
 
     /// The client asked for a snapshot at the point where the session goes on: the head is it.
@@ -156,37 +159,54 @@ impl Store {
         self.release(&mut references, record.blobs())
     }
 
+    /// Writes the blobs, then the record: the one that there is, unless the session is new.
     fn append(
+        &self,
+        session: SessionId,
+        fresh: Option<Record>,
+        new: NewSnapshot,
+    ) -> Result<SnapshotRecord, Error> {
+        let snapshot = SnapshotRecord {
+            id: String::new(),
+            step: new.step,
+            sequence: new.sequence,
+            origin: new.origin,
+            state: BlobName::of(&new.state),
+            answers: new.answers.as_deref().map(BlobName::of),
+            bytes: (new.state.len() + new.answers.as_ref().map_or(0, Vec::len)) as u64,
+        };
+        // Named before they are there, so that nobody deletes them meanwhile.
+        let named: Vec<BlobName> = snapshot.blobs().cloned().collect();
+        self.name_blobs(&mut self.references(), &named);
+        let written = self.write_blobs(&named, [Some(&new.state), new.answers.as_ref()]);
+        let mut references = self.references();
+        let record = || fresh.map_or_else(|| self.known(session), Ok);
+        let recorded = written
+            .and_then(|()| record())
+            .and_then(|record| self.record_snapshot(&mut references, session, record, snapshot));
+        let released = self.release(&mut references, named.iter());
+        recorded.and_then(|snapshot| released.map(|()| snapshot))
+    }
+
+    fn record_snapshot(
         &self,
         references: &mut HashMap<BlobName, usize>,
         session: SessionId,
         mut record: Record,
-        new: NewSnapshot,
+        mut snapshot: SnapshotRecord,
     ) -> Result<SnapshotRecord, Error> {
-        let snapshot = SnapshotRecord {
-            id: format!("{}-step{}", record.n_snapshots + 1, new.step),
-            step: new.step,
-            sequence: new.sequence,
-            origin: new.origin,
-            state: self.write_blob(&new.state)?,
-            answers: new.answers.as_deref().map(|bytes| self.write_blob(bytes)).transpose()?,
-            bytes: (new.state.len() + new.answers.map_or(0, |a| a.len())) as u64,
-        };
         // Asked twice for the same point, as after a lost answer: it is there already.
         if let Some(head) = record.head().filter(|head| is_same(head, &snapshot)).cloned() {
-            let mut unnamed = snapshot.blobs().filter(|blob| !references.contains_key(blob));
-            unnamed.try_for_each(|blob| self.delete_blob(blob))?;
-            return match new.origin {
+            return match snapshot.origin {
                 Origin::Client => self.claim(references, session, record),
                 Origin::Server => Ok(head),
             };
         }
+        snapshot.id = format!("{}-step{}", record.n_snapshots + 1, snapshot.step);
         record.push(snapshot.clone());
         let dropped = record.drop_surplus(self.snapshots_kept);
         self.put(session, &record)?;
-        for blob in snapshot.blobs() {
-            *references.entry(blob.clone()).or_default() += 1;
-        }
+        self.name_blobs(references, snapshot.blobs());
         self.release(references, dropped.iter().flat_map(SnapshotRecord::blobs))?;
         Ok(snapshot)
     }
@@ -231,35 +251,60 @@ impl Store {
         self.dir.join("blobs").join(&name.0)
     }
 
-    /// Durable when it returns. Written under another name first: a file under a hash is whole.
-    fn write_blob(&self, bytes: &[u8]) -> Result<BlobName, Error> {
-        let name = BlobName(blake3::hash(bytes).to_hex().to_string());
-        let path = self.blob_path(&name);
-        if fs::metadata(&path).is_ok_and(|there| there.len() == bytes.len() as u64) {
-            return Ok(name);
+    fn name_blobs<'a>(
+        &self,
+        references: &mut HashMap<BlobName, usize>,
+        blobs: impl IntoIterator<Item = &'a BlobName>,
+    ) {
+        for blob in blobs {
+            *references.entry(blob.clone()).or_default() += 1;
         }
-        let half = path.with_extension("half");
+    }
+
+    /// Durable when it returns.
+    fn write_blobs(
+        &self,
+        names: &[BlobName],
+        contents: [Option<&Vec<u8>>; 2],
+    ) -> Result<(), Error> {
+        for (name, bytes) in names.iter().zip(contents.into_iter().flatten()) {
+            self.write_blob(name, bytes)?;
+        }
+        // Also for files that were there: whoever wrote them may not have come so far.
+        let dir = self.dir.join("blobs");
+        File::open(&dir).and_then(|dir| dir.sync_all()).map_err(file_error(&dir))
+    }
+
+    /// Written under another name first: a file under a hash is whole.
+    fn write_blob(&self, name: &BlobName, bytes: &[u8]) -> Result<(), Error> {
+        let path = self.blob_path(name);
+        if fs::metadata(&path).is_ok_and(|there| there.len() == bytes.len() as u64) {
+            return Ok(());
+        }
+        let half = path.with_extension(self.n_written.fetch_add(1, Ordering::Relaxed).to_string());
         let write = || {
             let mut file = File::create(&half)?;
             file.write_all(bytes)?;
             file.sync_all()?;
-            fs::rename(&half, &path)?;
-            File::open(self.dir.join("blobs"))?.sync_all()
+            fs::rename(&half, &path)
         };
-        write().map_err(file_error(&path))?;
-        Ok(name)
+        write().map_err(file_error(&path))
     }
 
     fn read_blob(&self, name: &BlobName) -> Result<Vec<u8>, Error> {
         let path = self.blob_path(name);
         let bytes = fs::read(&path).map_err(file_error(&path))?;
-        let found = blake3::hash(&bytes).to_hex().to_string();
-        if found != name.0 { Err(Error::StoreDamaged { path, found }) } else { Ok(bytes) }
+        let found = BlobName::of(&bytes);
+        if found != *name { Err(Error::StoreDamaged { path, found: found.0 }) } else { Ok(bytes) }
     }
 
     fn delete_blob(&self, name: &BlobName) -> Result<(), Error> {
         let path = self.blob_path(name);
-        fs::remove_file(&path).map_err(file_error(&path))
+        match fs::remove_file(&path) {
+            // It could not be written.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            other => other.map_err(file_error(&path)),
+        }
     }
 
     /// Deletes files that lost their last name.
@@ -284,9 +329,7 @@ impl Store {
         let mut references = self.references();
         references.clear();
         for (_, record) in self.records()? {
-            for blob in record.blobs() {
-                *references.entry(blob.clone()).or_default() += 1;
-            }
+            self.name_blobs(&mut references, record.blobs());
         }
         let dir = self.dir.join("blobs");
         for entry in fs::read_dir(&dir).map_err(file_error(&dir))? {

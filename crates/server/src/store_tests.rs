@@ -89,6 +89,30 @@ fn the_last_few_snapshots_are_kept_and_the_files_of_others_go() {
 }
 
 #[test]
+fn sessions_are_written_at_once_and_no_file_is_lost_or_left() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path(), 2).unwrap();
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                let session = SessionId::new();
+                store.create(session, record(), snapshot(0)).unwrap();
+                for step in 1..12 {
+                    // All have the same content at the same step: they name each other's files.
+                    let taken = store.add_snapshot(session, snapshot(step)).unwrap();
+                    assert_eq!(store.read(&taken).unwrap().state, vec![step as u8; 1000]);
+                }
+                if kept(&store, session) != [10, 11] {
+                    panic!("{:?}", kept(&store, session));
+                }
+            });
+        }
+    });
+    assert_eq!(files(&store), named(&store));
+    assert_eq!(files(&store).len(), 4);
+}
+
+#[test]
 fn what_the_server_takes_by_itself_pushes_out_nothing_that_was_asked_for() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path(), 2).unwrap();
@@ -162,7 +186,8 @@ fn what_a_killed_process_left_half_done_is_collected() {
     let store = Store::open(dir.path(), 3).unwrap();
     let first = store.create(session, record(), snapshot(0)).unwrap();
     // As far as `add_snapshot` comes before its record is flushed.
-    let orphan = store.write_blob(&[9; 500]).unwrap();
+    let orphan = BlobName::of(&[9; 500]);
+    store.write_blob(&orphan, &[9; 500]).unwrap();
     fs::write(store.dir.join("blobs").join("abc.half"), [1; 3]).unwrap();
     assert_eq!(store.record(session).unwrap().unwrap().head().unwrap(), &first);
     drop(store);

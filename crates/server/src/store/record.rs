@@ -54,6 +54,13 @@ pub enum Origin {
 #[serde(transparent)]
 pub struct BlobName(pub(super) String);
 
+impl BlobName {
+    /// The name that only this content has.
+    pub(super) fn of(content: &[u8]) -> BlobName {
+        BlobName(blake3::hash(content).to_hex().to_string())
+    }
+}
+
 impl Record {
     /// A snapshot of this session.
     pub fn snapshot(&self, id: &str) -> Option<&SnapshotRecord> {
