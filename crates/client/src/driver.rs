@@ -17,7 +17,7 @@ use tokio::time::Instant;
 /// What a session can ask of its task.
 pub(crate) enum Command {
     Send {
-        request: Request,
+        request: Box<Request>,
         reply: oneshot::Sender<Result<Answer, ClientError>>,
     },
     /// A microbatch is not wanted any more.
@@ -258,7 +258,7 @@ impl Driver {
                 Some(earlier) => {
                     let _ = reply.send(Err(aborted(request.call(), earlier)));
                 }
-                None => self.window.push(request, Reply { to: reply, since: Instant::now() }),
+                None => self.window.push(*request, Reply { to: reply, since: Instant::now() }),
             },
             Command::Settle { reply } => self.settling = Some(reply),
         }

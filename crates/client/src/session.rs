@@ -217,7 +217,7 @@ impl Sender {
             return Err(ClientError::TooLarge { call, found, limit, max_tokens: self.max_tokens });
         }
         let (reply, receiver) = oneshot::channel();
-        let command = Command::Send { request, reply };
+        let command = Command::Send { request: Box::new(request), reply };
         self.commands.send(command).await.map_err(|_| ClientError::Closed)?;
         Ok(Waiting { call, receiver })
     }
