@@ -7,12 +7,13 @@ use crate::types::{
 };
 use crate::{ClientError, status};
 use offshoot_proto::WireDType;
+use offshoot_proto::outgoing::ClientTransport;
 use offshoot_proto::v1::{self, trunk_service_client::TrunkServiceClient};
 use std::sync::Arc;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 
-pub(crate) type Rpc = TrunkServiceClient<Channel>;
+pub(crate) type Rpc = TrunkServiceClient<ClientTransport<Channel>>;
 
 /// Room for what is no tensor in a message.
 const MARGIN_BYTES: usize = 1 << 20;
@@ -198,8 +199,9 @@ impl Client {
         &self,
         id: &SessionId,
         after_sequence: u64,
+        keep: Vec<String>,
     ) -> Result<v1::SnapshotInfo, ClientError> {
-        let request = v1::SnapshotRequest { session_id: id.to_string(), after_sequence };
+        let request = v1::SnapshotRequest { session_id: id.to_string(), after_sequence, keep };
         let ask = |mut rpc: Rpc, request| async move { rpc.snapshot(request).await };
         let answer = self.unary(self.call("Snapshot"), request, ask).await?;
         answer.snapshot.ok_or_else(|| missing("Snapshot", "snapshot"))
@@ -271,12 +273,18 @@ impl Client {
     }
 
     fn rpc(&self, answer_bytes: usize) -> Rpc {
-        TrunkServiceClient::new(self.shared.channel.clone()).max_decoding_message_size(answer_bytes)
+        let channel = ClientTransport(self.shared.channel.clone());
+        TrunkServiceClient::new(channel).max_decoding_message_size(answer_bytes)
     }
 
     /// For a session's stream.
     pub(crate) fn stream_rpc(&self) -> Rpc {
-        self.rpc(self.shared.frame_bytes).max_encoding_message_size(self.shared.frame_bytes)
+        self.rpc(self.shared.frame_bytes)
+    }
+
+    /// The most bytes that a message on a session's stream may have.
+    pub(crate) fn frame_bytes(&self) -> usize {
+        self.shared.frame_bytes
     }
 
     /// The most bytes that a frame's tensor may have.

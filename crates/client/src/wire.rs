@@ -3,8 +3,10 @@
 use crate::client::Client;
 use crate::types::SessionId;
 use crate::{ClientError, status};
+use offshoot_proto::outgoing::Outgoing;
 use offshoot_proto::v1::{self, client_frame, server_frame};
 use tokio::sync::mpsc;
+use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 
 pub(crate) struct Wire {
@@ -26,11 +28,11 @@ pub(crate) enum Failed {
 pub(crate) async fn attach(
     client: &Client,
     id: &SessionId,
-    last_answered: u64,
+    hello: v1::Hello,
     capacity: usize,
 ) -> Result<Wire, Failed> {
     let patience = client.options().connect_timeout;
-    match tokio::time::timeout(patience, say_hello(client, id, last_answered, capacity)).await {
+    match tokio::time::timeout(patience, say_hello(client, id, hello, capacity)).await {
         Ok(result) => result,
         Err(_) => Err(Failed::Broken(format!("no answer to Hello within {patience:?}"))),
     }
@@ -39,15 +41,14 @@ pub(crate) async fn attach(
 async fn say_hello(
     client: &Client,
     id: &SessionId,
-    last_answered: u64,
+    hello: v1::Hello,
     capacity: usize,
 ) -> Result<Wire, Failed> {
     // Hello beside a full window: the driver never has to wait for room.
     let (out, frames) = mpsc::channel(capacity + 1);
-    let hello = v1::Hello { session_id: id.to_string(), last_answered };
     let frame = v1::ClientFrame {
         sequence: 0,
-        acknowledged: last_answered,
+        acknowledged: hello.last_answered,
         body: Some(client_frame::Body::Hello(hello)),
     };
     if out.try_send(frame).is_err() {
@@ -55,7 +56,10 @@ async fn say_hello(
     }
     let judge = |status| judge(id, &status);
     let mut rpc = client.stream_rpc();
-    let mut answers = rpc.train(ReceiverStream::new(frames)).await.map_err(judge)?.into_inner();
+    let outgoing = Outgoing::new(ReceiverStream::new(frames).map(Ok), client.frame_bytes());
+    let mut request = tonic::Request::new(tokio_stream::empty());
+    request.extensions_mut().insert(outgoing);
+    let mut answers = rpc.train(request).await.map_err(judge)?.into_inner();
     let answer = answers.message().await.map_err(judge)?;
     match answer.and_then(|frame| frame.body) {
         Some(server_frame::Body::Attached(attached)) => Ok(Wire { out, answers, attached }),

@@ -41,6 +41,10 @@ mod torch {
     }
 }
 
+/// Fewer bytes than this are copied, which costs nothing: a short message may lie in a buffer that
+/// was made for a long one, and a tape over it would keep all of that.
+const SHARED_FROM_BYTES: usize = 256 << 10;
+
 /// The elements of a tensor as `kind`, row-major, in host memory: the tensor's own if it is there in
 /// this kind already.
 pub fn bytes_of(tensor: &Tensor, kind: Kind) -> Bytes {
@@ -59,14 +63,14 @@ pub fn floats_of(tensor: &Tensor) -> impl AsRef<[f32]> + use<> {
     TensorMemory { n_bytes: 4 * tensor.numel(), tensor }
 }
 
-/// A tensor of f32 or bf16 elements on the CPU over bytes, without a copy if they are aligned as
-/// their elements are; bytes lie anywhere in a message. Panics if their number is not that of the
-/// shape.
+/// A tensor of f32 or bf16 elements on the CPU over bytes, without a copy if they are many and
+/// aligned as their elements are; bytes lie anywhere in a message. Panics if their number is not that
+/// of the shape.
 pub fn tensor_over(bytes: Bytes, shape: &[i64], kind: Kind) -> Tensor {
     let (size, n_elements) = (kind.elt_size_in_bytes(), shape.iter().product::<i64>());
     assert_eq!(bytes.len(), n_elements as usize * size, "bytes of a tensor of shape {shape:?}");
     let is_aligned = bytes.as_ptr().addr().is_multiple_of(size);
-    if !bytes.is_empty()
+    if bytes.len() >= SHARED_FROM_BYTES
         && is_aligned
         && let Some(tensor) = share(bytes.clone(), shape, kind)
     {
@@ -211,14 +215,12 @@ mod tests {
                 &self.0
             }
         }
-        let (values, alive) = ((0..12).map(|i| i as f32), Arc::new(()));
-        // One byte more, so that the second slice is not aligned wherever the first one is.
-        let mut memory: Vec<u8> = values.flat_map(f32::to_le_bytes).collect();
-        memory.push(0);
+        let (values, alive) = ((0..100_000).map(|i| i as f32), Arc::new(()));
+        let memory = values.flat_map(f32::to_le_bytes).collect();
         let bytes = Bytes::from_owner(Watched(memory, alive.clone()));
-        let tensor = tensor_over(bytes.slice(..48), &[3, 4], Kind::Float);
+        let tensor = tensor_over(bytes.clone(), &[25_000, 4], Kind::Float);
         assert_eq!(tensor.data_ptr().addr(), bytes.as_ptr().addr());
-        assert_eq!((tensor.size(), tensor.device()), (vec![3, 4], Device::Cpu));
+        assert_eq!((tensor.size(), tensor.device()), (vec![25_000, 4], Device::Cpu));
         let row = tensor.get(2);
         drop((tensor, bytes));
         assert_eq!(Arc::strong_count(&alive), 2);
@@ -229,17 +231,22 @@ mod tests {
 
     #[test]
     fn bytes_that_are_not_aligned_are_copied() {
-        let memory: Vec<u8> = (0..41).collect();
+        let memory: Vec<u8> = (0..400_004u32).map(|i| i as u8).collect();
         let bytes = Bytes::from(memory);
         for start in 0..4 {
-            let bytes = bytes.slice(start..start + 36);
-            let tensor = tensor_over(bytes.clone(), &[3, 3], Kind::Float);
-            let shared = tensor.data_ptr().addr() == bytes.as_ptr().addr();
-            assert_eq!(shared, bytes.as_ptr().addr() % 4 == 0);
-            assert_eq!(bytes_of(&tensor, Kind::Float), bytes);
-            let half = tensor_over(bytes.clone(), &[18], Kind::BFloat16);
-            assert_eq!(bytes_of(&half, Kind::BFloat16), bytes);
+            let bytes = bytes.slice(start..start + 400_000);
+            for (kind, size) in [(Kind::Float, 4), (Kind::BFloat16, 2)] {
+                let tensor = tensor_over(bytes.clone(), &[100, 4000 / size as i64], kind);
+                let shared = tensor.data_ptr().addr() == bytes.as_ptr().addr();
+                assert_eq!(shared, bytes.as_ptr().addr().is_multiple_of(size));
+                assert_eq!(bytes_of(&tensor, kind), bytes);
+            }
         }
+        // Few bytes keep nothing.
+        let short = bytes.slice(..36);
+        let tensor = tensor_over(short.clone(), &[9], Kind::Float);
+        assert_ne!(tensor.data_ptr().addr(), short.as_ptr().addr());
+        assert_eq!(bytes_of(&tensor, Kind::Float), short);
         assert_eq!(tensor_over(Bytes::new(), &[0, 3], Kind::Float).size(), [0, 3]);
         let tensor = tensor_of(vec![1.5, 2.5], &[1, 2]);
         assert_eq!(Vec::<f32>::try_from(tensor.view(-1)).unwrap(), [1.5, 2.5]);

@@ -15,6 +15,7 @@
 mod dtype;
 mod halves;
 mod int8;
+pub mod outgoing;
 mod rounding;
 mod tensor;
 

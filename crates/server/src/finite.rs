@@ -46,12 +46,12 @@ fn first_bad_int8(rows: &Int8Rows, width: usize) -> Option<usize> {
     block.into_iter().chain(outlier.map(of_outlier)).min()
 }
 
-/// Counts block by block, which the compiler turns into vector instructions, and searches only a
-/// block that has one.
+/// Asks every value of a block, which the compiler turns into vector instructions, and searches only
+/// a block that has one.
 fn first<T>(values: &[T], is_bad: impl Fn(&T) -> bool) -> Option<usize> {
     const BLOCK: usize = 4096;
     for (i, block) in values.chunks(BLOCK).enumerate() {
-        if block.iter().map(|value| u32::from(is_bad(value))).sum::<u32>() > 0 {
+        if block.iter().fold(false, |any, value| any | is_bad(value)) {
             return block.iter().position(is_bad).map(|at| i * BLOCK + at);
         }
     }

@@ -7,6 +7,7 @@ use crate::host_memory;
 use crate::registry::{Parts, Registry, Slots};
 use crate::residency::{Ages, Residency, ResidencyParts};
 use crate::store::Store;
+use offshoot_proto::outgoing::ServerTransport;
 use offshoot_proto::v1::{self, trunk_service_server::TrunkServiceServer};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -167,7 +168,7 @@ async fn serve(
         .add_service(health_service)
         .add_service(reflection().build_v1()?)
         .add_service(reflection().build_v1alpha()?)
-        .add_service(trunk);
+        .add_service(ServerTransport(trunk));
     let stopped = async move { drop(stop.await) };
     let served = tokio::spawn(router.serve_with_incoming_shutdown(incoming, stopped));
     Ok((health, served))

@@ -6,7 +6,7 @@ use crate::error::Error;
 use crate::finite::first_bad;
 use crate::registry::Opening;
 use crate::session::{
-    BackwardWork, Digest, ForwardWork, Frame, Head, Mode, SessionId, StepWork, Work,
+    BackwardWork, Digest, ForwardWork, Frame, Greeting, Head, Mode, SessionId, StepWork, Work,
 };
 use offshoot_adapters::{AdamW, LoraSpec};
 use offshoot_proto::v1::{self, client_frame::Body};
@@ -30,10 +30,11 @@ pub fn session_id(text: &str) -> Result<SessionId, Error> {
 }
 
 /// The first frame of a stream.
-pub fn hello(frame: Option<v1::ClientFrame>) -> Result<(SessionId, u64), Error> {
+pub fn hello(frame: Option<v1::ClientFrame>) -> Result<(SessionId, Greeting), Error> {
     let found = match frame {
         Some(v1::ClientFrame { sequence: 0, body: Some(Body::Hello(hello)), .. }) => {
-            return Ok((session_id(&hello.session_id)?, hello.last_answered));
+            let v1::Hello { session_id, last_answered, epoch } = hello;
+            return Ok((self::session_id(&session_id)?, Greeting { last_answered, epoch }));
         }
         Some(frame) => format!("{} with sequence {}", body_name(&frame.body), frame.sequence),
         None => "the stream's end".into(),
@@ -173,7 +174,10 @@ fn digest(body: &Body) -> Digest {
         numbers(hasher, tensor.outlier_channels.iter().map(|&channel| channel.into()));
         for part in [&tensor.data, &tensor.block_scales, &tensor.outlier_values] {
             numbers(hasher, [part.len() as u64]);
-            hasher.update(part);
+            // Piece by piece: at once is slower by two thirds for 16 MiB.
+            for piece in part.chunks(256 << 10) {
+                hasher.update(piece);
+            }
         }
     };
     match body {

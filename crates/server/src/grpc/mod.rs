@@ -9,6 +9,7 @@ use crate::ledger::Usage;
 use crate::registry::{Listed, Registry, Restored, snapshot_info};
 use crate::residency::{Residency, Tier};
 use offshoot_adapters::LoraSpec;
+use offshoot_proto::outgoing::Outgoing;
 use offshoot_proto::v1::{self, trunk_service_server::TrunkService};
 use offshoot_proto::{HostTensor, WireDType};
 use std::sync::Arc;
@@ -53,7 +54,8 @@ impl TrunkGrpc {
 
 #[tonic::async_trait]
 impl TrunkService for TrunkGrpc {
-    type TrainStream = ReceiverStream<Result<v1::ServerFrame, Status>>;
+    // Nothing: what a stream is sent travels beside it, see `offshoot_proto::outgoing`.
+    type TrainStream = tokio_stream::Empty<Result<v1::ServerFrame, Status>>;
 
     async fn describe(
         &self,
@@ -90,16 +92,20 @@ impl TrunkService for TrunkGrpc {
             max_tokens: self.limits.max_tokens_per_microbatch as usize,
         };
         tokio::spawn(stream::run(context, request.into_inner(), answers));
-        Ok(Response::new(ReceiverStream::new(out)))
+        let mut response = Response::new(tokio_stream::empty());
+        let outgoing = Outgoing::new(ReceiverStream::new(out), self.max_message_bytes());
+        response.extensions_mut().insert(outgoing);
+        Ok(response)
     }
 
     async fn snapshot(
         &self,
         request: Request<v1::SnapshotRequest>,
     ) -> Result<Response<v1::SnapshotResponse>, Status> {
-        let v1::SnapshotRequest { session_id, after_sequence } = request.into_inner();
+        let v1::SnapshotRequest { session_id, after_sequence, keep } = request.into_inner();
         let (id, registry) = (decode::session_id(&session_id)?, self.registry.clone());
-        let snapshot = finish(async move { registry.snapshot(id, after_sequence).await }).await?;
+        let snapshot = async move { registry.snapshot(id, after_sequence, keep).await };
+        let snapshot = finish(snapshot).await?;
         Ok(Response::new(v1::SnapshotResponse { snapshot: Some(snapshot_info(&snapshot)) }))
     }
 
