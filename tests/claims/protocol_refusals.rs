@@ -225,7 +225,8 @@ async fn unknown_sessions_are_not_found() {
         ] {
             assert_eq!(error.code(), Some(ErrorCode::NotFound), "{error}");
         }
-        let snapshot = v1::SnapshotRequest { session_id: session_id.clone(), after_sequence: 0 };
+        let snapshot =
+            v1::SnapshotRequest { session_id: session_id.clone(), ..Default::default() };
         let status = rpc.snapshot(snapshot).await.unwrap_err();
         assert_eq!(status.code(), tonic::Code::NotFound, "{status}");
         let export =
@@ -370,7 +371,7 @@ async fn the_first_frame_is_hello() {
     let server = TestServer::start().await;
     let mut rpc = raw::rpc(&server.endpoint()).await;
     let step = v1::Step { learning_rate: 0.1, clip_factor: 1.0 };
-    let hello = v1::Hello { session_id: String::new(), last_answered: 0 };
+    let hello = v1::Hello::default();
     for (first, names) in [
         (Some(frame(1, Body::Step(step))), ["Hello", "Step with sequence 1"]),
         (Some(frame(3, Body::Hello(hello))), ["Hello", "sequence 3"]),

@@ -142,6 +142,48 @@ async fn a_second_stream_takes_over() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_was_taken_over_from_cannot_come_back() {
+    let server = TestServer::start().await;
+    let proxy = Proxy::start(server.address()).await.unwrap();
+    let retry = Retry { first_delay: Duration::from_millis(2), ..Retry::default() };
+    let options = ClientOptions { retry, ..ClientOptions::default() };
+    let older = Client::connect_with(&proxy.endpoint(), options).await.unwrap();
+    let h = older.describe().await.unwrap().hidden_size;
+    let session = older.open(open_request(&older).await.unwrap()).await.unwrap();
+    train(&session, h, 0..1).await.unwrap();
+    session.settle().await.unwrap();
+    // It may come back itself.
+    proxy.cut();
+    session.evaluate(input(1, &[2], h)).await.unwrap();
+
+    // It is cut off, another one begins, and then the network is there again.
+    proxy.set_upstream(None);
+    proxy.cut();
+    let mut rpc = raw::rpc(&server.endpoint()).await;
+    let mut newer = RawStream::attach(&mut rpc, session.id().as_str()).await.unwrap();
+    proxy.set_upstream(Some(server.address()));
+    let error = session.evaluate(input(1, &[2], h)).await.unwrap_err();
+    assert!(matches!(error, ClientError::TakenOver { .. }), "{error}");
+    let body = || {
+        let eval = raw::forward(input(1, &[2], h), 0, offshoot_proto::v1::Mode::Eval);
+        offshoot_proto::v1::client_frame::Body::Forward(eval)
+    };
+    newer.apply(body()).await;
+
+    // The same if the newer one restored the session, and has no stream at the moment.
+    let client = Client::connect(&server.endpoint()).await.unwrap();
+    let (restored, _) = client.restore(session.id(), None).await.unwrap();
+    let epoch = newer.attached.epoch;
+    drop(newer);
+    drop(restored);
+    let error =
+        RawStream::attach_again(&mut rpc, session.id().as_str(), epoch).await.err().unwrap();
+    assert_eq!(error.code(), ErrorCode::TakenOver, "{}", error.message);
+    RawStream::attach(&mut rpc, session.id().as_str()).await.unwrap();
+    server.drain().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn restore_sets_back_and_ends_the_old_session() {
     let server = TestServer::start().await;
     let client = Client::connect(&server.endpoint()).await.unwrap();
@@ -190,6 +232,7 @@ async fn a_snapshot_that_was_asked_for_outlives_drains_and_parkings() {
     let asked = offshoot_proto::v1::SnapshotRequest {
         session_id: id.as_str().into(),
         after_sequence: parked.sequence,
+        ..Default::default()
     };
     let mut rpc = raw::rpc(&server.endpoint()).await;
     let answer = rpc.snapshot(asked).await.unwrap().into_inner().snapshot.unwrap();

@@ -173,6 +173,30 @@ async fn loss_falls_and_files_are_there() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_best_checkpoint_can_be_resumed_however_old_it_is() {
+    let place = Place::new();
+    let mut config = place.server();
+    config.store.snapshots_kept = 2;
+    let server = TestServer::start_with(config).await;
+    let mut options = place.options(&server, "run");
+    // So fast that it soon gets worse.
+    (options.max_steps, options.learning_rate) = (Some(24), 0.3);
+    (options.save_interval, options.eval_interval) = (2, 2);
+    let summary = run(options.clone()).await;
+    let saved: Vec<_> =
+        summary.evaluations.iter().filter(|e| e.step > 0 && e.loss.is_finite()).collect();
+    let best = saved.iter().min_by(|a, b| a.loss.total_cmp(&b.loss)).unwrap().step;
+    println!("best {best}: {saved:?}");
+    assert!(best < 20, "the best one is too young for this test");
+
+    options.output_dir = place.dir.path().join("branch");
+    let path = summary.checkpoint.with_file_name(format!("checkpoint_step_{best}"));
+    options.resume = Some(path.display().to_string());
+    assert_eq!(run(options).await.losses, summary.losses[best as usize..]);
+    server.drain().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_client_without_layers_trains_the_trunk() {
     let place = Place::new();
     let mut config = place.server();

@@ -136,10 +136,18 @@ impl Session {
         Ok(PendingStep { answer })
     }
 
-    /// Waits for all outstanding answers, then makes the session durable as it is.
+    /// Waits for all outstanding answers, then makes the session durable as it is. The server keeps
+    /// the last few snapshots asked for; [`snapshot_keeping`](Session::snapshot_keeping) names others.
     pub async fn snapshot(&self) -> Result<SnapshotInfo, ClientError> {
+        self.snapshot_keeping(Vec::new()).await
+    }
+
+    /// Like [`snapshot`](Session::snapshot); the server also keeps the older snapshots named here,
+    /// such as that of the best checkpoint, the most important first: as many of them as it keeps of
+    /// the last ones, until the next snapshot does not name them.
+    pub async fn snapshot_keeping(&self, keep: Vec<String>) -> Result<SnapshotInfo, ClientError> {
         let after = self.settle().await?;
-        self.client.snapshot(&self.id, after).await
+        self.client.snapshot(&self.id, after, keep).await
     }
 
     /// Waits for all outstanding answers, then fetches the adapter.

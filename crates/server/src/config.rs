@@ -228,9 +228,10 @@ impl Default for SessionConfig {
 #[serde(default, deny_unknown_fields)]
 pub struct StoreConfig {
     pub dir: PathBuf,
-    /// Snapshots of one session that its client asked for; older ones are deleted. The trainer
-    /// keeps its last five checkpoints and the best one. Of those that the server takes by itself,
-    /// when a session leaves the device, the newest is kept.
+    /// Snapshots of one session that its client asked for; older ones are deleted, except those
+    /// that the client still names, at most as many. The trainer keeps its last five checkpoints and
+    /// the best one. Of those that the server takes by itself, when a session leaves the device, the
+    /// newest is kept.
     pub snapshots_kept: usize,
 }
 

@@ -113,6 +113,14 @@ impl Store {
         self.claim(&mut references, session, record)
     }
 
+    /// The client still has a use for these snapshots: they stay beside the last few that it asked
+    /// for, and at most as many.
+    pub fn keep(&self, session: SessionId, names: &[String]) -> Result<(), Error> {
+        let _guard = self.references();
+        let mut record = self.known(session)?;
+        if record.keep(names, self.snapshots_kept) { self.put(session, &record) } else { Ok(()) }
+    }
+
     /// Sets where the session goes on.
     pub fn set_head(&self, session: SessionId, snapshot: &str) -> Result<(), Error> {
         let _guard = self.references();

@@ -15,6 +15,7 @@ fn record() -> Record {
         head: String::new(),
         snapshots: Vec::new(),
         n_snapshots: 0,
+        kept: Vec::new(),
     }
 }
 
@@ -86,6 +87,42 @@ fn the_last_few_snapshots_are_kept_and_the_files_of_others_go() {
     store.forget(other).unwrap();
     assert!(files(&store).is_empty());
     assert!(store.record(session).unwrap().is_none());
+}
+
+#[test]
+fn what_the_client_still_names_is_kept_until_it_does_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path(), 2).unwrap();
+    let session = SessionId::new();
+    store.create(session, record(), own(0)).unwrap();
+    let mut names: Vec<String> = Vec::new();
+    for step in 1..=3 {
+        let unknown = "99-step99".to_string();
+        let keep: Vec<String> = std::iter::once(unknown).chain(names.clone()).collect();
+        store.keep(session, &keep).unwrap();
+        names.push(store.add_snapshot(session, snapshot(step)).unwrap().id);
+    }
+    assert_eq!(kept(&store, session), [0, 1, 2, 3]);
+    // The first two of those named that are there, the last two, and what the server took itself.
+    store.keep(session, &[names[0].clone(), names[0].clone(), names[1].clone()]).unwrap();
+    for step in 4..=9 {
+        store.add_snapshot(session, snapshot(step)).unwrap();
+        store.add_snapshot(session, own(step + 10)).unwrap();
+    }
+    assert_eq!(kept(&store, session), [1, 2, 8, 9, 19]);
+    drop(store);
+    let store = Store::open(dir.path(), 2).unwrap();
+    store.keep(session, &names[1..2]).unwrap();
+    store.add_snapshot(session, snapshot(20)).unwrap();
+    assert_eq!(kept(&store, session), [2, 9, 19, 20]);
+    assert_eq!(files(&store), named(&store));
+    // Never more than as many as are kept of the last.
+    let all: Vec<String> =
+        store.record(session).unwrap().unwrap().snapshots.iter().map(|s| s.id.clone()).collect();
+    store.keep(session, &all).unwrap();
+    store.add_snapshot(session, snapshot(21)).unwrap();
+    store.add_snapshot(session, snapshot(22)).unwrap();
+    assert_eq!(kept(&store, session), [2, 9, 19, 21, 22]);
 }
 
 #[test]

@@ -63,7 +63,7 @@ struct Stream {
 impl Stream {
     async fn attach(rpc: &mut Rpc, session: &str, last_answered: u64) -> Stream {
         let (out, frames) = mpsc::channel(16);
-        let hello = v1::Hello { session_id: session.into(), last_answered };
+        let hello = v1::Hello { session_id: session.into(), last_answered, epoch: 0 };
         out.send(frame(0, Ask::Hello(hello))).await.unwrap();
         let mut answers = rpc.train(ReceiverStream::new(frames)).await.unwrap().into_inner();
         let first = answers.message().await.unwrap().unwrap();
@@ -171,8 +171,11 @@ async fn a_drained_and_restarted_session_goes_on_with_the_same_numbers() {
     assert_eq!(stream.refused(2, backward(7, 5)).await, v1::ErrorCode::Sequence);
     assert_eq!(export(&mut rpc, &session).await, before);
 
-    let taken =
-        |after_sequence| v1::SnapshotRequest { session_id: session.clone(), after_sequence };
+    let taken = |after_sequence| v1::SnapshotRequest {
+        session_id: session.clone(),
+        after_sequence,
+        ..Default::default()
+    };
     let error = rpc.snapshot(taken(2)).await.unwrap_err();
     assert_eq!(error.code(), tonic::Code::FailedPrecondition);
     let snapshot = rpc.snapshot(taken(3)).await.unwrap().into_inner().snapshot.unwrap();

@@ -307,7 +307,7 @@ impl Run {
     }
 
     async fn save(&mut self) -> Result<(), TrainError> {
-        let snapshot = self.session.snapshot().await?;
+        let snapshot = self.session.snapshot_keeping(self.snapshots_in_use()?).await?;
         let tensors = self.tensors().await?;
         let Prepared { split, order, settings, config, .. } = &self.prepared;
         let names = (self.session.id().to_string(), snapshot.snapshot_id);
@@ -328,6 +328,18 @@ impl Run {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         self.saved = Some((self.step, path));
         self.report.event(&Event::Checkpoint { step: self.step, name })
+    }
+
+    /// What the checkpoints of this run name, the most important first: the best one may be older
+    /// than what the server keeps by itself.
+    fn snapshots_in_use(&self) -> Result<Vec<String>, TrainError> {
+        let own = self.session.id().to_string();
+        let mut saved = checkpoint::list(&self.options.output_dir)?;
+        saved.extend(self.resumed.clone());
+        saved.retain(|saved| saved.state.session_id == own);
+        let best = checkpoint::best(&saved);
+        let in_use = best.into_iter().chain(saved.iter().rev());
+        Ok(in_use.map(|saved| saved.state.snapshot_id.clone()).collect())
     }
 
     async fn end(mut self) -> Result<Summary, TrainError> {

@@ -131,6 +131,7 @@ mod tests {
             head: String::new(),
             snapshots: Vec::new(),
             n_snapshots: 0,
+            kept: Vec::new(),
         }
     }
 

@@ -22,6 +22,9 @@ pub struct Record {
     pub snapshots: Vec<SnapshotRecord>,
     /// Snapshots taken so far, for their names.
     pub n_snapshots: u64,
+    /// Names of those that the client still has a use for, however old they are.
+    #[serde(default)]
+    pub kept: Vec<String>,
 }
 
 /// One snapshot of a session.
@@ -88,8 +91,22 @@ impl Record {
         Some(head)
     }
 
-    /// Takes out all but the last `n_asked_for` snapshots that the client asked for and the newest
-    /// of the server's own, so that a client that is drained often keeps what its checkpoints name.
+    /// Notes the snapshots that the client still has a use for, at most `n_kept`. Whether that changed
+    /// anything.
+    pub(super) fn keep(&mut self, names: &[String], n_kept: usize) -> bool {
+        let mut kept: Vec<String> = Vec::new();
+        for name in names {
+            if kept.len() < n_kept && !kept.contains(name) && self.snapshot(name).is_some() {
+                kept.push(name.clone());
+            }
+        }
+        let changed = kept != self.kept;
+        self.kept = kept;
+        changed
+    }
+
+    /// Takes out all but the last `n_asked_for` snapshots that the client asked for, those that it
+    /// still has a use for and the newest of the server's own, so that a client that is drained often keeps what its checkpoints name.
     /// The head, pushed or claimed just before, is the newest of its kind and stays.
     pub(super) fn drop_surplus(&mut self, n_asked_for: usize) -> Vec<SnapshotRecord> {
         let (mut of_client, mut of_server) = (n_asked_for, 1);
@@ -99,9 +116,9 @@ impl Record {
                 Origin::Client => &mut of_client,
                 Origin::Server => &mut of_server,
             };
-            let is_kept = *left > 0;
+            let is_recent = *left > 0;
             *left = left.saturating_sub(1);
-            is_kept
+            is_recent || self.kept.contains(&snapshot.id)
         });
         kept.reverse();
         self.snapshots = kept;
