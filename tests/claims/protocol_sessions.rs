@@ -364,7 +364,10 @@ async fn tapes_are_counted_and_given_back() {
     assert!(report.round_trip >= report.queue + report.execute && !report.execute.is_zero());
     let adapters = client.list_sessions().await.unwrap()[0].adapter_bytes;
     let both = report.tape_bytes + other.tape_bytes;
-    let memory = until_bytes(&client, adapters, both).await;
+    let mut memory = until_bytes(&client, adapters, both).await;
+    while memory.open_microbatches < 2 {
+        memory = client.describe().await.unwrap().memory;
+    }
     assert_eq!((memory.open_microbatches, memory.live_sessions), (2, 1));
     assert_eq!(client.list_sessions().await.unwrap()[0].tape_bytes, both);
     let gradients = first.backward(output).await.unwrap();

@@ -24,10 +24,19 @@ pub struct RawStream {
 }
 
 impl RawStream {
-    /// Says Hello. An error is the server's answer.
+    /// Says Hello, as a client that begins. An error is the server's answer.
     pub async fn attach(rpc: &mut Rpc, id: &str) -> Result<RawStream, v1::FrameError> {
+        RawStream::attach_again(rpc, id, 0).await
+    }
+
+    /// Says Hello as a client of this epoch.
+    pub async fn attach_again(
+        rpc: &mut Rpc,
+        id: &str,
+        epoch: u64,
+    ) -> Result<RawStream, v1::FrameError> {
         let (out, frames) = mpsc::channel(64);
-        let hello = v1::Hello { session_id: id.to_string(), last_answered: 0 };
+        let hello = v1::Hello { session_id: id.to_string(), epoch, ..Default::default() };
         let hello = frame(0, client_frame::Body::Hello(hello));
         out.send(hello).await.expect("the receiver is here");
         let mut answers =

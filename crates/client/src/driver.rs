@@ -61,6 +61,11 @@ pub(crate) struct Driver {
     id: SessionId,
     window: Window<Reply>,
     commands: mpsc::Receiver<Command>,
+    /// What the server calls this client, so that nobody who began later is pushed out by it.
+    epoch: u64,
+    /// Random, so that the server can tell this client's Hellos from another's.
+    number: u64,
+    n_hellos: u64,
     /// Nothing more is taken in until everything is answered.
     settling: Option<oneshot::Sender<Result<u64, ClientError>>>,
     /// The error of the refused frame, while those behind it come back.
@@ -90,6 +95,9 @@ impl Driver {
             id,
             window: Window::new(last_answered, limits),
             commands,
+            epoch: 0,
+            number: rand::random_range(1..=u64::MAX),
+            n_hellos: 0,
             settling: None,
             refusal: None,
             unreported: None,
@@ -144,8 +152,17 @@ impl Driver {
                 return Err(ClientError::Closed);
             }
             let (answered, capacity) = (self.window.answered(), self.window.capacity());
-            match wire::attach(&self.client, &self.id, answered, capacity).await {
+            self.n_hellos += 1;
+            let hello = v1::Hello {
+                session_id: self.id.to_string(),
+                last_answered: answered,
+                epoch: self.epoch,
+                client: self.number,
+                attempt: self.n_hellos,
+            };
+            match wire::attach(&self.client, &self.id, hello, capacity).await {
                 Ok(wire) => {
+                    self.epoch = wire.attached.epoch;
                     self.check(&wire.attached)?;
                     if let Some(why) = broken {
                         tracing::info!(

@@ -63,7 +63,7 @@ struct Stream {
 impl Stream {
     async fn attach(rpc: &mut Rpc, session: &str, last_answered: u64) -> Stream {
         let (out, frames) = mpsc::channel(16);
-        let hello = v1::Hello { session_id: session.into(), last_answered, epoch: 0 };
+        let hello = v1::Hello { session_id: session.into(), last_answered, ..Default::default() };
         out.send(frame(0, Ask::Hello(hello))).await.unwrap();
         let mut answers = rpc.train(ReceiverStream::new(frames)).await.unwrap().into_inner();
         let first = answers.message().await.unwrap().unwrap();

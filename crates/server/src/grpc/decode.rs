@@ -33,8 +33,9 @@ pub fn session_id(text: &str) -> Result<SessionId, Error> {
 pub fn hello(frame: Option<v1::ClientFrame>) -> Result<(SessionId, Greeting), Error> {
     let found = match frame {
         Some(v1::ClientFrame { sequence: 0, body: Some(Body::Hello(hello)), .. }) => {
-            let v1::Hello { session_id, last_answered, epoch } = hello;
-            return Ok((self::session_id(&session_id)?, Greeting { last_answered, epoch }));
+            let v1::Hello { session_id, last_answered, epoch, client, attempt } = hello;
+            let greeting = Greeting { last_answered, epoch, client, attempt };
+            return Ok((self::session_id(&session_id)?, greeting));
         }
         Some(frame) => format!("{} with sequence {}", body_name(&frame.body), frame.sequence),
         None => "the stream's end".into(),

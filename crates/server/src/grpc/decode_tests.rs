@@ -95,13 +95,14 @@ fn any_change_of_a_frame_changes_its_digest() {
 #[test]
 fn the_first_frame_is_hello() {
     let id = SessionId::new();
-    let good = v1::Hello { session_id: id.to_string(), last_answered: 3 };
+    let good = v1::Hello { session_id: id.to_string(), last_answered: 3, epoch: 7, ..Default::default() };
     let frame = |sequence, body| Some(v1::ClientFrame { sequence, acknowledged: 0, body });
-    assert_eq!(hello(frame(0, Some(Body::Hello(good.clone())))).unwrap(), (id, 3));
+    let greeting = Greeting { last_answered: 3, epoch: 7, ..Greeting::default() };
+    assert_eq!(hello(frame(0, Some(Body::Hello(good.clone())))).unwrap(), (id, greeting));
     assert_eq!(hello(frame(1, Some(Body::Hello(good)))).unwrap_err().label(), "hello");
     assert_eq!(hello(frame(0, None)).unwrap_err().label(), "hello");
     assert_eq!(hello(None).unwrap_err().label(), "hello");
-    let forged = v1::Hello { session_id: "x".into(), last_answered: 0 };
+    let forged = v1::Hello { session_id: "x".into(), ..Default::default() };
     let error = hello(frame(0, Some(Body::Hello(forged)))).unwrap_err();
     assert_eq!(error.label(), "unknown_session");
 }

@@ -18,8 +18,8 @@ use crate::error::Error;
 use crate::pool::ActorPool;
 use crate::residency::{Activity, Away, Home, Profile, Residency};
 use crate::session::{
-    Attach, DRAIN_RETRY, Export, ExportOf, Info, Permit, Reason, Resume, Retire, SessionActor,
-    SessionId, SessionSeed, SessionView, StreamEnds,
+    Attach, DRAIN_RETRY, Export, ExportOf, Greeting, Info, Permit, Reason, Resume, Retire,
+    SessionActor, SessionId, SessionSeed, SessionView, StreamEnds, epoch_now,
 };
 use crate::store::{Origin, Record, SnapshotRecord, Store};
 use actix::{Actor, Addr};
@@ -76,7 +76,7 @@ pub struct AttachedStream {
 
 /// A stream that wants to be.
 pub struct StreamEnd {
-    pub last_answered: u64,
+    pub greeting: Greeting,
     pub hello: Permit,
     pub farewell: Permit,
     pub ends: StreamEnds,
@@ -144,7 +144,7 @@ impl Registry {
         blocking(move || store.create(id, record, first.encode(Origin::Server))).await?;
         let profile = profile(id, settings);
         let home = Home::Device(self.residency.settle_in(&profile, (session, admitted)));
-        held.put(Some(self.spawn(profile, home, Resume::default())));
+        held.put(Some(self.spawn(profile, home, Resume::default(), 0)));
         tracing::info!(session = %id, name, parameters = admitted.n_parameters, "session opened");
         Ok((id, admitted))
     }
@@ -163,6 +163,7 @@ impl Registry {
             head: String::new(),
             snapshots: Vec::new(),
             n_snapshots: 0,
+            kept: Vec::new(),
         }
     }
 
@@ -171,17 +172,25 @@ impl Registry {
         let mut held = self.slots.lock(id).await;
         let record = self.record(id).await?;
         let live = self.revive(&mut held, id, &record)?;
-        let StreamEnd { last_answered, hello, farewell, ends } = end;
+        let StreamEnd { greeting, hello, farewell, ends } = end;
         let durable = record.head().map(snapshot::to_proto);
-        let attach = Attach { last_answered, durable, hello, farewell, ends };
+        let attach = Attach { greeting, durable, hello, farewell, ends };
         let attached = live.actor.send(attach).await.map_err(gone)??;
         let (number, wire_dtype) = (attached.number, live.profile.settings.wire_dtype);
         Ok(AttachedStream { actor: live.actor, number, wire_dtype })
     }
 
-    /// Makes a session durable as it is after frame `after`.
-    pub async fn snapshot(&self, id: SessionId, after: u64) -> Result<SnapshotRecord, Error> {
+    /// Makes a session durable as it is after frame `after`. Of older snapshots, those named in
+    /// `keep` stay, too.
+    pub async fn snapshot(
+        &self,
+        id: SessionId,
+        after: u64,
+        keep: Vec<String>,
+    ) -> Result<SnapshotRecord, Error> {
         let held = self.slots.lock(id).await;
+        let store = self.store.clone();
+        blocking(move || store.keep(id, &keep)).await?;
         match held.live() {
             Some(live) => self.write_cut(id, live, Reason::Snapshot { after }).await,
             None => {
@@ -224,7 +233,9 @@ impl Registry {
             snapshot,
         };
         let standing = snapshot::standing(&restored.snapshot);
-        held.put(Some(self.spawn(profile(id, settings), Home::Away(Away::Disk), standing)));
+        // Whoever had it before is set back as well, and cannot take over from who restored it.
+        let epoch = epoch_now();
+        held.put(Some(self.spawn(profile(id, settings), Home::Away(Away::Disk), standing, epoch)));
         tracing::info!(session = %id, snapshot = restored.snapshot.id, "session restored");
         Ok(restored)
     }
@@ -306,17 +317,18 @@ impl Registry {
         let head = record.head().ok_or_else(|| Error::UnknownSession(id.to_string()))?;
         fits(id, record, head, self.engine.trunk())?;
         let profile = profile(id, snapshot::settings(record)?);
-        let live = self.spawn(profile, Home::Away(Away::Disk), snapshot::standing(head));
+        let live = self.spawn(profile, Home::Away(Away::Disk), snapshot::standing(head), 0);
         tracing::info!(session = %id, step = head.step, "session revived");
         held.put(Some(live.clone()));
         Ok(live)
     }
 
-    fn spawn(&self, profile: Arc<Profile>, home: Home, resume: Resume) -> Live {
+    fn spawn(&self, profile: Arc<Profile>, home: Home, resume: Resume, epoch: u64) -> Live {
         let (limits, lease, idle) = (self.limits, self.lease, self.idle.clone());
         let (residency, known) = (self.residency.clone(), profile.clone());
         let alive = residency.count_in();
-        let seed = SessionSeed { alive, profile, residency, home, resume, limits, lease, idle };
+        let seed =
+            SessionSeed { alive, profile, residency, home, resume, epoch, limits, lease, idle };
         let start = move |_: &mut _| SessionActor::new(seed);
         let actor = SessionActor::start_in_arbiter(self.pool.arbiter(), start);
         Live { actor, profile: known }

@@ -7,7 +7,7 @@ use crate::engine::Engine;
 use crate::pool::{ActorPool, PoolThreads};
 use crate::registry::{AttachedStream, Opening, Parts, Registry, StreamEnd};
 use crate::session::{
-    BackwardWork, Digest, ForwardWork, Frame, Frames, Head, Mode, StepWork, Work,
+    BackwardWork, Digest, ForwardWork, Frame, Frames, Greeting, Head, Mode, StepWork, Work,
 };
 use offshoot_proto::v1::{self, ServerFrame, server_frame::Body};
 use offshoot_proto::{HostTensor, WireDType};
@@ -100,7 +100,7 @@ impl Fixture {
         let (id, _) = self.registry.open(opening).await.unwrap();
         let (out, mut answers) = mpsc::channel(6);
         let end = StreamEnd {
-            last_answered: 0,
+            greeting: Greeting::default(),
             hello: out.clone().try_reserve_owned().unwrap(),
             farewell: out.clone().try_reserve_owned().unwrap(),
             ends: oneshot::channel().0,
@@ -217,7 +217,8 @@ async fn sessions_go_to_the_host_and_then_to_disk_and_come_back_with_their_gradi
     }
     // A snapshot of one that is in the host's memory is taken from there.
     for training in &sessions {
-        let taken = fixture.registry.snapshot(training.id, training.next - 1).await.unwrap();
+        let taken =
+            fixture.registry.snapshot(training.id, training.next - 1, vec![]).await.unwrap();
         assert_eq!(taken.sequence, training.next - 1);
         assert!(on_disk(training));
     }

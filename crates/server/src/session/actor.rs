@@ -5,6 +5,7 @@ use super::messages::{
     Attach, Attached, Detach, DrainWhenQuiet, Frames, Info, Keep, Reason, Retire, SessionCut,
     SessionView,
 };
+use super::newest::Newest;
 use super::outbox::{Answer, CutAsked, CutState, Next, Outbox, Pending, Permit, StreamEnds};
 use super::state::{Admission, DRAIN_RETRY, FrameLimits, Resume, SessionState, Ticket};
 use crate::engine::FrameWork;
@@ -35,6 +36,7 @@ pub struct SessionActor {
     pub(super) outbox: Outbox,
     wire_loss: WireLoss,
     stream: Option<Stream>,
+    newest: Newest,
     n_streams: u64,
     pub(super) n_cuts: u64,
     lease: Lease,
@@ -52,6 +54,8 @@ pub struct SessionSeed {
     pub home: Home,
     /// Without recorded answers, if the home is the disk.
     pub resume: Resume,
+    /// Clients that began before cannot attach.
+    pub epoch: u64,
     pub limits: v1::Limits,
     /// How long the session may be without a stream.
     pub lease: Duration,
@@ -91,6 +95,7 @@ impl SessionActor {
             outbox: Outbox::default(),
             wire_loss: WireLoss::default(),
             stream: None,
+            newest: Newest::since(seed.epoch),
             n_streams: 0,
             n_cuts: 0,
             lease: Lease { duration: seed.lease, idle: seed.idle, timer: None, over: false },
@@ -136,6 +141,7 @@ impl SessionActor {
             durable,
             open_microbatches: self.state.open().keys().copied().collect(),
             limits: Some(self.limits),
+            epoch: self.newest.epoch,
         };
         ServerFrame { sequence: 0, body: Some(Body::Attached(attached)) }
     }
@@ -303,10 +309,11 @@ impl Handler<Attach> for SessionActor {
         if let Some(reason) = &self.ending {
             return Err(reason.farewell());
         }
+        self.newest = self.newest.replaced_by(attach.greeting)?;
         self.end_stream(&Error::TakenOver);
         self.stop_lease(ctx);
         // A client that is ahead of this state will see that in the answer.
-        let _ = self.state.acknowledge(attach.last_answered);
+        let _ = self.state.acknowledge(attach.greeting.last_answered);
         self.n_streams += 1;
         let number = self.n_streams;
         attach.hello.send(Ok(self.attached(attach.durable)));

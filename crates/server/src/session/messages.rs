@@ -16,12 +16,25 @@ use std::sync::Arc;
 #[derive(Message)]
 #[rtype(result = "Result<Attached, Error>")]
 pub struct Attach {
-    pub last_answered: u64,
+    pub greeting: Greeting,
     pub durable: Option<v1::SnapshotInfo>,
     /// For the answer to Hello.
     pub hello: Permit,
     pub farewell: Permit,
     pub ends: StreamEnds,
+}
+
+/// What a client says of itself.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Greeting {
+    /// The last frame whose answer it has seen.
+    pub last_answered: u64,
+    /// What it was called before; 0: nothing, it begins.
+    pub epoch: u64,
+    /// Its own number, unless 0.
+    pub client: u64,
+    /// Counts its Hellos.
+    pub attempt: u64,
 }
 
 /// The stream is attached.
