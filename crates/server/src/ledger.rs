@@ -83,6 +83,8 @@ struct Books {
     work_room: u64,
     /// The most that somebody needs and did not get, until idle sessions are asked to leave.
     wanted: u64,
+    /// The most of all kinds together since [`Ledger::take_slack`] was taken.
+    high: u64,
 }
 
 impl ByKind {
@@ -135,7 +137,7 @@ impl Ledger {
     /// Nothing is taken yet. Without a budget everything fits, and is still counted.
     pub fn new(budget: Option<u64>) -> Self {
         let usage = Usage { budget, ..Usage::default() };
-        let books = Mutex::new(Books { usage, work_room: 0, wanted: 0 });
+        let books = Mutex::new(Books { usage, work_room: 0, wanted: 0, high: 0 });
         Ledger(Arc::new(Shared { books, freed: Arc::default(), pressed: Notify::new() }))
     }
 
@@ -186,6 +188,19 @@ impl Ledger {
     pub fn freed(&self) -> impl Future<Output = ()> + Send + use<> {
         // `notify_waiters` reaches every future made before it.
         self.0.freed.clone().notified_owned()
+    }
+
+    /// How many bytes were in use and are not any more, since this was last more than nothing; less
+    /// than `least` are nothing, and so are any while work goes on, which will want them again.
+    pub fn take_slack(&self, least: u64) -> u64 {
+        let mut books = self.books();
+        let now = books.usage.now;
+        let slack = books.high.saturating_sub(now.total());
+        if slack < least.max(1) || now.tapes + now.workspace > 0 {
+            return 0;
+        }
+        books.high = now.total();
+        slack
     }
 
     /// Asks that idle sessions leave until this would fit. Returns at once.
@@ -277,6 +292,7 @@ impl Books {
         *now.of_mut(kind) += bytes;
         *peak.of_mut(kind) = peak.of(kind).max(now.of(kind));
         *peak_total = now.total().max(*peak_total);
+        self.high = now.total().max(self.high);
     }
 
     fn give(&mut self, kind: BytesKind, bytes: u64) {

@@ -97,6 +97,23 @@ fn adapters_leave_room_for_work() {
 }
 
 #[test]
+fn slack_is_what_was_in_use_and_is_told_once() {
+    let ledger = Ledger::new(Some(1000));
+    let weights = ledger.reserve(Weights, 100).unwrap();
+    let first = ledger.reserve(Adapters, 300).unwrap();
+    let tape = ledger.reserve(Tapes, 200).unwrap();
+    drop(first);
+    assert_eq!(ledger.take_slack(100), 0, "work goes on");
+    drop(tape);
+    assert_eq!(ledger.take_slack(501), 0, "too little");
+    assert_eq!(ledger.take_slack(500), 500);
+    assert_eq!(ledger.take_slack(1), 0);
+    drop(ledger.reserve(Adapters, 50).unwrap());
+    assert_eq!(ledger.take_slack(1), 50);
+    assert_eq!(weights.bytes(), 100);
+}
+
+#[test]
 fn no_freed_byte_is_missed() {
     let ledger = Ledger::new(Some(10));
     let taken = ledger.reserve(Tapes, 10).unwrap();

@@ -73,7 +73,6 @@ impl Worker {
                 drop(self.slots.remove(&lane));
                 self.tapes.forget(lane);
                 self.tapes.settle(&self.part);
-                offshoot_model::allocator::return_freed_memory();
                 drop(scheduler.forget(lane));
                 scheduler.let_go();
                 drop(gone);

@@ -1,5 +1,5 @@
 //! The loop that lets sessions in: it serves those who ask for room in their order, and asks idle
-//! sessions to leave. It sleeps while nobody waits and nobody is idle for too long.
+//! sessions to leave. While nobody waits it looks now and then who has been idle for too long.
 
 use super::Residency;
 use super::list::List;
@@ -21,6 +21,11 @@ const MAX_LEAVING: usize = 4;
 const BUSY_PAUSE: Duration = Duration::from_millis(20);
 /// One that could not be written, after so long.
 const FAILED_PAUSE: Duration = Duration::from_secs(5);
+
+/// How often it looks at least.
+const TICK: Duration = Duration::from_secs(2);
+/// Less freed memory than this stays with the process, whose next tensors want it.
+const LEAST_SLACK: u64 = 32 << 20;
 
 /// Somebody wants room.
 pub(super) struct Request {
@@ -138,17 +143,24 @@ impl Room {
         for &id in choices.iter().flat_map(|choice| &choice.leave) {
             self.ask_to_leave(id);
         }
-        let pause = |again: Duration| again.max(now + ages.idle / 20);
-        let again = match &choices {
-            [device, host, idle] => {
-                let idle = idle.again.map_or(now + ages.idle, pause);
-                [device.again, host.again].into_iter().flatten().fold(idle, Duration::min)
-            }
-        };
+        self.return_freed_memory();
+        // Not once for each of many sessions that become idle one after the other.
+        let idle = |again: Duration| again.max(now + (ages.idle / 20).min(TICK));
+        let [device, host, idle] = [choices[0].again, choices[1].again, choices[2].again.map(idle)];
+        let again = [device, host, idle].into_iter().flatten().fold(now + TICK, Duration::min);
         let again = self.list.instant(again);
         let deadline = self.queue.front().map(|head| head.deadline);
         let far = || Instant::now() + Duration::from_secs(3600);
         again.into_iter().chain(deadline).min().unwrap_or_else(far)
+    }
+
+    /// The allocator keeps what is freed; what nobody will want soon goes back to the system.
+    fn return_freed_memory(&self) {
+        let bytes = self.ledger.take_slack(LEAST_SLACK);
+        if bytes > 0 {
+            tracing::debug!(bytes, "freed memory goes back to the system");
+            tokio::task::spawn_blocking(offshoot_model::allocator::return_freed_memory);
+        }
     }
 
     /// Lets in who fits, and refuses who has waited for too long.
