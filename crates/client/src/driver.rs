@@ -4,9 +4,10 @@
 
 use crate::ClientError;
 use crate::client::Client;
+use crate::entry::{Entry, Request};
 use crate::options::Backoff;
 use crate::types::SessionId;
-use crate::window::{Cause, Entry, Gone, Outcome, Request, Window};
+use crate::window::{Cause, Gone, Outcome, Window};
 use crate::wire::{self, Failed, Wire};
 use offshoot_proto::v1::{self, server_frame};
 use std::time::Duration;

@@ -75,6 +75,7 @@
 mod claim;
 mod client;
 mod driver;
+mod entry;
 mod error;
 mod loss;
 mod options;
@@ -94,6 +95,6 @@ pub use session::{
 };
 pub use types::{
     ADAMW_DEFAULTS, AdamWConfig, ErrorCode, ExportedAdapter, FrameReport, Limits, LoraConfig,
-    MemoryReport, OpenSession, Restored, ServerDescription, SessionId, SessionInfo, SessionState, Residency,
-    SnapshotInfo, WireError,
+    MemoryReport, OpenSession, Residency, Restored, ServerDescription, SessionId, SessionInfo,
+    SessionState, SnapshotInfo, WireError,
 };

@@ -6,86 +6,11 @@
 //! the last answer. A frame that the server refused changed nothing and its number is free, so the
 //! queue only moves up.
 
-use crate::claim::{Claim, Interest};
+use crate::claim::Interest;
+use crate::entry::{Entry, Request};
 use offshoot_proto::v1;
 use std::collections::{BTreeMap, VecDeque};
 use v1::client_frame::Body;
-
-/// What a caller wants to send. The window makes the frame of it.
-pub(crate) enum Request {
-    Forward { forward: v1::Forward, interest: Interest },
-    Backward { backward: v1::Backward, claim: Claim },
-    Step(v1::Step),
-    Discard(v1::Discard),
-}
-
-/// One frame without an answer, with its way home.
-pub(crate) struct Entry<R> {
-    call: &'static str,
-    body: Body,
-    interest: Interest,
-    /// Of a backward: the tape is needed as long as this is not answered.
-    _claim: Option<Claim>,
-    /// How often the server asked to send it again later.
-    pub(crate) retries: u32,
-    pub(crate) reply: R,
-}
-
-impl Request {
-    /// Name of the frame, for errors.
-    pub(crate) fn call(&self) -> &'static str {
-        match self {
-            Request::Forward { forward, .. } if is_train(forward) => "Forward",
-            Request::Forward { .. } => "Forward (evaluate)",
-            Request::Backward { .. } => "Backward",
-            Request::Step(_) => "Step",
-            Request::Discard(_) => "Discard",
-        }
-    }
-
-    /// Bytes of its tensor.
-    pub(crate) fn size(&self) -> usize {
-        let tensor = match self {
-            Request::Forward { forward, .. } => forward.hidden.as_ref(),
-            Request::Backward { backward, .. } => backward.grad.as_ref(),
-            Request::Step(_) | Request::Discard(_) => None,
-        };
-        tensor.map_or(0, |t| t.data.len() + t.block_scales.len() + t.outlier_values.len())
-    }
-}
-
-impl<R> Entry<R> {
-    /// Name of the frame, for errors.
-    pub(crate) fn call(&self) -> &'static str {
-        self.call
-    }
-
-    /// The microbatch of a forward in training mode or of a backward, or 0.
-    pub(crate) fn microbatch(&self) -> u64 {
-        self.opens().or(self.closes()).unwrap_or_default()
-    }
-
-    /// The microbatch that this frame opens.
-    fn opens(&self) -> Option<u64> {
-        match &self.body {
-            Body::Forward(f) if is_train(f) => Some(f.microbatch),
-            _ => None,
-        }
-    }
-
-    /// The microbatch that this frame uses up or drops.
-    fn closes(&self) -> Option<u64> {
-        match &self.body {
-            Body::Backward(b) => Some(b.microbatch),
-            Body::Discard(d) => Some(d.microbatch),
-            _ => None,
-        }
-    }
-}
-
-fn is_train(forward: &v1::Forward) -> bool {
-    forward.mode() == v1::Mode::Train
-}
 
 /// Why a refused frame is kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -188,23 +113,10 @@ impl<R> Window<R> {
         }
     }
 
-    /// Takes a request in. A forward in training mode gets its place in the session's order as its
-    /// microbatch number, which is unique and stays its own if a backward overtakes it.
+    /// Takes a request in.
     pub(crate) fn push(&mut self, request: Request, reply: R) {
         let place = self.answered + 1 + self.entries.len() as u64;
-        let call = request.call();
-        let (body, interest, claim) = match request {
-            Request::Forward { mut forward, interest } => {
-                forward.microbatch = if is_train(&forward) { place } else { 0 };
-                (Body::Forward(forward), interest, None)
-            }
-            Request::Backward { backward, claim } => {
-                (Body::Backward(backward), Interest::new(), Some(claim))
-            }
-            Request::Step(step) => (Body::Step(step), Interest::new(), None),
-            Request::Discard(discard) => (Body::Discard(discard), Interest::new(), None),
-        };
-        self.entries.push_back(Entry { call, body, interest, _claim: claim, retries: 0, reply });
+        self.entries.push_back(Entry::new(request, place, reply));
     }
 
     /// Microbatches that nobody wants any more and that no frame closes yet: each needs a Discard.

@@ -1,4 +1,5 @@
 use super::*;
+use crate::claim::Claim;
 use std::sync::Arc;
 
 fn limits() -> v1::Limits {
