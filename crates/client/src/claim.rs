@@ -1,6 +1,6 @@
 //! Who still wants a microbatch's tape.
 
-use crate::driver::Command;
+use crate::command::Command;
 use std::sync::{Arc, Weak};
 use tokio::sync::mpsc;
 

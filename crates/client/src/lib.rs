@@ -74,6 +74,7 @@
 
 mod claim;
 mod client;
+mod command;
 mod driver;
 mod entry;
 mod error;

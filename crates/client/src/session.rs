@@ -1,7 +1,7 @@
 use crate::ClientError;
 use crate::claim::{Claim, Wanted};
 use crate::client::Client;
-use crate::driver::{Answer, Command};
+use crate::command::{Answer, Command};
 use crate::entry::Request;
 use crate::loss::SentLoss;
 use crate::types::{ExportedAdapter, FrameReport, Limits, SessionId, SnapshotInfo, WireError};

@@ -1,0 +1,36 @@
+//! What goes between a session and its task.
+
+use crate::ClientError;
+use crate::entry::Request;
+use offshoot_proto::v1::server_frame;
+use std::time::Duration;
+use tokio::sync::oneshot;
+
+/// What a session can ask of its task.
+pub(crate) enum Command {
+    Send {
+        request: Box<Request>,
+        reply: oneshot::Sender<Result<Answer, ClientError>>,
+    },
+    /// A microbatch is not wanted any more.
+    Look,
+    /// Answered with the last number once no frame is without an answer.
+    Settle {
+        reply: oneshot::Sender<Result<u64, ClientError>>,
+    },
+}
+
+/// An answer with the microbatch of the frame and the time that it took.
+pub(crate) struct Answer {
+    pub(crate) body: server_frame::Body,
+    pub(crate) microbatch: u64,
+    pub(crate) round_trip: Duration,
+    pub(crate) retries: u32,
+}
+
+// Tensors stay out of logs.
+impl std::fmt::Debug for Answer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Answer").field("microbatch", &self.microbatch).finish_non_exhaustive()
+    }
+}
