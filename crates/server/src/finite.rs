@@ -9,7 +9,9 @@ pub fn first_bad(tensor: &HostTensor) -> Option<usize> {
         Payload::F32(bytes) => first_bad_f32(bytes),
         Payload::Bf16(bytes) => {
             const EXPONENT: u16 = 0x7f80;
-            first(bytes.as_chunks::<2>().0, |bytes| u16::from_le_bytes(*bytes) & EXPONENT == EXPONENT)
+            first(bytes.as_chunks::<2>().0, |bytes| {
+                u16::from_le_bytes(*bytes) & EXPONENT == EXPONENT
+            })
         }
         Payload::F16 { stored, scale_exponent } => {
             // With the largest scale, 2^15 and more are infinite in f32.

@@ -79,9 +79,11 @@ mod tests {
         let error = |tensor: &Tensor, dtype| download(tensor, dtype).rounding().relative_error();
         assert_eq!(error(&there, WireDType::F32), 0.0);
         assert_eq!(error(&there.to_kind(Kind::BFloat16), WireDType::Bf16), 0.0);
-        for (dtype, least, most) in
-            [(WireDType::Bf16, 1e-3, 3e-3), (WireDType::F16, 1e-4, 4e-4), (WireDType::Int8, 3e-3, 1e-2)]
-        {
+        for (dtype, least, most) in [
+            (WireDType::Bf16, 1e-3, 3e-3),
+            (WireDType::F16, 1e-4, 4e-4),
+            (WireDType::Int8, 3e-3, 1e-2),
+        ] {
             let error = error(&there, dtype);
             assert!((least..most).contains(&error), "{dtype:?}: {error}");
         }

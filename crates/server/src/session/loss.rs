@@ -13,7 +13,9 @@ impl WireLoss {
     pub(super) fn count(&mut self, answer: &Answer) {
         match answer {
             Answer::Forward(Ok(ForwardResult { hidden, .. })) => self.hidden += hidden.rounding(),
-            Answer::Backward { result: Ok(BackwardResult::Done { grad: Some(grad), .. }), .. } => {
+            Answer::Backward {
+                result: Ok(BackwardResult::Done { grad: Some(grad), .. }), ..
+            } => {
                 self.gradients += grad.rounding();
             }
             Answer::Forward(_) | Answer::Backward { .. } => {}
