@@ -167,7 +167,7 @@ impl DirectSession {
             dropout_key: self.microbatch,
         };
         let (reply, answer) = oneshot::channel();
-        self.submit(FrameWork::Forward { work, reply })?;
+        self.submit(FrameWork::Forward { work: Box::new(work), reply })?;
         if train {
             self.open.push_back(self.microbatch);
         }
@@ -180,7 +180,7 @@ impl DirectSession {
         let microbatch = self.open.pop_front().ok_or(Error::NoTape { microbatch: 0 })?;
         let work = BackwardWork { microbatch, grad };
         let (reply, answer) = oneshot::channel();
-        self.submit(FrameWork::Backward { work, reply })?;
+        self.submit(FrameWork::Backward { work: Box::new(work), reply })?;
         Ok(PendingBackward(Pending { answer }))
     }
 

@@ -34,8 +34,8 @@ pub enum Command {
 
 /// A frame's work with its reply.
 pub enum FrameWork {
-    Forward { work: ForwardWork, reply: Reply<ForwardResult> },
-    Backward { work: BackwardWork, reply: Reply<BackwardResult> },
+    Forward { work: Box<ForwardWork>, reply: Reply<ForwardResult> },
+    Backward { work: Box<BackwardWork>, reply: Reply<BackwardResult> },
     Step { work: StepWork, reply: Reply<StepResult> },
     Discard { microbatch: u64, reply: Reply<DiscardResult> },
 }

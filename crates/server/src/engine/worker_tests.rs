@@ -111,7 +111,7 @@ impl Rig {
             want_input_grad: true,
             dropout_key: 5,
         };
-        self.submit(lane, FrameWork::Forward { work, reply });
+        self.submit(lane, FrameWork::Forward { work: Box::new(work), reply });
         result
     }
 
@@ -123,7 +123,7 @@ impl Rig {
         let (reply, result) = oneshot::channel();
         let grad = self.tensor(lane + 50, n_tokens);
         let work = BackwardWork { microbatch: lane, grad };
-        self.submit(lane, FrameWork::Backward { work, reply });
+        self.submit(lane, FrameWork::Backward { work: Box::new(work), reply });
         result
     }
 
@@ -343,7 +343,7 @@ fn a_forward_without_room_waits_until_somebody_is_done() {
         want_input_grad: true,
         dropout_key: 1,
     };
-    rig.submit(0, FrameWork::Forward { work, reply });
+    rig.submit(0, FrameWork::Forward { work: Box::new(work), reply });
     rig.turn();
     let error = forwarded(second).unwrap_err();
     assert!(matches!(error, Error::NoRoom { retry_after: Some(_), .. }), "{error}");

@@ -94,7 +94,7 @@ pub struct OnHost {
 
 /// A session's adapter that is not on the device.
 pub enum Away {
-    Host(OnHost),
+    Host(Box<OnHost>),
     /// The store's head is the session as it is.
     Disk,
 }
@@ -312,7 +312,7 @@ impl Residency {
             Lowered::Host { adapters, reserved, profile } => {
                 let bytes = reserved.bytes();
                 let _listed = self.list.enter(&profile, Tier::Host, bytes);
-                Away::Host(OnHost { adapters, _reserved: reserved, _listed })
+                Away::Host(Box::new(OnHost { adapters, _reserved: reserved, _listed }))
             }
             Lowered::Disk => Away::Disk,
         }

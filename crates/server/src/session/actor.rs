@@ -155,7 +155,7 @@ impl SessionActor {
         match admission {
             Ok(Admission::Run(ticket)) => self.run(ticket, frame, permit, ctx),
             Ok(Admission::Joined(ticket)) => self.outbox.redirect(ticket, permit),
-            Ok(Admission::Answered(answer)) => self.answer(permit, answer),
+            Ok(Admission::Answered(answer)) => self.answer(permit, *answer),
             Err(error) => self.refuse(permit, sequence, &error),
         }
     }
@@ -270,7 +270,7 @@ fn with_reply(work: Work) -> (FrameWork, PendingAnswer) {
         Work::Forward(work) => {
             let (reply, result) = oneshot::channel();
             let answer = Box::pin(async { Answer::Forward(wait(result).await) });
-            (FrameWork::Forward { work, reply }, answer)
+            (FrameWork::Forward { work: Box::new(work), reply }, answer)
         }
         Work::Backward(work) => {
             let (reply, result) = oneshot::channel();
@@ -279,7 +279,7 @@ fn with_reply(work: Work) -> (FrameWork, PendingAnswer) {
                 Box::pin(
                     async move { Answer::Backward { microbatch, result: wait(result).await } },
                 );
-            (FrameWork::Backward { work, reply }, answer)
+            (FrameWork::Backward { work: Box::new(work), reply }, answer)
         }
         Work::Step(work) => {
             let (reply, result) = oneshot::channel();
@@ -334,7 +334,7 @@ impl Handler<Frames> for SessionActor {
             self.refuse(message.permit, message.sequence, &draining);
             return self.pump();
         }
-        self.backlog.push(Waiting::Frames(message));
+        self.backlog.push(Waiting::Frames(Box::new(message)));
         self.serve_backlog(ctx);
     }
 }

@@ -23,7 +23,7 @@ pub(super) enum Place {
 
 /// What waits for the adapter.
 pub(super) enum Waiting {
-    Frames(Frames),
+    Frames(Box<Frames>),
     Cut(Cut, oneshot::Sender<Result<SessionCut, Error>>),
     Export(Export, oneshot::Sender<Result<ExportOf, Error>>),
 }
@@ -49,7 +49,7 @@ impl Backlog {
         let (mut frames, mut others) = (Vec::new(), VecDeque::new());
         for waiting in self.0.drain(..) {
             match waiting {
-                Waiting::Frames(message) => frames.push(message),
+                Waiting::Frames(message) => frames.push(*message),
                 other => others.push_back(other),
             }
         }
@@ -89,7 +89,7 @@ impl SessionActor {
                 _ => {}
             }
             match self.backlog.0.pop_front() {
-                Some(Waiting::Frames(message)) => self.take_frames(message, ctx),
+                Some(Waiting::Frames(message)) => self.take_frames(*message, ctx),
                 Some(Waiting::Cut(cut, reply)) => self.cut(cut, reply, ctx),
                 Some(Waiting::Export(export, reply)) => self.export(export, reply),
                 None => {}

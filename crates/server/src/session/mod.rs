@@ -13,8 +13,8 @@ mod state;
 pub use actor::{SessionActor, SessionSeed};
 pub use frame::{BackwardWork, Digest, ForwardWork, Frame, Head, Mode, SessionId, StepWork, Work};
 pub use messages::{
-    Attach, Cut, Detach, DrainWhenQuiet, Export, ExportOf, Frames, Greeting, Info, Keep, Leave, Reason,
-    Retire, SessionCut, SessionView,
+    Attach, Cut, Detach, DrainWhenQuiet, Export, ExportOf, Frames, Greeting, Info, Keep, Leave,
+    Reason, Retire, SessionCut, SessionView,
 };
 pub use newest::epoch_now;
 pub use outbox::{Permit, StreamEnds};

@@ -35,7 +35,8 @@ impl Answer {
     pub(super) fn settle(self, sequence: u64) -> (Settled, ServerFrame) {
         let applied = |body, tape_bytes, step| {
             let answer = ServerFrame { sequence, body: Some(body) };
-            (Settled::Applied { answer: answer.clone(), tape_bytes, step }, answer)
+            let settled = Settled::Applied { answer: Box::new(answer.clone()), tape_bytes, step };
+            (settled, answer)
         };
         let refused = |error: Error, lost| {
             tracing::debug!(sequence, error = error.label(), "frame refused");

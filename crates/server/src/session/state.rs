@@ -35,7 +35,7 @@ pub enum Admission {
     /// New: give it to the engine and settle the ticket with what comes back.
     Run(Ticket),
     /// Seen and answered before.
-    Answered(ServerFrame),
+    Answered(Box<ServerFrame>),
     /// Seen before, and the engine is still at it.
     Joined(Ticket),
 }
@@ -52,7 +52,7 @@ pub struct Recorded {
 #[derive(Debug)]
 pub enum Settled {
     Applied {
-        answer: ServerFrame,
+        answer: Box<ServerFrame>,
         /// Of the tape that a training Forward left.
         tape_bytes: u64,
         /// Optimizer steps, after a Step.
@@ -190,7 +190,7 @@ impl SessionState {
         match settled {
             Settled::Applied { answer, tape_bytes, step } => {
                 assert!(!frame.doomed, "the engine refuses what stands behind a refused frame");
-                self.apply(frame.head, answer, tape_bytes, step);
+                self.apply(frame.head, *answer, tape_bytes, step);
             }
             Settled::Refused { lost } => {
                 if let Some(microbatch) = lost {
@@ -240,7 +240,9 @@ impl SessionState {
         };
         if sequence <= self.applied {
             return match self.answers.iter().find(|answer| answer.sequence == sequence) {
-                Some(known) => same(&known.digest, Admission::Answered(known.answer.clone())),
+                Some(known) => {
+                    same(&known.digest, Admission::Answered(Box::new(known.answer.clone())))
+                }
                 None => Err(Error::Forgotten { sequence, applied: self.applied }),
             };
         }

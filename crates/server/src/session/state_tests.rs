@@ -26,7 +26,10 @@ fn run(state: &mut SessionState, head: &Head) -> Ticket {
 
 fn applied(state: &mut SessionState, ticket: Ticket, sequence: u64) {
     let step = Some(sequence);
-    state.settle(ticket, Settled::Applied { answer: answer(sequence), tape_bytes: 10, step });
+    state.settle(
+        ticket,
+        Settled::Applied { answer: Box::new(answer(sequence)), tape_bytes: 10, step },
+    );
 }
 
 fn refused(state: &mut SessionState, ticket: Ticket) {
@@ -44,7 +47,10 @@ fn a_repeated_frame_gets_the_recorded_answer() {
     go(&mut state, &head(1, Effect::Nothing));
     go(&mut state, &head(2, Effect::Nothing));
     for _ in 0..2 {
-        assert_eq!(state.admit(&head(1, Effect::Nothing)).unwrap(), Admission::Answered(answer(1)));
+        assert_eq!(
+            state.admit(&head(1, Effect::Nothing)).unwrap(),
+            Admission::Answered(Box::new(answer(1)))
+        );
     }
     assert_eq!(state.applied(), 2);
 }
@@ -210,7 +216,10 @@ fn a_session_comes_back_with_its_answers_and_without_its_tapes() {
     let limits = FrameLimits { max_frames_in_flight: 3, max_open_microbatches: 2 };
     let mut after = SessionState::new(limits, before.resume());
     assert_eq!(after.applied(), 3);
-    assert_eq!(after.admit(&head(3, Effect::Open(2))).unwrap(), Admission::Answered(answer(3)));
+    assert_eq!(
+        after.admit(&head(3, Effect::Open(2))).unwrap(),
+        Admission::Answered(Box::new(answer(3)))
+    );
     assert!(matches!(after.admit(&head(4, Effect::Close(2))), Err(Error::NoTape { .. })));
     go(&mut after, &head(4, Effect::Open(3)));
 }
