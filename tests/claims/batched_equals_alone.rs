@@ -5,13 +5,15 @@
 
 #[path = "batched/nan_stays_home.rs"]
 mod nan_stays_home;
+#[path = "batched/pressure.rs"]
+mod pressure;
 #[path = "batched/probe.rs"]
 mod probe;
 
 use offshoot_client::{
     ADAMW_DEFAULTS, AdamWConfig, Client, ExportedAdapter, LoraConfig, OpenSession,
 };
-use offshoot_server::ServerConfig;
+use offshoot_server::{LoraBatching, ServerConfig};
 use offshoot_tests::run::open_request;
 use offshoot_tests::together::{Player, distance, round, server_for};
 use offshoot_tests::{TestServer, fixture};
@@ -106,10 +108,10 @@ fn tensors(adapter: &ExportedAdapter) -> Vec<(String, Vec<f32>)> {
     all
 }
 
-async fn check_family(family: &str) {
-    let store = || tempfile::tempdir().unwrap();
+async fn check_family(family: &str, lora_batching: LoraBatching) {
     let folder = store();
-    let config = of_family(family, server_for(4, folder.path()));
+    let mut config = of_family(family, server_for(4, folder.path()));
+    config.model.lora_batching = lora_batching;
     let together = play(config, |_| true).await;
     for (number, together) in together.iter().enumerate() {
         let folder = store();
@@ -119,7 +121,9 @@ async fn check_family(family: &str) {
         assert!(alone.batch_jobs.iter().all(|n| *n == 1), "{:?}", alone.batch_jobs);
         let numbers = distance(&together.numbers, &alone.numbers);
         let adapter = distance(&tensors(&together.adapter), &tensors(&alone.adapter));
-        println!("{family} session {number}: numbers {numbers:.1e}, adapter {adapter:.1e}");
+        println!(
+            "{family} {lora_batching:?}, session {number}: numbers {numbers:.1e}, adapter {adapter:.1e}"
+        );
         assert!(numbers < F32 && adapter < F32, "{family} {number}: {numbers:.1e} {adapter:.1e}");
     }
 }
@@ -127,7 +131,10 @@ async fn check_family(family: &str) {
 #[tokio::test(flavor = "multi_thread")]
 async fn batched_equals_alone() {
     for family in FAMILIES {
-        check_family(family).await;
+        check_family(family, LoraBatching::Auto).await;
+    }
+    for lora_batching in [LoraBatching::Stacked, LoraBatching::Loop] {
+        check_family("llama", lora_batching).await;
     }
 }
 

@@ -11,6 +11,7 @@ use offshoot_client::{
     PendingForward, Session, WireDType,
 };
 use offshoot_server::ServerConfig;
+use std::collections::VecDeque;
 use std::path::Path;
 
 /// Tokens of every microbatch here.
@@ -39,11 +40,14 @@ pub struct Player {
     /// What its gradients are multiplied with.
     pub gradient_scale: f32,
     n_sent: u64,
-    open: Option<(Microbatch, HostTensor)>,
+    /// Microbatches without their backward, the oldest first.
+    open: VecDeque<(Microbatch, HostTensor)>,
     /// Outputs, gradients and norms, in their order.
     pub numbers: Vec<(String, Vec<f32>)>,
     /// Jobs in the batch of each of its frames.
     pub batch_jobs: Vec<u32>,
+    /// What each of its training forwards left on the device, when it ended.
+    pub tape_bytes: Vec<u64>,
 }
 
 /// What a player does in a phase.
@@ -51,7 +55,7 @@ pub struct Player {
 pub enum Turn {
     Forward,
     Evaluate,
-    /// Of the microbatch that its last Forward opened.
+    /// Of its oldest open microbatch.
     Backward,
 }
 
@@ -70,9 +74,10 @@ impl Player {
             rows_scale: 1.0,
             gradient_scale: 1.0,
             n_sent: 0,
-            open: None,
+            open: VecDeque::new(),
             numbers: Vec::new(),
             batch_jobs: Vec::new(),
+            tape_bytes: Vec::new(),
         }
     }
 
@@ -105,7 +110,7 @@ impl Player {
                 Pending::Evaluate(self.session.send_evaluate(input).await?)
             }
             Turn::Backward => {
-                let (microbatch, output) = self.open.take().expect("a Forward before");
+                let (microbatch, output) = self.open.pop_front().expect("a Forward before");
                 // Of a loss that is half the mean square of the output.
                 let n = output.shape().iter().product::<usize>() as f32;
                 let scale = self.gradient_scale / n;
@@ -133,7 +138,8 @@ impl Player {
             Pending::Forward(pending) => {
                 let (output, microbatch, report) = pending.await?;
                 self.see("output", &output);
-                self.open = Some((microbatch, output));
+                self.tape_bytes.push(report.tape_bytes);
+                self.open.push_back((microbatch, output));
                 report
             }
             Pending::Evaluate(pending) => {
