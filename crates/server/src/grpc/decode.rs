@@ -175,10 +175,7 @@ fn digest(body: &Body) -> Digest {
         numbers(hasher, tensor.outlier_channels.iter().map(|&channel| channel.into()));
         for part in [&tensor.data, &tensor.block_scales, &tensor.outlier_values] {
             numbers(hasher, [part.len() as u64]);
-            // Piece by piece: at once is slower by two thirds for 16 MiB.
-            for piece in part.chunks(256 << 10) {
-                hasher.update(piece);
-            }
+            hasher.update(part);
         }
     };
     match body {

@@ -95,7 +95,8 @@ fn any_change_of_a_frame_changes_its_digest() {
 #[test]
 fn the_first_frame_is_hello() {
     let id = SessionId::new();
-    let good = v1::Hello { session_id: id.to_string(), last_answered: 3, epoch: 7, ..Default::default() };
+    let good =
+        v1::Hello { session_id: id.to_string(), last_answered: 3, epoch: 7, ..Default::default() };
     let frame = |sequence, body| Some(v1::ClientFrame { sequence, acknowledged: 0, body });
     let greeting = Greeting { last_answered: 3, epoch: 7, ..Greeting::default() };
     assert_eq!(hello(frame(0, Some(Body::Hello(good.clone())))).unwrap(), (id, greeting));

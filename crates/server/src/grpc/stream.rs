@@ -58,11 +58,11 @@ async fn attach(
     let seconds = HELLO_TIMEOUT.as_secs();
     let first = tokio::time::timeout(HELLO_TIMEOUT, frames.message()).await;
     let first = first.map_err(|_| Error::HelloTimeout { seconds })?;
-    let (id, last_answered) = decode::hello(first.ok().flatten())?;
+    let (id, greeting) = decode::hello(first.ok().flatten())?;
     let closed = |_| Error::Gone { part: "stream" };
     let hello = answers.clone().reserve_owned().await.map_err(closed)?;
     let farewell = answers.clone().reserve_owned().await.map_err(closed)?;
-    let end = StreamEnd { last_answered, hello, farewell, ends };
+    let end = StreamEnd { greeting, hello, farewell, ends };
     let registry = context.registry.clone();
     // Reviving a session goes on even if this client leaves.
     let attached = tokio::spawn(async move { registry.attach(id, end).await }).await;
