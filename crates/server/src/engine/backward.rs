@@ -50,15 +50,10 @@ impl Worker {
         let mut later: Vec<Taken<Job>> = Vec::new();
         for taken in jobs {
             let (sequence, _, reply) = work(&taken);
-            let ahead = chosen.iter().filter(|chosen| chosen.lane == taken.lane).count();
             if reply.is_closed() {
                 continue;
             }
-            if later.iter().any(|waiting| waiting.lane == taken.lane) {
-                later.push(taken);
-                continue;
-            }
-            let checked = self.check_order(taken.lane, sequence, ahead as u64);
+            let checked = self.check_order(taken.lane, sequence);
             if let Err(error) = checked.and_then(|()| self.check_shape(&taken)) {
                 refuse(taken, error);
                 continue;
@@ -122,11 +117,6 @@ impl Worker {
             else {
                 continue;
             };
-            // One before it in this batch may have failed.
-            if let Err(error) = self.check_order(lane, sequence, 0) {
-                send(reply, Err(error));
-                continue;
-            }
             // The tape is used up, whatever comes of it.
             drop(self.tapes.close((lane, work.microbatch)));
             let result = result.and_then(|done| {

@@ -81,15 +81,10 @@ impl Worker {
         for taken in jobs {
             let lane = taken.lane;
             let (sequence, forward, reply) = work(&taken);
-            let ahead = chosen.iter().filter(|chosen| chosen.taken.lane == lane).count();
             if reply.is_closed() {
                 continue;
             }
-            if later.iter().any(|waiting| waiting.lane == lane) {
-                later.push(taken);
-                continue;
-            }
-            if let Err(error) = self.check_order(lane, sequence, ahead as u64) {
+            if let Err(error) = self.check_order(lane, sequence) {
                 refuse(taken, error);
                 continue;
             }
@@ -185,8 +180,7 @@ impl Worker {
             else {
                 continue;
             };
-            // One before it in this batch may have failed.
-            let result = self.check_order(lane, sequence, 0).and(result).map(|done| {
+            let result = result.map(|done| {
                 let tape_bytes = done.tape.as_ref().map_or(0, Tape::bytes);
                 opened.extend(done.tape.map(|tape| NewTape {
                     key: (lane, work.microbatch),

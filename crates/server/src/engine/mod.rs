@@ -82,8 +82,7 @@ impl Engine {
     pub async fn start(config: TrunkConfig, limits: &LimitsConfig) -> Result<Engine, Error> {
         let scheduler = Arc::new(Scheduler::new(limits.max_queued_jobs));
         let stats = Arc::new(Stats::default());
-        let budget =
-            Budget { n_tokens: limits.max_tokens_per_batch, wait: limits.batch_wait() };
+        let budget = Budget { n_tokens: limits.max_tokens_per_batch, wait: limits.batch_wait() };
         let (ready, loaded) = oneshot::channel();
         let (queue, counted, limits) = (scheduler.clone(), stats.clone(), limits.clone());
         let body = move || {

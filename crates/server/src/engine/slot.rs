@@ -83,11 +83,7 @@ impl Slot {
         };
         Exported {
             tensors: host(self.adapters.named_tensors()),
-            gradients: if gradients {
-                host(self.adapters.named_gradients())
-            } else {
-                Vec::new()
-            },
+            gradients: if gradients { host(self.adapters.named_gradients()) } else { Vec::new() },
             step: self.adapters.n_steps(),
         }
     }

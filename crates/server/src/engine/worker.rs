@@ -87,7 +87,7 @@ impl Worker {
             }
             Command::Frame { sequence, work } => match work {
                 FrameWork::Step { work, reply } => {
-                    let result = self.check_order(lane, sequence, 0).and_then(|()| {
+                    let result = self.check_order(lane, sequence).and_then(|()| {
                         let slot = self.slot(lane)?;
                         let result = caught("Step", || Ok(slot.step(&work)))?;
                         slot.applied = sequence;
@@ -96,7 +96,7 @@ impl Worker {
                     send(reply, result);
                 }
                 FrameWork::Discard { microbatch, reply } => {
-                    let result = self.check_order(lane, sequence, 0).map(|()| {
+                    let result = self.check_order(lane, sequence).map(|()| {
                         drop(self.tapes.close((lane, microbatch)));
                         self.tapes.settle(&self.part);
                         self.set_applied(lane, sequence);
@@ -123,16 +123,11 @@ impl Worker {
         slot.check().map(|()| slot)
     }
 
-    /// Whether a frame is the next one of its session, behind `ahead` others of the same batch.
-    pub(super) fn check_order(
-        &self,
-        lane: LaneId,
-        sequence: u64,
-        ahead: u64,
-    ) -> Result<(), Error> {
+    /// Whether a frame is the next one of its session.
+    pub(super) fn check_order(&self, lane: LaneId, sequence: u64) -> Result<(), Error> {
         let slot = self.slots.get(&lane).ok_or(Error::Gone { part: "session" })?;
         slot.check()?;
-        let expected = slot.applied + 1 + ahead;
+        let expected = slot.applied + 1;
         if sequence == expected { Ok(()) } else { Err(Error::Gap { found: sequence, expected }) }
     }
 

@@ -183,14 +183,16 @@ impl<J> Queue<J> {
         Some(if at_once { oldest } else { oldest + budget.wait })
     }
 
-    /// The next jobs to run, all of one kind, at least one if any can run.
+    /// The next jobs to run, all of one kind and of different sessions, at least one if any can run.
+    /// What a session sends ahead never shares a batch with itself: else the numbers of a session
+    /// that is alone would depend, in their last bits, on when its frames arrive.
     pub fn next_batch(&mut self, budget: Budget) -> Option<Batch<J>> {
         let kind = self.next_kind()?;
         let mut batch = Batch { kind, jobs: Vec::new() };
         let mut n_tokens = 0;
         // The first may be larger than the budget, or it would never run.
         let mut room = usize::MAX;
-        while let Some(id) = self.next_lane(kind, room) {
+        while let Some(id) = self.next_lane(kind, room, &batch.jobs) {
             let taken = self.take(id, batch.jobs.is_empty());
             n_tokens += taken.entry.n_tokens;
             room = budget.n_tokens.saturating_sub(n_tokens);
@@ -276,9 +278,10 @@ impl<J> Queue<J> {
         first.map(|(_, _, front)| front.entry.kind)
     }
 
-    /// The session served least whose next job is of this kind and fits.
-    fn next_lane(&self, kind: Kind, n_tokens: usize) -> Option<LaneId> {
+    /// The session served least whose next job is of this kind and fits, but none of these.
+    fn next_lane(&self, kind: Kind, n_tokens: usize, but: &[Taken<J>]) -> Option<LaneId> {
         self.fronts()
+            .filter(|(id, _, _)| but.iter().all(|taken| taken.lane != *id))
             .filter(|(_, _, front)| front.entry.kind == kind && front.entry.n_tokens <= n_tokens)
             .min_by_key(|(_, lane, front)| self.order(lane, front))
             .map(|(id, _, _)| id)
