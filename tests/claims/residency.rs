@@ -171,6 +171,39 @@ async fn a_hundred_sessions_on_a_device_for_ten_end_as_if_they_were_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn sessions_that_are_away_are_bounded_by_their_number_only() {
+    const N: u64 = 300;
+    let store = tempfile::tempdir().unwrap();
+    let crowded = crowded(store.path(), 2, |config| {
+        config.limits.max_live_sessions = N as usize;
+    })
+    .await;
+    let h = crowded.hidden_size;
+    let mut sessions = Vec::new();
+    for _ in 0..N {
+        sessions.push(open(&crowded.client, 1).await.unwrap());
+    }
+    let memory = crowded.memory().await;
+    assert_eq!(memory.live_sessions, N as u32);
+    assert!(memory.sessions_on_device <= 2, "{memory:?}");
+    // All on one connection, and each can train.
+    for session in sessions.iter().step_by(50) {
+        accumulate(session, h, 1).await.unwrap();
+    }
+
+    let retry = Retry { max_elapsed: Duration::from_millis(50), ..Retry::default() };
+    let options = ClientOptions { retry, ..ClientOptions::default() };
+    let hasty = Client::connect_with(&crowded.server.endpoint(), options).await.unwrap();
+    let error = open(&hasty, 2).await.err().unwrap();
+    assert_eq!(error.code(), Some(ErrorCode::Exhausted), "{error}");
+    assert!(error.to_string().contains(&N.to_string()), "{error}");
+    assert!(error.retry_after().is_some(), "{error}");
+    sessions.pop().unwrap().close(false).await.unwrap();
+    open(&hasty, 2).await.unwrap();
+    crowded.server.drain().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn who_finds_no_room_waits_until_another_is_quiet() {
     let store = tempfile::tempdir().unwrap();
     let crowded = crowded(store.path(), 1, |_| {}).await;

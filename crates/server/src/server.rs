@@ -2,8 +2,8 @@ use crate::config::{LimitsConfig, ServerConfig};
 use crate::engine::{Engine, EngineClient, TrunkInfo};
 use crate::error::Error;
 use crate::grpc::TrunkGrpc;
-use crate::pool::{ActorPool, PoolThreads};
 use crate::host_memory;
+use crate::pool::{ActorPool, PoolThreads};
 use crate::registry::{Parts, Registry, Slots};
 use crate::residency::{Ages, Residency, ResidencyParts};
 use crate::store::Store;
@@ -29,6 +29,8 @@ const WINDOW_BYTES: std::ops::RangeInclusive<usize> = 1 << 20..=64 << 20;
 /// Of one HTTP/2 frame. A message of 16 MiB is 1024 of the usual 16 KiB, each with a call of the
 /// system at both ends; larger ones than this gain nothing and leave the processor's cache.
 const HTTP2_FRAME_BYTES: u32 = 128 << 10;
+/// Calls of one connection at a time, beside its sessions' streams.
+const CONTROL_CALLS: u32 = 1024;
 /// For open connections to notice that the server ends.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -161,6 +163,8 @@ async fn serve(
     let router = tonic::transport::Server::builder()
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        // A session has one; the library's own bound would be 200.
+        .max_concurrent_streams(registry.max_live_sessions() as u32 + CONTROL_CALLS)
         .initial_stream_window_size(window)
         // Several sessions share a connection; one that is not read must not hold up the others.
         .initial_connection_window_size(4 * window)

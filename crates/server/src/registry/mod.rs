@@ -123,6 +123,11 @@ impl Registry {
         self.limits
     }
 
+    /// Most sessions that may be live at a time.
+    pub fn max_live_sessions(&self) -> usize {
+        self.max_live_sessions
+    }
+
     /// Where the adapters are.
     pub fn residency(&self) -> &Residency {
         &self.residency
@@ -192,7 +197,7 @@ impl Registry {
         let store = self.store.clone();
         blocking(move || store.keep(id, &keep)).await?;
         match held.live() {
-            Some(live) => self.write_cut(id, live, Reason::Snapshot { after }).await,
+            Some(live) => self.write_cut(id, &live, Reason::Snapshot { after }).await,
             None => {
                 let head = self.head(id).await?;
                 let (server, client) = (head.sequence, after);
@@ -275,8 +280,7 @@ impl Registry {
         let records = blocking(move || store.records()).await?;
         let mut listed = Vec::with_capacity(records.len());
         for (id, record) in records {
-            let actor = self.slots.actor(id).await;
-            let live = match actor {
+            let live = match self.slots.actor(id) {
                 Some(actor) => actor.send(Info).await.ok(),
                 None => None,
             };
@@ -311,7 +315,7 @@ impl Registry {
     /// The live session, made from its record if need be.
     fn revive(&self, held: &mut Held<'_>, id: SessionId, record: &Record) -> Result<Live, Error> {
         if let Some(live) = held.live() {
-            return Ok(live.clone());
+            return Ok(live);
         }
         self.refuse_one_more()?;
         let head = record.head().ok_or_else(|| Error::UnknownSession(id.to_string()))?;

@@ -39,7 +39,7 @@ impl Registry {
     ) -> Result<SnapshotRecord, Error> {
         let live = held.live().ok_or(Error::Gone { part: "session" })?;
         let actor = live.actor.clone();
-        match self.write_cut(id, live, reason).await {
+        match self.write_cut(id, &live, reason).await {
             Ok(snapshot) => {
                 retire(held.put(None)).await;
                 Ok(snapshot)
@@ -100,7 +100,7 @@ impl Registry {
     }
 
     async fn drain_one(&self, id: SessionId, quiet_by: Instant) -> bool {
-        let Some(actor) = self.slots.actor(id).await else { return true };
+        let Some(actor) = self.slots.actor(id) else { return true };
         // Without the lock, so that a client that lost its stream can come back and finish.
         if tokio::time::timeout_at(quiet_by, actor.send(DrainWhenQuiet)).await.is_err() {
             tracing::warn!(session = %id, "drained with an open microbatch; its tape is dropped");

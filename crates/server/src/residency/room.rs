@@ -218,6 +218,6 @@ impl Room {
 /// wait.
 async fn leave(slots: Arc<Slots>, id: SessionId) -> Result<(), Error> {
     let held = slots.try_lock(id).ok_or(Error::Busy)?;
-    let actor = held.live().ok_or(Error::Busy)?.actor.clone();
+    let actor = held.live().ok_or(Error::Busy)?.actor;
     actor.send(Leave).await.map_err(|_| Error::Busy)?
 }
