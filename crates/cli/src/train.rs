@@ -203,20 +203,21 @@ struct ComputeArgs {
     /// The same as --dtype bf16.
     #[arg(long, conflicts_with = "dtype")]
     mixed_precision: bool,
-    /// Type of what travels: bf16 for a fast network, int8 for a slow one, f32 to compare.
+    /// Type of what travels, both ways. The errors are relative ones of SmolLM2 cut at layers 2 and
+    /// 26; a run ends with its own.
     #[arg(long, value_enum, default_value_t = Wire::Bf16)]
     wire_dtype: Wire,
 }
 
 #[derive(Clone, Copy, PartialEq, Debug, ValueEnum)]
 enum Wire {
-    /// Exact, 4 bytes a value.
+    /// 4 bytes a value, nothing is rounded: to compare with an uncut run
     F32,
-    /// 2 bytes.
+    /// 2 bytes, error 0.2%: for most runs
     Bf16,
-    /// 2 bytes, an eighth of bf16's error.
+    /// 2 bytes, error 0.02%; takes more computing to pack: for precision on a slow network
     F16,
-    /// 1.1 bytes.
+    /// 1.1 bytes, error 0.2% to 0.7%: where the network is what a run waits for
     Int8,
 }
 
