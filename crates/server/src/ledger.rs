@@ -8,6 +8,7 @@
 use serde::Serialize;
 use std::fmt;
 use std::future::Future;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use tokio::sync::Notify;
 
@@ -72,7 +73,7 @@ struct Shared {
 pub struct Reservation {
     ledger: Ledger,
     kind: BytesKind,
-    bytes: u64,
+    bytes: AtomicU64,
 }
 
 /// The pure part.
@@ -144,13 +145,13 @@ impl Ledger {
     /// Takes bytes at once, or none of them.
     pub fn reserve(&self, kind: BytesKind, bytes: u64) -> Result<Reservation, Shortage> {
         self.books().take(kind, bytes)?;
-        Ok(Reservation { ledger: self.clone(), kind, bytes })
+        Ok(Reservation { ledger: self.clone(), kind, bytes: bytes.into() })
     }
 
     /// Counts bytes that are there already, even beyond the budget.
     pub fn count(&self, kind: BytesKind, bytes: u64) -> Reservation {
         self.books().add(kind, bytes);
-        Reservation { ledger: self.clone(), kind, bytes }
+        Reservation { ledger: self.clone(), kind, bytes: bytes.into() }
     }
 
     /// From now on adapters leave so much free for tapes and workspace, but at most half of what
@@ -231,18 +232,24 @@ impl Ledger {
 impl Reservation {
     /// How many.
     pub fn bytes(&self) -> u64 {
-        self.bytes
+        self.bytes.load(Ordering::Relaxed)
     }
 
     /// Takes more, or gives some back. An error changes nothing.
     pub fn resize(&mut self, bytes: u64) -> Result<(), Shortage> {
-        if bytes > self.bytes {
-            self.ledger.books().take(self.kind, bytes - self.bytes)?;
-        } else {
-            self.give(self.bytes - bytes);
+        let before = self.bytes();
+        if bytes > before {
+            self.ledger.books().take(self.kind, bytes - before)?;
+            self.bytes.store(bytes, Ordering::Relaxed);
         }
-        self.bytes = bytes;
+        self.shrink_to(bytes);
         Ok(())
+    }
+
+    /// Gives back what is more than so many, also for those who share it.
+    pub fn shrink_to(&self, bytes: u64) {
+        let before = self.bytes.fetch_min(bytes, Ordering::Relaxed);
+        self.give(before.saturating_sub(bytes));
     }
 
     fn give(&self, bytes: u64) {
@@ -255,13 +262,13 @@ impl Reservation {
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        self.give(self.bytes);
+        self.give(self.bytes());
     }
 }
 
 impl fmt::Debug for Reservation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Reservation({} bytes of {})", self.bytes, self.kind.name())
+        write!(f, "Reservation({} bytes of {})", self.bytes(), self.kind.name())
     }
 }
 

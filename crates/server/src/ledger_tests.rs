@@ -50,6 +50,10 @@ fn a_reservation_grows_and_shrinks_or_stays() {
     assert_eq!(ledger.free(), Some(0));
     tape.resize(5).unwrap();
     assert_eq!((tape.bytes(), ledger.free()), (5, Some(95)));
+    tape.shrink_to(9);
+    assert_eq!((tape.bytes(), ledger.free()), (5, Some(95)));
+    tape.shrink_to(2);
+    assert_eq!((tape.bytes(), ledger.free()), (2, Some(98)));
     drop(tape);
     assert_eq!(ledger.usage().now, ByKind::default());
 }

@@ -37,8 +37,8 @@ mod session;
 mod store;
 
 pub use config::{
-    ComputeDType, DrainConfig, LimitsConfig, ListenConfig, LoraBatching, Mistake, Mistakes, ServerConfig,
-    SessionConfig, StoreConfig, TrunkConfig,
+    ComputeDType, DrainConfig, LimitsConfig, ListenConfig, LoraBatching, Mistake, Mistakes,
+    ServerConfig, SessionConfig, StoreConfig, TrunkConfig,
 };
 pub use engine::TrunkInfo;
 pub use error::{Class, Error};

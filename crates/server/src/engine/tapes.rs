@@ -174,10 +174,7 @@ impl Tapes {
             open.tape.shrink(to);
         }
         let bytes = company.iter().map(|open| open.tape.bytes()).sum();
-        let smaller = Rc::new(self.ledger.count(BytesKind::Tapes, bytes));
-        for open in company {
-            open.held = smaller.clone();
-        }
+        held.shrink_to(bytes);
         tracing::debug!(?to, bytes, "tapes shrunk for want of room");
         true
     }

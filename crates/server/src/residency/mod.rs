@@ -80,9 +80,10 @@ pub struct Profile {
 
 /// A session's adapter on the device.
 pub struct OnDevice {
+    /// Before the place on the device, so that who has no bytes is not listed.
+    listed: Listed,
     pub engine: EngineSession,
     pub admitted: Admitted,
-    listed: Listed,
 }
 
 /// A session's adapter in the host's memory.

@@ -32,7 +32,7 @@ pub(super) struct Request {
     bytes: u64,
     deadline: Instant,
     reply: oneshot::Sender<Result<Reservation, Error>>,
-    _counted: Counted,
+    counted: Counted,
 }
 
 /// Counts a request until it is answered or given up.
@@ -52,7 +52,7 @@ impl Request {
         n_waiting: &Arc<AtomicUsize>,
     ) -> Self {
         n_waiting.fetch_add(1, Ordering::Relaxed);
-        Request { bytes, deadline, reply, _counted: Counted(n_waiting.clone()) }
+        Request { bytes, deadline, reply, counted: Counted(n_waiting.clone()) }
     }
 }
 
@@ -176,8 +176,10 @@ impl Room {
                     None => return self.queue.push_front(head),
                 },
             };
+            let Request { reply, counted, .. } = head;
+            drop(counted);
             // Who has given up drops what it got.
-            let _ = head.reply.send(answer);
+            let _ = reply.send(answer);
         }
     }
 
