@@ -225,8 +225,7 @@ async fn unknown_sessions_are_not_found() {
         ] {
             assert_eq!(error.code(), Some(ErrorCode::NotFound), "{error}");
         }
-        let snapshot =
-            v1::SnapshotRequest { session_id: session_id.clone(), ..Default::default() };
+        let snapshot = v1::SnapshotRequest { session_id: session_id.clone(), ..Default::default() };
         let status = rpc.snapshot(snapshot).await.unwrap_err();
         assert_eq!(status.code(), tonic::Code::NotFound, "{status}");
         let export =
