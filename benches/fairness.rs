@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 #[derive(Parser)]
 struct Args {
     /// Of each of the two measurements.
-    #[arg(long, default_value_t = 200.0)]
+    #[arg(long, default_value_t = 120.0)]
     seconds: f64,
     #[arg(long, default_value = "cpu")]
     device: String,
@@ -27,8 +27,11 @@ struct Args {
 
 const HEAVY: Shape = Shape { sequences: 4, tokens: 512, train: true };
 const LIGHT: Shape = Shape { sequences: 1, tokens: 32, train: true };
+const N_LAYERS: usize = 2;
 /// Microbatches that a client of the protocol may have in flight.
 const BACKLOG: usize = 4;
+/// Answers of one batch come within less.
+const SAME_BATCH: Duration = Duration::from_millis(5);
 /// What each job costs its session for a token: see the scheduler.
 const FORWARD_COST: usize = 2;
 const BACKWARD_COST: usize = 3;
@@ -36,8 +39,10 @@ const BACKWARD_COST: usize = 3;
 fn main() -> anyhow::Result<()> {
     share_cores()?;
     let args = Args::parse();
-    let trunk = Trunk::find()?;
-    println!("{}, f32, rank 8, {} s each", trunk.what, args.seconds);
+    let mut trunk = Trunk::find()?;
+    // Who goes first does not depend on the depth, and shallow jobs are many.
+    trunk.layers.end = trunk.layers.start + N_LAYERS;
+    println!("{}, of these {N_LAYERS}, f32, rank 8, {} s each", trunk.what, args.seconds);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
     runtime.block_on(latency(&trunk, &args))?;
     runtime.block_on(shares(&trunk, &args))
@@ -76,6 +81,16 @@ async fn latency(trunk: &Trunk, args: &Args) -> anyhow::Result<()> {
             times.len()
         );
     }
+    // Times are as noisy as the machine; how often the other one went first is not.
+    let meanwhile = light.iter().map(|job| {
+        let until = job.answered - SAME_BATCH;
+        let from = job.answered - job.at_the_front + SAME_BATCH;
+        heavy.iter().filter(|other| other.answered > from && other.answered < until).count()
+    });
+    let most = meanwhile.max().unwrap_or(0);
+    println!(
+        "\nAt most {most} heavy batches ended while a light job was the first of its session, its own not counted."
+    );
     Ok(())
 }
 
@@ -126,6 +141,7 @@ struct Job {
     times: Times,
     /// From when it was the first of its session's that waited until its answer.
     at_the_front: Duration,
+    answered: Instant,
 }
 
 impl Job {
@@ -203,7 +219,7 @@ impl Session {
             if begun.elapsed() > time / 10 {
                 let latency = times.queue + times.execute;
                 let at_the_front = before.map_or(latency, |before| latency.min(answered - before));
-                jobs.push(Job { kind, times, at_the_front });
+                jobs.push(Job { kind, times, at_the_front, answered });
             }
             before = Some(answered);
         }

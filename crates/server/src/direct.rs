@@ -27,8 +27,8 @@ pub use crate::ledger::{ByKind, Usage};
 
 use crate::config::{LimitsConfig, TrunkConfig};
 use crate::engine::{
-    BackwardResult, Engine, EngineSession, ForwardResult, FrameWork, Plan, Settings, Start,
-    TrunkInfo,
+    BackwardResult, Engine, EngineClient, EngineSession, ForwardResult, FrameWork, Plan, Settings,
+    Start, TrunkInfo,
 };
 use crate::error::Error;
 use crate::ledger::BytesKind;
@@ -38,8 +38,21 @@ use offshoot_proto::{HostTensor, WireDType};
 use std::collections::VecDeque;
 use tokio::sync::oneshot;
 
-/// An engine with one trunk. Dropping it ends its thread.
-pub struct DirectEngine(Engine);
+/// An engine with one trunk. Dropping it drops what waits, and returns when the thread has ended.
+pub struct DirectEngine {
+    client: EngineClient,
+    /// Until it is dropped.
+    engine: Option<Engine>,
+}
+
+impl Drop for DirectEngine {
+    fn drop(&mut self) {
+        self.client.abort();
+        if let Some(engine) = self.engine.take() {
+            engine.join();
+        }
+    }
+}
 
 /// What a session's adapter is; its optimizer is AdamW with PyTorch's defaults.
 #[derive(Debug, Clone)]
@@ -117,23 +130,24 @@ pub struct PendingBackward(Pending<BackwardResult>);
 impl DirectEngine {
     /// Loads the trunk and starts the thread.
     pub async fn start(trunk: TrunkConfig, limits: &LimitsConfig) -> Result<Self, Error> {
-        Ok(DirectEngine(Engine::start(trunk, limits).await?))
+        let engine = Engine::start(trunk, limits).await?;
+        Ok(DirectEngine { client: engine.client(), engine: Some(engine) })
     }
 
     /// What is loaded.
     pub fn trunk(&self) -> TrunkInfo {
-        (**self.0.client().trunk()).clone()
+        (**self.client.trunk()).clone()
     }
 
     /// The ledger's bytes.
     pub fn usage(&self) -> Usage {
-        self.0.client().ledger().usage()
+        self.client.ledger().usage()
     }
 
     /// Makes a session's adapter.
     pub async fn open(&self, adapter: Adapter) -> Result<DirectSession, Error> {
         let Adapter { mut lora, seed, wire_dtype } = adapter;
-        let client = self.0.client();
+        let client = &self.client;
         if lora.target_modules.is_empty() {
             lora.target_modules.clone_from(&client.trunk().default_targets);
         }
@@ -144,11 +158,6 @@ impl DirectEngine {
         let plan = Plan { settings, start: Start::Fresh, reserved };
         let (session, _) = client.admit(plan).await?;
         Ok(DirectSession { session, sequence: 0, microbatch: 0, open: VecDeque::new() })
-    }
-
-    /// Runs what waits and ends the thread. Blocks.
-    pub fn join(self) {
-        self.0.join();
     }
 }
 
