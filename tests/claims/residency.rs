@@ -22,7 +22,7 @@ async fn crowded(store: &Path, n_adapters: u64, change: impl FnOnce(&mut ServerC
     let (weights, adapter) = sizes().await;
     let mut config = server_config(store);
     config.limits.memory_bytes = Some(weights + n_adapters * adapter + adapter / 2);
-    config.limits.max_tokens_per_microbatch = 32;
+    config.limits.max_tokens_per_microbatch = 16;
     config.session.turn_seconds = 0.0;
     change(&mut config);
     let server = TestServer::start_with(config).await;

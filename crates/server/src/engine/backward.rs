@@ -92,12 +92,13 @@ impl Worker {
     /// Takes the workspace of those chosen and one more.
     fn make_room(&mut self, chosen: &[Taken<Job>], more: &Taken<Job>) -> bool {
         let tapes = chosen.iter().chain([more]).filter_map(|taken| self.tapes.get(key(taken)));
-        let (mut n_tokens, mut size) = (0, TapeSize::Full);
+        let (mut n_tokens, mut size, mut gradients) = (0, TapeSize::Full, 0);
         for open in tapes {
             n_tokens += open.tape.n_tokens() as u64;
             size = size.min(open.tape.size());
+            gradients += open.gradient_bytes;
         }
-        let bytes = self.part.workspace_bytes(n_tokens, Work::Backward(size));
+        let bytes = self.part.workspace_bytes(n_tokens, Work::Backward(size)) + gradients;
         self.tapes.reserve_running(bytes).is_ok() || chosen.is_empty()
     }
 

@@ -119,20 +119,22 @@ impl Worker {
             let need = before.with(self.need(lane, forward, None));
             return self.tapes.check(&self.part, need).map(|()| (None, need));
         }
-        for size in [TapeSize::Full, TapeSize::Blocks] {
-            let need = before.with(self.need(lane, forward, Some(size)));
-            if self.tapes.check(&self.part, need).is_ok() {
-                return Ok((Some(size), need));
-            }
-        }
         loop {
-            let need = before.with(self.need(lane, forward, Some(TapeSize::Input)));
-            let short = match self.tapes.check(&self.part, need) {
-                Ok(()) => return Ok((Some(TapeSize::Input), need)),
-                Err(shortage) => shortage,
-            };
-            if !is_first || !self.tapes.shrink_one() {
-                return Err(short);
+            let mut least: Option<Shortage> = None;
+            // The largest first: it is the quickest. A smaller tape is no smaller need if its
+            // backward, which computes more again, takes more.
+            for size in TapeSize::ALL {
+                let need = before.with(self.need(lane, forward, Some(size)));
+                match self.tapes.check(&self.part, need) {
+                    Ok(()) => return Ok((Some(size), need)),
+                    Err(short) if least.is_none_or(|l| short.need < l.need) => least = Some(short),
+                    Err(_) => {}
+                }
+            }
+            if let Some(least) = least
+                && (!is_first || !self.tapes.shrink_one())
+            {
+                return Err(least);
             }
         }
     }
@@ -146,7 +148,8 @@ impl Worker {
             Some(size) => Need {
                 tapes: self.part.tape_bytes(n_tokens, size, adapters),
                 running,
-                standing: self.part.workspace_bytes(n_tokens, Work::Backward(size)),
+                standing: self.part.workspace_bytes(n_tokens, Work::Backward(size))
+                    + self.gradient_bytes(lane),
             },
         }
     }
@@ -188,6 +191,7 @@ impl Worker {
                     packing: Packing::of(&work),
                     dropout: self.dropout(lane, &work),
                     want_input_grad: work.want_input_grad,
+                    gradient_bytes: self.gradient_bytes(lane),
                 }));
                 self.set_applied(lane, sequence);
                 ForwardResult { hidden: done.hidden, tape_bytes, times }

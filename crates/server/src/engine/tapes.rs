@@ -16,6 +16,8 @@ pub(super) struct OpenTape {
     pub packing: Packing,
     pub dropout: Option<DropoutKey>,
     pub want_input_grad: bool,
+    /// What the gradient of its adapter takes while its backward runs.
+    pub gradient_bytes: u64,
     /// The bytes of all tapes of its forward: full tapes of one batch share their memory.
     held: Rc<Reservation>,
     /// Order of opening.
@@ -36,6 +38,7 @@ pub(super) struct NewTape {
     pub packing: Packing,
     pub dropout: Option<DropoutKey>,
     pub want_input_grad: bool,
+    pub gradient_bytes: u64,
 }
 
 /// See the module's text.
@@ -126,10 +129,11 @@ impl Tapes {
         }
         let held = Rc::new(reserved);
         for new in tapes {
-            let NewTape { key, tape, packing, dropout, want_input_grad } = new;
+            let NewTape { key, tape, packing, dropout, want_input_grad, gradient_bytes } = new;
             let (held, age) = (held.clone(), self.n_opened);
             self.n_opened += 1;
-            let open = OpenTape { tape, packing, dropout, want_input_grad, held, age };
+            let open =
+                OpenTape { tape, packing, dropout, want_input_grad, gradient_bytes, held, age };
             self.open.insert(key, open);
         }
     }
@@ -182,7 +186,8 @@ impl Tapes {
     /// Enough for the backward of any one open microbatch.
     fn standing(&self, part: &Part) -> u64 {
         let of_one = |open: &OpenTape| {
-            part.workspace_bytes(open.tape.n_tokens() as u64, Work::Backward(open.tape.size()))
+            let work = Work::Backward(open.tape.size());
+            part.workspace_bytes(open.tape.n_tokens() as u64, work) + open.gradient_bytes
         };
         self.open.values().map(of_one).max().unwrap_or(0)
     }

@@ -137,6 +137,11 @@ impl Worker {
         }
     }
 
+    /// What one backward's gradient `[P]` of a session takes until it is accumulated.
+    pub(super) fn gradient_bytes(&self, lane: LaneId) -> u64 {
+        self.slots.get(&lane).map_or(0, |slot| 4 * slot.adapters.n_parameters() as u64)
+    }
+
     /// Of a session that was found to be here.
     pub(super) fn wire_dtype(&self, lane: LaneId) -> WireDType {
         self.slots.get(&lane).map_or(WireDType::F32, |slot| slot.wire_dtype)

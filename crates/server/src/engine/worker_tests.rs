@@ -272,7 +272,8 @@ fn adapter_bytes(rig: &Rig) -> u64 {
 /// The bytes of open microbatches of 6 tokens, all full but the last of this size.
 fn room_for(rig: &Rig, n_full: u64, last: TapeSize) -> u64 {
     let part = &rig.worker.part;
-    let running = part.workspace_bytes(6, Work::Backward(TapeSize::Input));
+    let gradient = 4 * rig.worker.slots[&LaneId(2)].adapters.n_parameters() as u64;
+    let running = part.workspace_bytes(6, Work::Backward(TapeSize::Input)) + gradient;
     let tapes: u64 = (0..=n_full)
         .map(|lane| {
             let size = if lane == n_full { last } else { TapeSize::Full };
@@ -316,28 +317,30 @@ fn tapes_shrink_under_pressure_and_give_the_same_gradients() {
 fn a_forward_without_room_waits_until_somebody_is_done() {
     let mut free = rig(None);
     (0..2).for_each(|lane| free.admit(lane));
-    // Enough for one open microbatch of 12 tokens and nothing else.
+    // Enough for one open microbatch of 120 tokens and nothing else.
     let part = &free.worker.part;
     let adapters = Some(&free.worker.slots[&LaneId(1)].adapters);
     let one = TapeSize::ALL.map(|size| {
-        let running = part.workspace_bytes(12, Work::Forward);
-        let standing = part.workspace_bytes(12, Work::Backward(size));
-        part.tape_bytes(12, size, adapters) + running.max(standing)
+        let running = part.workspace_bytes(120, Work::Forward);
+        let gradient = 4 * free.worker.slots[&LaneId(1)].adapters.n_parameters() as u64;
+        let standing = part.workspace_bytes(120, Work::Backward(size)) + gradient;
+        part.tape_bytes(120, size, adapters) + running.max(standing)
     });
     let mut rig = rig(one.into_iter().min().map(|bytes| bytes + adapter_bytes(&free)));
     (0..2).for_each(|lane| rig.admit(lane));
-    let first = rig.train(0, 6);
+    let first = rig.train(0, 60);
     rig.turn();
-    let mut waits = rig.train(1, 12);
+    let mut waits = rig.train(1, 120);
     rig.turn();
-    assert!(waits.try_recv().is_err());
+    let early = waits.try_recv();
+    assert!(early.is_err(), "{:?}", early.map(|r| r.map(|done| done.tape_bytes)));
     // What the same session sends beside its open microbatch cannot wait for itself.
     let (reply, second) = oneshot::channel();
-    let hidden = rig.tensor(9, 12);
+    let hidden = rig.tensor(9, 120);
     let work = ForwardWork {
         microbatch: 77,
         hidden,
-        seq_lens: vec![12],
+        seq_lens: vec![120],
         position_ids: None,
         mode: Mode::Train,
         want_input_grad: true,
@@ -348,17 +351,17 @@ fn a_forward_without_room_waits_until_somebody_is_done() {
     let error = forwarded(second).unwrap_err();
     assert!(matches!(error, Error::NoRoom { retry_after: Some(_), .. }), "{error}");
     rig.sequences.insert(0, 1);
-    let grad = rig.backward(0, 6);
+    let grad = rig.backward(0, 60);
     rig.turn();
     rig.turn();
-    assert_eq!(forwarded(waits).unwrap().hidden.to_f32(), alone(1, 12)[0]);
+    assert_eq!(forwarded(waits).unwrap().hidden.to_f32(), alone(1, 120)[0]);
     forwarded(first).unwrap();
     done(grad);
     // What is larger than everything is not kept waiting.
-    let grad = rig.backward(1, 12);
+    let grad = rig.backward(1, 120);
     rig.turn();
     done(grad);
-    let never = rig.train(0, 400);
+    let never = rig.train(0, 900);
     rig.turn();
     let error = forwarded(never).unwrap_err();
     assert!(matches!(error, Error::NoRoom { retry_after: None, .. }), "{error}");

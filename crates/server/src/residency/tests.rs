@@ -49,7 +49,7 @@ impl Fixture {
         };
         let mut limits = LimitsConfig {
             max_tokens_per_batch: 1,
-            max_tokens_per_microbatch: 32,
+            max_tokens_per_microbatch: 16,
             ..LimitsConfig::default()
         };
         let probe = Engine::start(model.clone(), &limits).await.unwrap();
@@ -81,7 +81,7 @@ impl Fixture {
             residency,
             pool,
             limits: v1::Limits {
-                max_tokens_per_microbatch: 32,
+                max_tokens_per_microbatch: 16,
                 max_frames_in_flight: 4,
                 max_open_microbatches: 4,
                 max_rank: 64,
