@@ -49,6 +49,8 @@ def arguments():
     a.add_argument("--batch", type=int, default=4)
     a.add_argument("--seq", type=int, default=128)
     a.add_argument("--cores", type=int, default=2)
+    a.add_argument("--server-threads", type=int,
+                   help="of the server, which computes for all teams (default: as many as cores)")
     a.add_argument("--threads", type=int,
                    help="of each process (default: 1 if there are more processes than cores)")
     a.add_argument("--out", help="folder for the record (default: benches/runs/DATE-four-teams)")
@@ -153,6 +155,7 @@ def run_peft(args, python, folder, text, dtype, threads, cores):
 
 
 def run_offshoot(args, gguf, text, dtype, split, threads, cores):
+    server_threads = args.server_threads or len(cores)
     first, last = split.split("..")
     layers = [f"--split-point-1={first}", f"--split-point-2={last}"]
     environment = {"OMP_NUM_THREADS": str(threads)}
@@ -160,7 +163,8 @@ def run_offshoot(args, gguf, text, dtype, split, threads, cores):
         scratch = pathlib.Path(scratch)
         server = Process(
             [args.offshoot, "serve", "--model-name", gguf, *layers, "--dtype", dtype,
-             "--host=127.0.0.1", "--port=0"], cores, environment, scratch)
+             "--host=127.0.0.1", "--port=0"], cores,
+            {"OMP_NUM_THREADS": str(server_threads)}, scratch)
         teams = []
         try:
             port = wait_ready(server)
@@ -249,7 +253,7 @@ def main():
 - Command: `python benches/four_teams.py {options}`
 - Commit: {commit}
 - Machine: {machine()}; all processes of a side pinned to the same {len(cores)} cores, {threads}
-  threads a process on both sides
+  threads a process on both sides, but {args.server_threads or len(cores)} for the server
 - Peer: {", ".join(PINNED)}
 - Every team has batches of {args.batch} x {args.seq} tokens of the same text. Tokens per second are
   those of all teams, while all of them were training; medians over {args.rounds} rounds in turn.
