@@ -63,7 +63,7 @@ impl Worker {
                 false => later.push(taken),
             }
         }
-        for taken in later.into_iter().rev() {
+        for taken in later {
             scheduler.put_back(taken);
         }
         if !chosen.is_empty() {

@@ -56,8 +56,7 @@ impl Worker {
     pub(super) fn run_forwards(&mut self, jobs: Vec<Taken<Job>>, scheduler: &Scheduler<Job>) {
         let (chosen, need, later) = self.choose(jobs);
         let (waits, runs) = (!later.is_empty(), !chosen.is_empty());
-        // The last first, since each goes to the front of its lane.
-        for taken in later.into_iter().rev() {
+        for taken in later {
             scheduler.put_back(taken);
         }
         match self.tapes.reserve(&self.part, need) {
@@ -69,7 +68,7 @@ impl Worker {
                 }
             }
             // Somebody else took the room meanwhile.
-            Err(_) => chosen.into_iter().rev().for_each(|chosen| scheduler.put_back(chosen.taken)),
+            Err(_) => chosen.into_iter().for_each(|chosen| scheduler.put_back(chosen.taken)),
         }
         self.tapes.settle(&self.part);
     }
