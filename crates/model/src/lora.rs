@@ -15,7 +15,7 @@ use tch::{Device, Kind, Tensor};
 /// How LoRA of several segments is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum LoraMode {
-    /// Segment by segment on the CPU, where that was quicker at every shape measured
+    /// Segment by segment on the CPU, where that was as quick or quicker
     /// (docs/decisions/0004-batches.md); stacked on devices where each product is a launch.
     #[default]
     Auto,
