@@ -2,7 +2,7 @@
 
 use super::command::{BackwardResult, Command, FrameWork, Job, Reply, Times};
 use super::forward::concat;
-use super::outcome::{caught, send};
+use super::outcome::{caught, send, together_or_alone};
 use super::tapes::{OpenTape, Packing, TapeKey};
 use super::wire;
 use super::worker::Worker;
@@ -106,7 +106,8 @@ impl Worker {
         let begun = Instant::now();
         let n_tokens: usize = chosen.iter().map(|taken| taken.entry.n_tokens).sum();
         let span = tracing::debug_span!("backward batch", n_jobs = chosen.len(), n_tokens);
-        let results = span.in_scope(|| self.backward_pass(&chosen));
+        let results =
+            span.in_scope(|| together_or_alone("Backward", &chosen, |some| self.gradients(some)));
         let (n_jobs, execute) = (chosen.len(), begun.elapsed());
         for (taken, result) in chosen.into_iter().zip(results) {
             let Taken { lane, entry, .. } = taken;
@@ -127,25 +128,6 @@ impl Worker {
                 Ok(BackwardResult::Done { grad: done.grad, grad_norm_squared, times })
             });
             send(reply, result.or_else(|error| Ok(BackwardResult::Lost(error))));
-        }
-    }
-
-    /// All in one pass. Those that fail there, or come out of it with values that are not finite,
-    /// run alone, so that nobody suffers from another's.
-    fn backward_pass(&self, chosen: &[Taken<Job>]) -> Vec<Result<Done, Error>> {
-        let together = caught("Backward", || self.gradients(chosen));
-        let alone = |one: &Taken<Job>| {
-            let result = caught("Backward", || self.gradients(std::slice::from_ref(one)));
-            result.and_then(|mut done| done.pop().expect("one result for each job"))
-        };
-        match together {
-            Err(error) if chosen.len() == 1 => vec![Err(error)],
-            Err(_) => chosen.iter().map(alone).collect(),
-            Ok(results) if chosen.len() == 1 => results,
-            Ok(results) => {
-                let both = results.into_iter().zip(chosen);
-                both.map(|(result, one)| result.or_else(|_| alone(one))).collect()
-            }
         }
     }
 

@@ -1,7 +1,7 @@
 //! Forwards of any sessions in one pass over their packed rows.
 
 use super::command::{Command, ForwardResult, FrameWork, Job, Reply, Times};
-use super::outcome::{caught, send};
+use super::outcome::{send, together_or_alone};
 use super::tapes::{Need, NewTape, Packing};
 use super::wire;
 use super::worker::Worker;
@@ -169,7 +169,8 @@ impl Worker {
         let begun = Instant::now();
         let n_tokens: usize = chosen.iter().map(|chosen| chosen.taken.entry.n_tokens).sum();
         let span = tracing::debug_span!("forward batch", n_jobs = chosen.len(), n_tokens);
-        let results = span.in_scope(|| self.pass(&chosen));
+        let results =
+            span.in_scope(|| together_or_alone("Forward", &chosen, |some| Ok(self.compute(some))));
         let (n_jobs, execute) = (chosen.len(), begun.elapsed());
         let mut opened = Vec::new();
         for (Chosen { taken, .. }, result) in chosen.into_iter().zip(results) {
@@ -198,25 +199,6 @@ impl Worker {
             send(reply, result);
         }
         self.tapes.open(reserved, opened);
-    }
-
-    /// All in one pass. Those that fail there, or come out of it with values that are not finite,
-    /// run alone, so that nobody suffers from another's.
-    fn pass(&self, chosen: &[Chosen]) -> Vec<Result<Done, Error>> {
-        let together = caught("Forward", || Ok(self.compute(chosen)));
-        let alone = |one: &Chosen| {
-            let result = caught("Forward", || Ok(self.compute(std::slice::from_ref(one))));
-            result.and_then(|mut done| done.pop().expect("one result for each job"))
-        };
-        match together {
-            Err(error) if chosen.len() == 1 => vec![Err(error)],
-            Err(_) => chosen.iter().map(alone).collect(),
-            Ok(results) if chosen.len() == 1 => results,
-            Ok(results) => {
-                let both = results.into_iter().zip(chosen);
-                both.map(|(result, one)| result.or_else(|_| alone(one))).collect()
-            }
-        }
     }
 
     fn compute(&self, chosen: &[Chosen]) -> Vec<Result<Done, Error>> {

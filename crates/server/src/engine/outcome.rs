@@ -25,6 +25,28 @@ pub(super) fn caught<T>(
     result.unwrap_or_else(|panic| Err(panicked(job, &*panic)))
 }
 
+/// The results of all jobs in one pass. Those that fail there, or come out of it with values that are
+/// not finite, run alone, so that nobody suffers from another's.
+pub(super) fn together_or_alone<J, T>(
+    job: &'static str,
+    jobs: &[J],
+    pass: impl Fn(&[J]) -> Result<Vec<Result<T, Error>>, Error>,
+) -> Vec<Result<T, Error>> {
+    let alone = |one: &J| {
+        let result = caught(job, || pass(std::slice::from_ref(one)));
+        result.and_then(|mut done| done.pop().expect("one result for each job"))
+    };
+    match caught(job, || pass(jobs)) {
+        Err(error) if jobs.len() == 1 => vec![Err(error)],
+        Err(_) => jobs.iter().map(alone).collect(),
+        Ok(results) if jobs.len() == 1 => results,
+        Ok(results) => {
+            let both = results.into_iter().zip(jobs);
+            both.map(|(result, one)| result.or_else(|_| alone(one))).collect()
+        }
+    }
+}
+
 /// Sends a result. Whether its frame was applied.
 pub(super) fn send<T: Outcome>(reply: Reply<T>, result: Result<T, Error>) -> bool {
     let done = result.as_ref().is_ok_and(T::is_done);
