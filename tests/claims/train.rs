@@ -55,16 +55,16 @@ impl Place {
         let path = |name: &str| self.dir.path().join(name);
         let mut options =
             TrainOptions::new(&model, &server.endpoint(), path("train.txt"), path(output));
-        options.eval_files = vec![path("eval.jsonl")];
+        options.sources.eval_files = vec![path("eval.jsonl")];
         options.data.max_seq_length = 24;
-        options.batch_size = 3;
-        options.gradient_accumulation_steps = 2;
-        options.learning_rate = 5e-3;
-        options.max_steps = Some(N_STEPS);
-        options.save_interval = 4;
-        options.eval_interval = 3;
-        options.wire_dtype = WireDType::F32;
-        options.client = quick();
+        options.steps.batch_size = 3;
+        options.steps.gradient_accumulation_steps = 2;
+        options.optimizer.learning_rate = 5e-3;
+        options.steps.max_steps = Some(N_STEPS);
+        options.output.save_interval = 4;
+        options.evaluation.interval = 3;
+        options.compute.wire_dtype = WireDType::F32;
+        options.model.client = quick();
         options
     }
 }
@@ -112,7 +112,7 @@ async fn resumed_equals_uninterrupted() {
     assert!(summary.interrupted && summary.losses.is_empty() && summary.adapter.is_none());
     assert!(summary.checkpoint.ends_with("checkpoint_step_0"));
     let mut options = place.options(&server, "stopped");
-    options.resume = Some("latest".into());
+    options.output.resume = Some("latest".into());
     let resumed = run(options).await;
     assert_eq!(resumed.losses, straight.losses);
     assert_eq!(resumed.evaluations, straight.evaluations[1..]);
@@ -123,7 +123,7 @@ async fn resumed_equals_uninterrupted() {
     let server = TestServer::start_with(place.server()).await;
     let mut options = place.options(&server, "branch");
     let four = straight.checkpoint.with_file_name("checkpoint_step_4");
-    options.resume = Some(four.display().to_string());
+    options.output.resume = Some(four.display().to_string());
     let resumed = run(options).await;
     println!("straight {:?}\nresumed {:?}", straight.losses, resumed.losses);
     assert_eq!(resumed.losses, straight.losses[4..]);
@@ -137,11 +137,11 @@ async fn loss_falls_and_files_are_there() {
     let place = Place::new();
     let server = TestServer::start_with(place.server()).await;
     let mut options = place.options(&server, "run");
-    options.max_steps = Some(30);
-    options.learning_rate = 2e-2;
-    options.save_interval = 3;
-    options.sample_prompts = vec!["The trunk".into()];
-    options.sample.n_tokens = 5;
+    options.steps.max_steps = Some(30);
+    options.optimizer.learning_rate = 2e-2;
+    options.output.save_interval = 3;
+    options.samples.prompts = vec!["The trunk".into()];
+    options.samples.options.n_tokens = 5;
     let summary = run(options).await;
     let mean = |losses: &[f64]| losses.iter().sum::<f64>() / losses.len() as f64;
     let (first, last) = (mean(&summary.losses[..3]), mean(&summary.losses[27..]));
@@ -180,8 +180,8 @@ async fn the_best_checkpoint_can_be_resumed_however_old_it_is() {
     let server = TestServer::start_with(config).await;
     let mut options = place.options(&server, "run");
     // So fast that it soon gets worse.
-    (options.max_steps, options.learning_rate) = (Some(24), 0.3);
-    (options.save_interval, options.eval_interval) = (2, 2);
+    (options.steps.max_steps, options.optimizer.learning_rate) = (Some(24), 0.3);
+    (options.output.save_interval, options.evaluation.interval) = (2, 2);
     let summary = run(options.clone()).await;
     let saved: Vec<_> =
         summary.evaluations.iter().filter(|e| e.step > 0 && e.loss.is_finite()).collect();
@@ -189,9 +189,9 @@ async fn the_best_checkpoint_can_be_resumed_however_old_it_is() {
     println!("best {best}: {saved:?}");
     assert!(best < 20, "the best one is too young for this test");
 
-    options.output_dir = place.dir.path().join("branch");
+    options.output.dir = place.dir.path().join("branch");
     let path = summary.checkpoint.with_file_name(format!("checkpoint_step_{best}"));
-    options.resume = Some(path.display().to_string());
+    options.output.resume = Some(path.display().to_string());
     assert_eq!(run(options).await.losses, summary.losses[best as usize..]);
     server.drain().await;
 }
@@ -203,15 +203,15 @@ async fn a_client_without_layers_trains_the_trunk() {
     (config.model.split_point_1, config.model.split_point_2) = (0, 4);
     let server = TestServer::start_with(config).await;
     let mut options = place.options(&server, "straight");
-    options.lora.target_modules = vec!["all-linear".into()];
+    options.lora.spec.target_modules = vec!["all-linear".into()];
     let straight = run(options.clone()).await;
     let adapter = peft::read_dir(&straight.adapter.clone().unwrap()).unwrap();
     assert_eq!(adapter.tensors.len(), 4 * 7 * 2);
     // PEFT takes names of modules, not the word.
     assert_eq!(adapter.spec.target_modules.len(), 7);
-    options.output_dir = place.dir.path().join("branch");
+    options.output.dir = place.dir.path().join("branch");
     let eight = straight.checkpoint.with_file_name("checkpoint_step_8");
-    options.resume = Some(eight.display().to_string());
+    options.output.resume = Some(eight.display().to_string());
     assert_eq!(run(options).await.losses, straight.losses[8..]);
     server.drain().await;
 }
@@ -226,7 +226,7 @@ async fn a_large_step_in_small_pieces_is_the_same_step() {
         config.limits.max_tokens_per_microbatch = limit;
         let server = TestServer::start_with(config).await;
         let mut options = place.options(&server, &format!("pieces-{limit}"));
-        options.lora.lora_dropout = 0.0;
+        options.lora.spec.lora_dropout = 0.0;
         losses.push(run(options).await.losses);
         server.drain().await;
     }
@@ -251,17 +251,17 @@ async fn what_does_not_fit_is_refused_with_both_sides() {
     let assert_says = |text: String, words: &[&str]| {
         assert!(words.iter().all(|word| text.contains(word)), "{text}");
     };
-    let other = |o: &mut TrainOptions| o.model_name = fixture("llama").display().to_string();
+    let other = |o: &mut TrainOptions| o.model.name = fixture("llama").display().to_string();
     assert_says(refused(other).await, &["The server holds tiny_text", "this client loaded"]);
-    let text = refused(|o| o.split_point_2 = Some(2)).await;
+    let text = refused(|o| o.model.split_point_2 = Some(2)).await;
     assert_says(text, &["--split-point-2 is 2 here and 3 at the server"]);
-    let text = refused(|o| o.model_type = Some("gpt2".into())).await;
+    let text = refused(|o| o.model.model_type = Some("gpt2".into())).await;
     assert_says(text, &["--model-type = gpt2", "llama"]);
     let text = refused(|o| o.data.max_seq_length = 9000).await;
     assert_says(text, &["--max-seq-length = 9000", "8192"]);
-    let text = refused(|o| o.lora.target_modules = vec!["q_prj".into()]).await;
+    let text = refused(|o| o.lora.spec.target_modules = vec!["q_prj".into()]).await;
     assert_says(text, &["q_prj", "q_proj"]);
-    let text = refused(|o| o.resume = Some("latest".into())).await;
+    let text = refused(|o| o.output.resume = Some("latest".into())).await;
     assert_says(text, &["no checkpoint_step_N"]);
     server.drain().await;
 }
@@ -275,13 +275,13 @@ async fn another_runs_folder_is_not_written_over() {
     assert!(matches!(again, Err(TrainError::Option { option: "output-dir", .. })), "{again:?}");
     // A branch from the middle must not mix with what came after it.
     let mut options = place.options(&server, "run");
-    options.resume =
+    options.output.resume =
         Some(first.checkpoint.with_file_name("checkpoint_step_4").display().to_string());
     let branch = train(options, CancelToken::default()).await;
     assert!(matches!(branch, Err(TrainError::Option { option: "output-dir", .. })), "{branch:?}");
     let mut options = place.options(&server, "run");
-    options.resume = Some("latest".into());
-    options.lora.r = 4;
+    options.output.resume = Some("latest".into());
+    options.lora.spec.r = 4;
     let error = train(options, CancelToken::default()).await.unwrap_err().to_string();
     assert!(error.contains("another model, cut or adapter: lora was"), "{error}");
     server.drain().await;

@@ -19,10 +19,10 @@ use tch::{Device, Kind};
 /// Five steps of four microbatches, and evaluations of two.
 fn options(place: &Place, server: &TestServer, output: &str, in_flight: usize) -> TrainOptions {
     let mut options = place.options(server, output);
-    (options.batch_size, options.gradient_accumulation_steps) = (2, 4);
-    options.max_steps = Some(5);
-    options.eval_interval = 2;
-    options.microbatches_in_flight = in_flight;
+    (options.steps.batch_size, options.steps.gradient_accumulation_steps) = (2, 4);
+    options.steps.max_steps = Some(5);
+    options.evaluation.interval = 2;
+    options.steps.microbatches_in_flight = in_flight;
     options
 }
 

@@ -14,8 +14,8 @@ async fn every_wire_dtype_trains() {
     for dtype in WireDType::ALL {
         let name = dtype.name();
         let mut options = place.options(&server, name);
-        options.wire_dtype = dtype;
-        options.max_steps = Some(20);
+        options.compute.wire_dtype = dtype;
+        options.steps.max_steps = Some(20);
         let losses = run(options).await.losses;
         if straight.is_empty() {
             straight = losses.clone();

@@ -34,7 +34,7 @@ impl Run {
             settings.split_point_1,
             settings.split_point_1,
             settings.split_point_2,
-            self.options.server,
+            self.options.model.server,
             settings.split_point_2,
             server.n_layers,
         ));
@@ -94,7 +94,8 @@ impl Run {
             self.in_flight().min(self.spent.microbatches),
             self.spent.microbatches,
         ));
-        if share > MUCH_WAITING && self.spent.microbatches == 1 && self.options.batch_size > 1 {
+        if share > MUCH_WAITING && self.spent.microbatches == 1 && self.options.steps.batch_size > 1
+        {
             self.report.line(
                 "a step of one microbatch has nothing to do meanwhile: half the --batch-size with twice the --gradient-accumulation-steps takes the same samples into a step and waits less",
             );

@@ -20,7 +20,7 @@ pub mod checkpoint;
 pub mod data;
 mod describe;
 mod error;
-mod options;
+pub mod options;
 mod report;
 mod resume;
 pub mod sample;

@@ -22,7 +22,7 @@ impl Run {
         tracing::info!(%cause, "the server rolled back");
         let own = self.session.id().to_string();
         let mut refused = Vec::new();
-        let mut known = checkpoint::list(&self.options.output_dir)?;
+        let mut known = checkpoint::list(&self.options.output.dir)?;
         known.splice(0..0, self.resumed.clone());
         known.retain(|saved| saved.state.session_id == own);
         for saved in known.into_iter().rev() {
@@ -31,7 +31,7 @@ impl Run {
                     self.session = session;
                     self.set_state(&saved)?;
                     // Their snapshots are gone; the replay writes them again.
-                    checkpoint::remove_after(&self.options.output_dir, self.step)?;
+                    checkpoint::remove_after(&self.options.output.dir, self.step)?;
                     return self.replay_from(&format!("checkpoint {}", saved.path.display()));
                 }
                 Err(TrainError::Checkpoint { problem, .. }) => refused.push(problem),
@@ -40,7 +40,7 @@ impl Run {
         }
         if let Some(problem) = refused.pop() {
             return Err(TrainError::Checkpoint {
-                path: self.options.output_dir.clone(),
+                path: self.options.output.dir.clone(),
                 problem: format!(
                     "the server lost the session's newer state, and no checkpoint can be restored: {problem}"
                 ),
@@ -75,7 +75,7 @@ pub(crate) fn check_output_dir(
     options: &TrainOptions,
     resumed: Option<&Saved>,
 ) -> Result<(), TrainError> {
-    let Some(last) = checkpoint::list(&options.output_dir)?.pop() else { return Ok(()) };
+    let Some(last) = checkpoint::list(&options.output.dir)?.pop() else { return Ok(()) };
     let problem = match resumed {
         None => format!(
             "it holds checkpoints of another run, up to step {}; go on with it by --resume latest, or name another folder",
@@ -87,7 +87,7 @@ pub(crate) fn check_output_dir(
         ),
         Some(_) => return Ok(()),
     };
-    let value = options.output_dir.display().to_string();
+    let value = options.output.dir.display().to_string();
     Err(TrainError::Option { option: "output-dir", value, problem })
 }
 

@@ -29,35 +29,37 @@ pub(crate) struct Prepared {
 /// cheap checks come first.
 pub(crate) async fn prepare(options: &TrainOptions) -> Result<Prepared, TrainError> {
     options.validate()?;
-    let client = Client::connect_with(&options.server, options.client.clone()).await?;
+    let client = Client::connect_with(&options.model.server, options.model.client.clone()).await?;
     let server = client.describe().await?;
     check_split_points(options, &server)?;
     check_wire_dtype(options, &server)?;
 
     let checkpoint =
-        Checkpoint::find(&options.model_name).map_err(offshoot_model::ModelError::from)?;
+        Checkpoint::find(&options.model.name).map_err(offshoot_model::ModelError::from)?;
     let config = ModelConfig::from_json(checkpoint.config())?;
     let fingerprint = checkpoint.fingerprint();
     check_model(options, &server, &config, &fingerprint)?;
 
     let tokenizer = Tokenizer::load(&checkpoint)?;
     check_lengths(options, &server, &config)?;
-    let data = DataSet::load(&options.train_files, &options.data, &tokenizer)?;
+    let data = DataSet::load(&options.sources.train_files, &options.data, &tokenizer)?;
     check_vocabulary(&data, &tokenizer, &config)?;
-    let eval = if options.eval_files.is_empty() {
+    let eval = if options.sources.eval_files.is_empty() {
         None
     } else {
         let of_eval = DataOptions { max_samples: None, ..options.data.clone() };
-        let eval = DataSet::load(&options.eval_files, &of_eval, &tokenizer)?;
+        let eval = DataSet::load(&options.sources.eval_files, &of_eval, &tokenizer)?;
         check_vocabulary(&eval, &tokenizer, &config)?;
         Some(eval)
     };
 
-    let per_step = options.batch_size * options.gradient_accumulation_steps;
+    let per_step = options.steps.batch_size * options.steps.gradient_accumulation_steps;
     let order = Order::new(data.samples.len(), per_step, options.seed);
-    let n_steps = options.max_steps.unwrap_or(options.num_epochs * order.steps_per_epoch());
-    let schedule = Schedule::new(options.learning_rate, options.warmup_steps, n_steps);
-    let lora = resolve_targets(&options.lora, &server, &config);
+    let n_steps =
+        options.steps.max_steps.unwrap_or(options.steps.num_epochs * order.steps_per_epoch());
+    let schedule =
+        Schedule::new(options.optimizer.learning_rate, options.optimizer.warmup_steps, n_steps);
+    let lora = resolve_targets(&options.lora.spec, &server, &config);
     let settings = settings(options, &server, fingerprint, lora, &data, n_steps, &schedule);
     let s1 = server.split_point_1 as usize;
     let split = SplitModel::load(
@@ -66,10 +68,10 @@ pub(crate) async fn prepare(options: &TrainOptions) -> Result<Prepared, TrainErr
         &SplitOptions {
             split: SplitPoints::new(s1, server.split_point_2 as usize, config.n_layers)?,
             lora: settings.lora.clone(),
-            adamw: options.adamw.clone(),
+            adamw: options.optimizer.adamw.clone(),
             seed: options.seed,
-            kind: options.kind,
-            device: options.device,
+            kind: options.compute.kind,
+            device: options.compute.device,
         },
     )?;
     Ok(Prepared { client, server, config, settings, tokenizer, data, eval, order, schedule, split })
@@ -83,9 +85,9 @@ pub(crate) async fn open(
 ) -> Result<Session, TrainError> {
     let LoraSpec { r, lora_alpha, lora_dropout, use_rslora, target_modules } =
         settings.lora.clone();
-    let adamw = &options.adamw;
+    let adamw = &options.optimizer.adamw;
     let session = client.open(OpenSession {
-        name: options.session_name.clone(),
+        name: options.model.session_name.clone(),
         fingerprint: settings.fingerprint.clone(),
         split_point_1: settings.split_point_1 as u32,
         split_point_2: settings.split_point_2 as u32,
@@ -97,7 +99,7 @@ pub(crate) async fn open(
             weight_decay: adamw.weight_decay,
         },
         seed: options.seed,
-        wire_dtype: options.wire_dtype,
+        wire_dtype: options.compute.wire_dtype,
         initial_adapter: Vec::new(),
     });
     Ok(session.await?)
@@ -112,14 +114,14 @@ fn check_split_points(
     server: &ServerDescription,
 ) -> Result<(), TrainError> {
     for (name, wanted, has) in [
-        ("--split-point-1", options.split_point_1, server.split_point_1 as usize),
-        ("--split-point-2", options.split_point_2, server.split_point_2 as usize),
+        ("--split-point-1", options.model.split_point_1, server.split_point_1 as usize),
+        ("--split-point-2", options.model.split_point_2, server.split_point_2 as usize),
     ] {
         if wanted.is_some_and(|wanted| wanted != has) {
             let wanted = wanted.unwrap_or_default();
             return mismatch(format!(
                 "{name} is {wanted} here and {has} at the server {}, whose trunk is the layers {} to {} of {}; leave {name} out to take the server's, or start the server with {name} {wanted}",
-                options.server, server.split_point_1, server.split_point_2, server.n_layers,
+                options.model.server, server.split_point_1, server.split_point_2, server.n_layers,
             ));
         }
     }
@@ -127,13 +129,13 @@ fn check_split_points(
 }
 
 fn check_wire_dtype(options: &TrainOptions, server: &ServerDescription) -> Result<(), TrainError> {
-    if server.wire_dtypes.contains(&options.wire_dtype) {
+    if server.wire_dtypes.contains(&options.compute.wire_dtype) {
         return Ok(());
     }
     let known: Vec<_> = server.wire_dtypes.iter().map(|dtype| dtype.name()).collect();
     mismatch(format!(
         "--wire-dtype is {}, the server takes {}",
-        options.wire_dtype.name(),
+        options.compute.wire_dtype.name(),
         known.join(", ")
     ))
 }
@@ -145,13 +147,13 @@ fn check_model(
     fingerprint: &str,
 ) -> Result<(), TrainError> {
     let family = config.family.name();
-    if let Some(wanted) = options.model_type.as_deref().filter(|wanted| *wanted != family) {
+    if let Some(wanted) = options.model.model_type.as_deref().filter(|wanted| *wanted != family) {
         return Err(TrainError::Option {
             option: "model-type",
             value: wanted.into(),
             problem: format!(
                 "{} is of type {family}; leave the option out, or name another model",
-                options.model_name
+                options.model.name
             ),
         });
     }
@@ -164,7 +166,7 @@ fn check_model(
         server.model_type,
         server.n_layers,
         server.fingerprint,
-        options.model_name,
+        options.model.name,
         config.n_layers,
     ))
 }
@@ -235,26 +237,26 @@ fn settings(
     schedule: &Schedule,
 ) -> RunSettings {
     RunSettings {
-        model_name: options.model_name.clone(),
+        model_name: options.model.name.clone(),
         fingerprint,
         split_point_1: server.split_point_1 as usize,
         split_point_2: server.split_point_2 as usize,
         lora,
         seed: options.seed,
         data_fingerprint: data.fingerprint(),
-        batch_size: options.batch_size,
-        gradient_accumulation_steps: options.gradient_accumulation_steps,
-        microbatches_in_flight: options.microbatches_in_flight,
+        batch_size: options.steps.batch_size,
+        gradient_accumulation_steps: options.steps.gradient_accumulation_steps,
+        microbatches_in_flight: options.steps.microbatches_in_flight,
         n_steps,
-        learning_rate: options.learning_rate,
-        weight_decay: options.adamw.weight_decay,
+        learning_rate: options.optimizer.learning_rate,
+        weight_decay: options.optimizer.adamw.weight_decay,
         warmup_steps: schedule.n_warmup(),
-        max_grad_norm: options.max_grad_norm,
-        dtype: match options.kind {
+        max_grad_norm: options.optimizer.max_grad_norm,
+        dtype: match options.compute.kind {
             Kind::Float => "f32".into(),
             Kind::BFloat16 => "bf16".into(),
             other => format!("{other:?}"),
         },
-        wire_dtype: options.wire_dtype.name().into(),
+        wire_dtype: options.compute.wire_dtype.name().into(),
     }
 }

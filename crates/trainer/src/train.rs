@@ -121,8 +121,8 @@ pub(crate) struct Run {
 
 impl Run {
     async fn begin(options: TrainOptions) -> Result<Self, TrainError> {
-        let dir = &options.output_dir;
-        let resumed = match &options.resume {
+        let dir = &options.output.dir;
+        let resumed = match &options.output.resume {
             Some(resume) => Some(checkpoint::find(resume, dir)?),
             None => None,
         };
@@ -131,7 +131,7 @@ impl Run {
         std::fs::create_dir_all(dir).map_err(TrainError::io(dir))?;
         let (step, n_steps) =
             (resumed.as_ref().map_or(0, |s| s.state.step), prepared.settings.n_steps);
-        let report = Reporter::new(dir, step, n_steps, options.log_interval)?;
+        let report = Reporter::new(dir, step, n_steps, options.output.log_interval)?;
         let differences = match &resumed {
             Some(saved) => resume::check_settings(saved, &prepared)?,
             None => Vec::new(),
@@ -145,7 +145,7 @@ impl Run {
             report,
             prepared,
             spent: Spent::default(),
-            in_flight: options.microbatches_in_flight,
+            in_flight: options.steps.microbatches_in_flight,
             step: 0,
             eval_loss: None,
             best: None,
@@ -185,10 +185,10 @@ impl Run {
         while self.step < n_steps && !cancel.is_cancelled() {
             self.train_step().await?;
             let at_end = self.step == n_steps;
-            if at_end || self.step.is_multiple_of(self.options.eval_interval) {
+            if at_end || self.step.is_multiple_of(self.options.evaluation.interval) {
                 self.evaluate().await?;
             }
-            if at_end || self.step.is_multiple_of(self.options.save_interval) {
+            if at_end || self.step.is_multiple_of(self.options.output.save_interval) {
                 self.save().await?;
             }
         }
@@ -205,7 +205,7 @@ impl Run {
         let Prepared { split, data, order, schedule, server, .. } = &mut self.prepared;
         let samples = order.samples(self.step);
         let max_tokens = server.limits.max_tokens_per_microbatch as usize;
-        let batches = data.batches(&samples, self.options.batch_size, max_tokens);
+        let batches = data.batches(&samples, self.options.steps.batch_size, max_tokens);
         let n_predicted: usize = batches.iter().map(Batch::n_predicted).sum();
         let tokens: usize = batches.iter().map(Batch::n_tokens).sum();
         let scale = 1.0 / n_predicted as f64;
@@ -222,7 +222,7 @@ impl Run {
             return Err(TrainError::Diverged { what: "gradient's norm", value: grad_norm });
         }
         let learning_rate = schedule.learning_rate(self.step);
-        let clip = clip_factor(grad_norm, self.options.max_grad_norm);
+        let clip = clip_factor(grad_norm, self.options.optimizer.max_grad_norm);
         split.step(&self.session, learning_rate, clip).await?;
 
         self.step += 1;
@@ -254,7 +254,7 @@ impl Run {
         };
         let all: Vec<usize> = (0..eval.samples.len()).collect();
         let max_tokens = server.limits.max_tokens_per_microbatch as usize;
-        let batches = eval.batches(&all, self.options.batch_size, max_tokens);
+        let batches = eval.batches(&all, self.options.steps.batch_size, max_tokens);
         let (loss_sum, n_predicted) =
             split.evaluate(&self.session, &batches, self.in_flight()).await?;
         let loss = loss_sum / n_predicted as f64;
@@ -271,13 +271,14 @@ impl Run {
     async fn sample(&mut self) -> Result<(), TrainError> {
         use crate::data::PromptFormat;
         let Prepared { split, tokenizer, .. } = &self.prepared;
-        for prompt in &self.options.sample_prompts {
+        for prompt in &self.options.samples.prompts {
             let ids = match self.options.data.prompt_format {
                 PromptFormat::Plain => tokenizer.encode(prompt)?,
                 PromptFormat::Chat => tokenizer.encode_prompt_as_chat(prompt)?,
             };
             let text =
-                generate(split, &self.session, tokenizer, &ids, &self.options.sample).await?;
+                generate(split, &self.session, tokenizer, &ids, &self.options.samples.options)
+                    .await?;
             self.report.event(&Event::Sample { step: self.step, prompt: prompt.clone(), text })?;
         }
         Ok(())
@@ -323,8 +324,8 @@ impl Run {
             client: &split.to_state(),
             tensors,
         };
-        let path = checkpoint::write(&self.options.output_dir, &contents)?;
-        checkpoint::prune(&self.options.output_dir)?;
+        let path = checkpoint::write(&self.options.output.dir, &contents)?;
+        checkpoint::prune(&self.options.output.dir)?;
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         self.saved = Some((self.step, path));
         self.report.event(&Event::Checkpoint { step: self.step, name })
@@ -334,7 +335,7 @@ impl Run {
     /// than what the server keeps by itself.
     fn snapshots_in_use(&self) -> Result<Vec<String>, TrainError> {
         let own = self.session.id().to_string();
-        let mut saved = checkpoint::list(&self.options.output_dir)?;
+        let mut saved = checkpoint::list(&self.options.output.dir)?;
         saved.extend(self.resumed.clone());
         saved.retain(|saved| saved.state.session_id == own);
         let best = checkpoint::best(&saved);
@@ -348,7 +349,7 @@ impl Run {
         let mut adapter = None;
         if !interrupted {
             self.sample().await?;
-            let dir = self.options.output_dir.join("adapter");
+            let dir = self.options.output.dir.join("adapter");
             let tensors: Vec<_> = self.tensors().await?.into_iter().flatten().collect();
             let fan_in_fan_out = self.prepared.config.family.fan_in_fan_out();
             let config = checkpoint::peft_config(&self.prepared.settings, fan_in_fan_out);

@@ -1,0 +1,169 @@
+mod compute_args;
+mod data_args;
+mod lora_args;
+mod model_args;
+mod output_args;
+mod training_args;
+
+use crate::legacy::LegacyTrain;
+use anyhow::Context;
+use clap::Args;
+use compute_args::ComputeArgs;
+use data_args::DataArgs;
+use lora_args::LoraArgs;
+use model_args::ModelArgs;
+use offshoot_trainer::{CancelToken, TrainOptions, train};
+use output_args::OutputArgs;
+use std::process::ExitCode;
+use training_args::TrainingArgs;
+
+/// Train a LoRA adapter through a trunk server.
+///
+/// The text, the first and last layers and the loss stay here; the server computes the layers
+/// between. OUTPUT_DIR gets checkpoints, metrics.jsonl, and at the end adapter/, a PEFT adapter for
+/// the whole model. Ctrl-C saves a checkpoint; --resume latest goes on from it exactly.
+#[derive(Args)]
+#[command(after_help = EXAMPLES)]
+pub struct TrainArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    data: DataArgs,
+    #[command(flatten)]
+    lora: LoraArgs,
+    #[command(flatten)]
+    training: TrainingArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+    #[command(flatten)]
+    compute: ComputeArgs,
+    #[command(flatten)]
+    legacy: LegacyTrain,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  offshoot train --model-name Qwen/Qwen2-0.5B --train-file texts.jsonl --output-dir run
+  offshoot train --model-name ./gpt2 --server-host trunk.local --train-file corpus/ \\
+      --eval-file held-out.txt --lora-rank 16 --lora-alpha 32 --max-steps 2000
+  offshoot train ... --resume latest";
+
+/// Runs the subcommand. Exit status 130 if it was stopped by Ctrl-C.
+pub fn run(args: TrainArgs) -> anyhow::Result<ExitCode> {
+    let options = args.into_options()?;
+    let cancel = CancelToken::default();
+    // The trainer computes on this thread; the connection lives on the runtime's.
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("cannot start threads")?;
+    runtime.spawn(stop_on_ctrl_c(cancel.clone()));
+    let summary = runtime.block_on(train(options, cancel))?;
+    Ok(if summary.interrupted { ExitCode::from(130) } else { ExitCode::SUCCESS })
+}
+
+async fn stop_on_ctrl_c(cancel: CancelToken) {
+    use tokio::signal::unix::{SignalKind, signal};
+    let Ok(mut terminate) = signal(SignalKind::terminate()) else { return };
+    let mut asked = false;
+    loop {
+        tokio::select! {
+            _ = tokio::signal::ctrl_c() => {}
+            _ = terminate.recv() => {}
+        }
+        if asked {
+            // What is saved stays whole: checkpoints are renamed into place.
+            std::process::exit(130);
+        }
+        asked = true;
+        cancel.cancel();
+        eprintln!("stopping after this step with a checkpoint; once more ends at once");
+    }
+}
+
+impl TrainArgs {
+    fn into_options(self) -> anyhow::Result<TrainOptions> {
+        let TrainArgs { model, data, lora, training, output, compute, legacy } = self;
+        let (sources, data) = data.into_options(&legacy)?;
+        Ok(TrainOptions {
+            model: model.into_options(&output.output_dir),
+            sources,
+            data,
+            lora: lora.into_options(),
+            steps: training.steps(),
+            optimizer: training.optimizer(),
+            loss: training.loss(),
+            evaluation: output.evaluation(),
+            samples: output.samples(training.seed),
+            output: output.into_options(),
+            compute: compute.into_options()?,
+            seed: training.seed,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Cli, Command};
+    use clap::Parser;
+    use std::path::PathBuf;
+    use tch::Kind;
+
+    fn parse(line: &str) -> anyhow::Result<TrainOptions> {
+        let cli = Cli::try_parse_from(format!("offshoot train {line}").split_whitespace())?;
+        let Command::Train(args) = cli.command else { unreachable!("train was asked for") };
+        args.into_options()
+    }
+
+    #[test]
+    fn defaults_are_those_of_the_library_and_of_the_predecessor() {
+        let options = parse("--model-name m --train-file t").unwrap();
+        let server = "http://localhost:50051";
+        let mut expected = TrainOptions::new("m", server, "t".into(), "./checkpoints".into());
+        expected.model.session_name = "checkpoints".into();
+        assert_eq!(format!("{options:?}"), format!("{expected:?}"));
+    }
+
+    #[test]
+    fn the_predecessors_command_line_parses() {
+        let options = parse(
+            "--model-type qwen2 --model-name Qwen/Qwen2-0.5B --split-point-1 0 --split-point-2 14 \
+             --server-host localhost --server-port 50052 --lora-rank 8 --lora-alpha 16 \
+             --lora-dropout 0.1 --batch-size 4 --learning-rate 1e-4 --num-epochs 3 \
+             --max-seq-length 512 --gradient-accumulation-steps 1 --max-grad-norm 1.0 \
+             --warmup-steps 100 --dataset-name . --dataset-config wikitext-2-raw-v1 \
+             --max-train-samples 10000 --output-dir ./checkpoints --save-interval 500 \
+             --log-interval 10 --eval-interval 100 --device cpu --mixed-precision",
+        )
+        .unwrap();
+        assert_eq!(options.model.server, "http://localhost:50052");
+        assert_eq!((options.model.split_point_1, options.model.split_point_2), (Some(0), Some(14)));
+        assert_eq!(options.data.max_samples, Some(10000));
+        assert_eq!(options.compute.kind, Kind::BFloat16);
+        assert_eq!(options.sources.train_files, [PathBuf::from(".")]);
+    }
+
+    #[test]
+    fn a_hub_data_set_says_what_to_do_instead() {
+        let error = parse("--model-name m --dataset-name wikitext").unwrap_err().to_string();
+        assert!(error.contains("--train-file"), "{error}");
+        let error = parse("--model-name m").unwrap_err().to_string();
+        assert!(error.contains("--train-file is missing"), "{error}");
+    }
+
+    #[test]
+    fn servers_and_targets_are_lists_and_addresses() {
+        let line = "--model-name m --train-file a --train-file b --target-modules q_proj,v_proj";
+        let options = parse(&format!("{line} --server http://h:7")).unwrap();
+        assert_eq!(options.model.server, "http://h:7");
+        assert_eq!(options.lora.spec.target_modules, ["q_proj", "v_proj"]);
+        assert_eq!(options.sources.train_files.len(), 2);
+        assert_eq!(
+            parse(&format!("{line} --server-host ::1")).unwrap().model.server,
+            "http://[::1]:50051"
+        );
+        assert!(parse(&format!("{line} --server http://h:7 --server-host h")).is_err());
+    }
+}
