@@ -15,13 +15,14 @@
 
 mod order;
 mod read;
+pub mod source;
 
 pub use order::{Order, Place};
 
 use crate::TrainError;
 use crate::tokenizer::Tokenizer;
-use read::{Record, Source};
 use serde::{Deserialize, Serialize};
+use source::Record;
 use std::path::PathBuf;
 
 /// The label of a position whose next token is not to be predicted, as in PyTorch.
@@ -88,12 +89,13 @@ impl DataSet {
         tokenizer: &Tokenizer,
     ) -> Result<Self, TrainError> {
         let mut data = DataSet { samples: Vec::new(), n_skipped: 0 };
-        for path in read::data_files(paths)? {
-            for (source, record) in read::records(&path)? {
+        for source in read::sources(paths)? {
+            for located in source.records()? {
+                let (place, record) = located?;
                 if options.max_samples.is_some_and(|n| data.samples.len() >= n) {
                     return Ok(data);
                 }
-                data.add(record, &source, options, tokenizer)?;
+                data.add(record, &place, options, tokenizer)?;
             }
         }
         if let Some(n) = options.max_samples {
@@ -117,7 +119,7 @@ impl DataSet {
     fn add(
         &mut self,
         record: Record,
-        source: &Source,
+        place: &source::Place,
         options: &DataOptions,
         tokenizer: &Tokenizer,
     ) -> Result<(), TrainError> {
@@ -135,11 +137,14 @@ impl DataSet {
                         ],
                         tokenizer,
                     )
-                    .map_err(|e| source.explain(e))?,
+                    .map_err(|e| place.explain(e))?,
                 }]
             }
             Record::Chat(messages) => {
-                vec![conversation(&messages, tokenizer).map_err(|e| source.explain(e))?]
+                vec![conversation(&messages, tokenizer).map_err(|e| place.explain(e))?]
+            }
+            Record::Preference { .. } => {
+                return Err(place.wrong("a preference pair: not learned from yet"));
             }
         };
         for mut sample in samples {

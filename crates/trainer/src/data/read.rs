@@ -1,35 +1,35 @@
+mod columns;
+
+pub use columns::Columns;
+
+use super::source::{DataSource, Located, Place, Record};
 use crate::TrainError;
 use serde_json::{Map, Value};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// What one piece of a file says, before it is tokens.
-#[derive(Debug, PartialEq)]
-pub(super) enum Record {
-    Text(String),
-    Completion { prompt: String, completion: String },
-    Chat(Vec<Value>),
+/// The data files that `paths` name, each as a source.
+pub(super) fn sources(paths: &[PathBuf]) -> Result<Vec<Box<dyn DataSource>>, TrainError> {
+    let files = data_files(paths)?.into_iter();
+    Ok(files.map(|path| Box::new(FileSource { path }) as Box<dyn DataSource>).collect())
 }
 
-/// Where a record stands.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) struct Source {
+struct FileSource {
     path: PathBuf,
-    line: usize,
 }
 
-impl Source {
-    fn wrong(&self, problem: String) -> TrainError {
-        TrainError::Data { path: self.path.clone(), line: Some(self.line), problem }
+impl DataSource for FileSource {
+    fn name(&self) -> String {
+        self.path.display().to_string()
     }
 
-    /// Adds the place to an error of the chat template, which only this record may provoke.
-    pub(super) fn explain(&self, error: TrainError) -> TrainError {
-        match error {
-            TrainError::ChatTemplate { .. } => self.wrong(error.to_string()),
-            other => other,
-        }
+    fn records(&self) -> Result<Box<dyn Iterator<Item = Located> + Send + '_>, TrainError> {
+        Ok(Box::new(records(&self.path)?.into_iter().map(Ok)))
     }
+}
+
+fn line(path: &Path, line: usize) -> Place {
+    Place::line(path.display().to_string(), line)
 }
 
 const JSONL: [&str; 3] = ["jsonl", "ndjson", "jsonlines"];
@@ -40,7 +40,7 @@ fn extension(path: &Path) -> String {
 }
 
 /// Files as they are; a folder stands for the data files in it, sorted by name.
-pub(super) fn data_files(paths: &[PathBuf]) -> Result<Vec<PathBuf>, TrainError> {
+fn data_files(paths: &[PathBuf]) -> Result<Vec<PathBuf>, TrainError> {
     let mut files = Vec::new();
     for path in paths {
         if !path.is_dir() {
@@ -72,7 +72,7 @@ pub(super) fn data_files(paths: &[PathBuf]) -> Result<Vec<PathBuf>, TrainError> 
 }
 
 /// The records of one file: JSONL by its name, anything else is text.
-pub(super) fn records(path: &Path) -> Result<Vec<(Source, Record)>, TrainError> {
+fn records(path: &Path) -> Result<Vec<(Place, Record)>, TrainError> {
     let wrong =
         |problem: &str| TrainError::Data { path: path.into(), line: None, problem: problem.into() };
     let bytes = fs::read(path).map_err(TrainError::io(path))?;
@@ -91,33 +91,33 @@ pub(super) fn records(path: &Path) -> Result<Vec<(Source, Record)>, TrainError> 
     }
 }
 
-fn paragraphs(path: &Path, text: &str) -> Vec<(Source, Record)> {
+fn paragraphs(path: &Path, text: &str) -> Vec<(Place, Record)> {
     let mut records = Vec::new();
     let mut open: Vec<&str> = Vec::new();
     // A blank line after the last one closes the last paragraph.
-    for (i, line) in text.lines().chain([""]).enumerate() {
-        if !line.trim().is_empty() {
-            open.push(line);
+    for (i, text) in text.lines().chain([""]).enumerate() {
+        if !text.trim().is_empty() {
+            open.push(text);
         } else if !open.is_empty() {
-            let source = Source { path: path.into(), line: i + 1 - open.len() };
-            records.push((source, Record::Text(open.join("\n").trim().to_string())));
+            let place = line(path, i + 1 - open.len());
+            records.push((place, Record::Text(open.join("\n").trim().to_string())));
             open.clear();
         }
     }
     records
 }
 
-fn json_lines(path: &Path, text: &str) -> Result<Vec<(Source, Record)>, TrainError> {
+fn json_lines(path: &Path, text: &str) -> Result<Vec<(Place, Record)>, TrainError> {
     let mut records = Vec::new();
-    for (i, line) in text.lines().enumerate() {
-        if line.trim().is_empty() {
+    for (i, text) in text.lines().enumerate() {
+        if text.trim().is_empty() {
             continue;
         }
-        let source = Source { path: path.into(), line: i + 1 };
-        let object: Map<String, Value> = serde_json::from_str(line)
-            .map_err(|e| source.wrong(format!("not a JSON object: {e}")))?;
-        let record = record(&object).map_err(|problem| source.wrong(problem))?;
-        records.push((source, record));
+        let place = line(path, i + 1);
+        let object: Map<String, Value> = serde_json::from_str(text)
+            .map_err(|e| place.wrong(format!("not a JSON object: {e}")))?;
+        let record = record(&object).map_err(|problem| place.wrong(problem))?;
+        records.push((place, record));
     }
     Ok(records)
 }
