@@ -44,6 +44,8 @@ pub enum AdapterError {
     Shape { origin: String, name: String, found: Vec<i64>, expected: Vec<i64> },
     #[error("{origin}: tensor \"{name}\" is in no layer that is trained here; {hint}")]
     UnexpectedTensor { origin: String, name: String, hint: String },
+    #[error("adapter {origin} does not fit the model: {problems}")]
+    DoesNotFit { origin: String, problems: String },
     #[error("{path}: {problem}")]
     File { path: String, problem: String },
 }

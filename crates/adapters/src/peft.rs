@@ -1,20 +1,28 @@
 //! PEFT's directories: `adapter_config.json` and `adapter_model.safetensors`.
 
+mod config;
+
 use crate::{AdapterError, LoraSpec};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
-use serde_json::{Value, json};
-use std::collections::BTreeMap;
+use serde_json::Value;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use tch::{Device, Kind, Tensor};
 
-const CONFIG: &str = "adapter_config.json";
-const WEIGHTS: &str = "adapter_model.safetensors";
+/// PEFT's name of the settings' file.
+pub const CONFIG: &str = "adapter_config.json";
+/// PEFT's name of the tensors' file.
+pub const WEIGHTS: &str = "adapter_model.safetensors";
+/// How PEFT called it before there was safetensors.
+const PICKLE: &str = "adapter_model.bin";
 
 /// An adapter as it lies on disk: float32 host tensors under PEFT's names.
 #[derive(Debug)]
 pub struct PeftAdapter {
     pub spec: LoraSpec,
     pub tensors: Vec<(String, Tensor)>,
+    /// `base_model_name_or_path`, if the directory names one.
+    pub base_model: Option<String>,
 }
 
 /// What a PEFT directory says beside the tensors.
@@ -32,34 +40,30 @@ pub fn write_dir(
     config: &PeftConfig<'_>,
     tensors: &[(String, Tensor)],
 ) -> Result<(), AdapterError> {
+    write_dir_as(dir, config, tensors, Kind::Float)
+}
+
+/// The same with tensors in `kind`: float32, bfloat16 or float16.
+pub fn write_dir_as(
+    dir: &Path,
+    config: &PeftConfig<'_>,
+    tensors: &[(String, Tensor)],
+    kind: Kind,
+) -> Result<(), AdapterError> {
     std::fs::create_dir_all(dir).map_err(|e| file_error(dir, e.to_string()))?;
-    let spec = config.spec;
-    let config = json!({
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": config.base_model,
-        "r": spec.r,
-        "lora_alpha": number(spec.lora_alpha),
-        "lora_dropout": spec.lora_dropout,
-        "use_rslora": spec.use_rslora,
-        "target_modules": spec.target_modules,
-        "fan_in_fan_out": config.fan_in_fan_out,
-        "bias": "none",
-        "init_lora_weights": true,
-        "inference_mode": true,
-        "modules_to_save": null,
-        "use_dora": false,
-    });
+    let config = config::to_json(config);
     let text = serde_json::to_string_pretty(&config).expect("a JSON value can be written");
     let path = dir.join(CONFIG);
     std::fs::write(&path, text + "\n").map_err(|e| file_error(&path, e.to_string()))?;
 
     let path = dir.join(WEIGHTS);
-    std::fs::write(&path, to_safetensors(tensors)).map_err(|e| file_error(&path, e.to_string()))
+    let bytes = to_safetensors_as(tensors, kind);
+    std::fs::write(&path, bytes).map_err(|e| file_error(&path, e.to_string()))
 }
 
 /// Reads an adapter that PEFT saved. Kinds of adapter that Offshoot cannot train exactly (DoRA,
-/// trained biases, rank patterns, ...) are refused by name.
+/// trained biases, rank patterns, ...) are refused by name. Where the settings name a pattern or
+/// some layers, the modules that have tensors are the targets, by their paths.
 pub fn read_dir(dir: &Path) -> Result<PeftAdapter, AdapterError> {
     let path = dir.join(CONFIG);
     let text = std::fs::read_to_string(&path).map_err(|e| {
@@ -70,108 +74,65 @@ pub fn read_dir(dir: &Path) -> Result<PeftAdapter, AdapterError> {
     })?;
     let config: Value =
         serde_json::from_str(&text).map_err(|e| file_error(&path, format!("not JSON: {e}")))?;
-    refuse_unsupported(&path, &config)?;
+    config::refuse_unsupported(&path, &config)?;
 
+    let tensors = from_safetensors(&dir.join(WEIGHTS), &read_weights(dir)?)?;
+    let spec = config::spec(&path, &config, paths_of(&tensors))?;
+    let base_model = config["base_model_name_or_path"].as_str().map(str::to_owned);
+    Ok(PeftAdapter { spec, tensors, base_model: base_model.filter(|name| !name.is_empty()) })
+}
+
+fn read_weights(dir: &Path) -> Result<Vec<u8>, AdapterError> {
     let path = dir.join(WEIGHTS);
-    let bytes = std::fs::read(&path).map_err(|e| {
-        file_error(
-            &path,
-            format!("{e}; adapters saved as .bin are not read: save with safe_serialization=True"),
-        )
-    })?;
-    let tensors = from_safetensors(&path, &bytes)?;
-    let spec = parse_spec(&dir.join(CONFIG), &config, &tensors)?;
-    Ok(PeftAdapter { spec, tensors })
-}
-
-/// Values at which the named PEFT features are off; absent and null are off as well.
-fn refuse_unsupported(path: &Path, config: &Value) -> Result<(), AdapterError> {
-    if config["peft_type"] != "LORA" {
-        let found = &config["peft_type"];
-        return Err(file_error(path, format!("peft_type is {found}, expected \"LORA\"")));
+    if !path.exists() && dir.join(PICKLE).exists() {
+        return Err(file_error(
+            &dir.join(PICKLE),
+            format!(
+                "it is a pickle file, which can run code when it is read, so it is not; load it with PEFT and save it again (save_pretrained writes {WEIGHTS})"
+            ),
+        ));
     }
-    let off = [
-        ("bias", json!("none")),
-        ("use_dora", json!(false)),
-        ("lora_bias", json!(false)),
-        ("modules_to_save", json!([])),
-        ("rank_pattern", json!({})),
-        ("alpha_pattern", json!({})),
-        ("layers_to_transform", json!([])),
-        ("layer_replication", json!([])),
-        ("trainable_token_indices", json!([])),
-        ("target_parameters", json!([])),
-        ("exclude_modules", json!([])),
-    ];
-    for (field, off) in off {
-        let value = &config[field];
-        if !value.is_null() && *value != off {
-            let problem =
-                format!("{field} is {value}; Offshoot trains plain LoRA, where it is {off}");
-            return Err(file_error(path, problem));
-        }
-    }
-    Ok(())
+    std::fs::read(&path).map_err(|e| file_error(&path, e.to_string()))
 }
 
-fn parse_spec(
-    path: &Path,
-    config: &Value,
-    tensors: &[(String, Tensor)],
-) -> Result<LoraSpec, AdapterError> {
-    let missing = |field: &str| file_error(path, format!("{field} is missing or no number"));
-    let targets = match &config["target_modules"] {
-        Value::Array(names) => names.iter().filter_map(Value::as_str).map(str::to_owned).collect(),
-        // A pattern or "all-linear": the tensors say which modules it met.
-        _ => modules_of(tensors),
-    };
-    let spec = LoraSpec {
-        r: config["r"].as_u64().ok_or_else(|| missing("r"))? as usize,
-        lora_alpha: config["lora_alpha"].as_f64().ok_or_else(|| missing("lora_alpha"))?,
-        lora_dropout: config["lora_dropout"].as_f64().unwrap_or(0.0),
-        use_rslora: config["use_rslora"].as_bool().unwrap_or(false),
-        target_modules: targets,
-    };
-    spec.validate()?;
-    Ok(spec)
+/// The module that a tensor's name in a PEFT file belongs to, such as
+/// `model.layers.3.self_attn.q_proj`, if it is an A or B.
+pub fn module_path(name: &str) -> Option<&str> {
+    let path = name.strip_prefix("base_model.model.").unwrap_or(name);
+    [".lora_A.weight", ".lora_B.weight"].iter().find_map(|end| path.strip_suffix(end))
 }
 
-/// The distinct module names behind the layer number, such as `self_attn.q_proj`.
-fn modules_of(tensors: &[(String, Tensor)]) -> Vec<String> {
-    let mut modules: Vec<String> = tensors
-        .iter()
-        .filter_map(|(name, _)| {
-            let path = name.split(".lora_").next()?;
-            let behind_number = path
-                .char_indices()
-                .filter(|(_, c)| *c == '.')
-                .map(|(i, _)| &path[i + 1..])
-                .find_map(|rest| {
-                    let (number, module) = rest.split_once('.')?;
-                    number.parse::<usize>().ok().map(|_| module)
-                })?;
-            Some(behind_number.to_owned())
-        })
-        .collect();
-    modules.sort();
-    modules.dedup();
-    modules
+fn paths_of(tensors: &[(String, Tensor)]) -> Vec<String> {
+    let paths = tensors.iter().filter_map(|(name, _)| module_path(name));
+    paths.collect::<BTreeSet<_>>().into_iter().map(str::to_owned).collect()
 }
 
 /// Tensors as one safetensors file, in float32.
 pub fn to_safetensors(tensors: &[(String, Tensor)]) -> Vec<u8> {
+    to_safetensors_as(tensors, Kind::Float)
+}
+
+/// Tensors as one safetensors file. Panics if `kind` is not float32, bfloat16 or float16.
+pub fn to_safetensors_as(tensors: &[(String, Tensor)], kind: Kind) -> Vec<u8> {
+    let dtype = match kind {
+        Kind::Float => Dtype::F32,
+        Kind::BFloat16 => Dtype::BF16,
+        Kind::Half => Dtype::F16,
+        other => panic!("adapters are written in float32, bfloat16 or float16, not {other:?}"),
+    };
+    let size = kind.elt_size_in_bytes();
     let buffers: Vec<(&str, Vec<usize>, Vec<u8>)> = tensors
         .iter()
         .map(|(name, tensor)| {
-            let host = tensor.to_device(Device::Cpu).to_kind(Kind::Float).contiguous();
-            let mut bytes = vec![0; host.numel() * 4];
+            let host = tensor.to_device(Device::Cpu).to_kind(kind).contiguous();
+            let mut bytes = vec![0; host.numel() * size];
             host.copy_data_u8(&mut bytes, host.numel());
             (name.as_str(), host.size().iter().map(|&n| n as usize).collect(), bytes)
         })
         .collect();
     let views = buffers.iter().map(|(name, shape, bytes)| {
         let view =
-            TensorView::new(Dtype::F32, shape.clone(), bytes).expect("four bytes for each value");
+            TensorView::new(dtype, shape.clone(), bytes).expect("as many bytes as the values have");
         (*name, view)
     });
     // PEFT and Transformers look for this mark.
@@ -205,11 +166,6 @@ fn from_safetensors(path: &Path, bytes: &[u8]) -> Result<Vec<(String, Tensor)>, 
         .collect()
 }
 
-/// PEFT writes whole alphas as integers.
-fn number(value: f64) -> Value {
-    if value.fract() == 0.0 { json!(value as i64) } else { json!(value) }
-}
-
 fn file_error(path: &Path, problem: String) -> AdapterError {
     AdapterError::File { path: path.display().to_string(), problem }
 }
@@ -217,6 +173,7 @@ fn file_error(path: &Path, problem: String) -> AdapterError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
 
     fn tensors() -> Vec<(String, Tensor)> {
         ["lora_A", "lora_B"]
@@ -258,7 +215,10 @@ mod tests {
             serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
         config["target_modules"] = json!(".*q_proj");
         std::fs::write(&path, config.to_string()).unwrap();
-        assert_eq!(read_dir(dir.path()).unwrap().spec.target_modules, ["self_attn.q_proj"]);
+        assert_eq!(
+            read_dir(dir.path()).unwrap().spec.target_modules,
+            ["model.layers.12.self_attn.q_proj"]
+        );
 
         config["use_dora"] = json!(true);
         std::fs::write(&path, config.to_string()).unwrap();

@@ -1,4 +1,6 @@
 use crate::{Family, ModelConfig, ModelError};
+use offshoot_adapters::Site;
+use std::ops::Range;
 
 /// What a family calls its modules in checkpoints and in PEFT adapters.
 #[derive(Debug, Clone, Copy)]
@@ -112,6 +114,41 @@ impl ModelConfig {
     /// The linear layers of a block that can carry LoRA, such as `self_attn.q_proj`.
     pub fn lora_modules(&self) -> Vec<&'static str> {
         Layout::of(self.family).linears()
+    }
+
+    /// Path of a layer, such as `model.layers.3`.
+    pub fn layer_path(&self, layer: usize) -> String {
+        Layout::of(self.family).layer(layer)
+    }
+
+    /// Where LoRA goes in a range of layers, for PEFT's `target_modules`; the same as
+    /// [`Part::sites`](crate::Part::sites), without a checkpoint.
+    pub fn sites(&self, layers: Range<usize>, targets: &[String]) -> Result<Vec<Site>, ModelError> {
+        let layout = Layout::of(self.family);
+        layout.check_targets(targets)?;
+        let of_layer = |layer: usize| {
+            layout.linears().into_iter().filter_map(move |module| {
+                let path = format!("{}.{module}", layout.layer(layer));
+                let meant = targets.iter().any(|target| layout.is_target(&path, target));
+                let (d_in, d_out) = self.linear_size(&layout.modules, module);
+                meant.then(|| Site::new(layer, module, &path, d_in, d_out))
+            })
+        };
+        Ok(layers.flat_map(of_layer).collect())
+    }
+
+    fn linear_size(&self, names: &Modules, module: &str) -> (i64, i64) {
+        let (h, f) = (self.hidden_size, self.intermediate_size);
+        let (a, k) = (self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim);
+        match names.qkv.iter().position(|name| *name == module) {
+            Some(_) if names.qkv.len() == 1 => (h, a + 2 * k),
+            Some(0) => (h, a),
+            Some(_) => (h, k),
+            None if module == names.o => (a, h),
+            None if module == names.down => (f, h),
+            // up, and gate if there is one
+            None => (h, f),
+        }
     }
 
     /// `target_modules` when the user names none: every linear layer of a block, by the names that

@@ -100,7 +100,7 @@ pub fn draw_adapter(config: &ModelConfig, sites: &[Site], seed: u64) -> PeftAdap
         let [a, b] = site.peft_names();
         [(a, matrix(r, site.d_in)), (b, matrix(site.d_out, r) * 0.1)]
     });
-    PeftAdapter { tensors: tensors.collect(), spec }
+    PeftAdapter { tensors: tensors.collect(), spec, base_model: None }
 }
 
 impl Subject {
