@@ -12,16 +12,71 @@ use tch::{Device, Kind, Tensor};
 /// `q` `[N, A, D]`, `k` and `v` `[N, K, D]`; returns `[N, A, D]` in their dtype and the log-sum-exp of
 /// each query's scores, float32 `[N, A]`, for the backward.
 pub(crate) fn forward(q: &Tensor, k: &Tensor, v: &Tensor, rows: &Rows) -> (Tensor, Tensor) {
-    let kernel = Kernel::of(q.device());
-    let mut outputs = Vec::with_capacity(rows.groups().len());
-    let mut log_sums = Vec::with_capacity(rows.groups().len());
-    for group in rows.groups() {
-        let [q, k, v] = [q, k, v].map(|x| kernel.sequences(x, group));
-        let (output, log_sum) = kernel.forward(&q, &k, &v);
-        outputs.push(packed(&output));
-        log_sums.push(log_sum.transpose(1, 2).reshape([group.n_rows(), -1])); // [B T, A]
-    }
+    let groups = rows.groups().iter().map(|group| forward_group(q, k, v, group));
+    let (outputs, log_sums) = groups.unzip();
     (concat(outputs).to_kind(q.kind()), concat(log_sums))
+}
+
+/// The same for the rows of one group, `[B T, A, D]` in the kernel's dtype, and `[B T, A]`.
+pub(crate) fn forward_group(q: &Tensor, k: &Tensor, v: &Tensor, group: &Group) -> (Tensor, Tensor) {
+    let kernel = Kernel::of(q.device());
+    let [q, k, v] = [q, k, v].map(|x| kernel.sequences(x, group));
+    let (output, log_sum) = kernel.forward(&q, &k, &v);
+    (packed(&output), log_sum.transpose(1, 2).reshape([group.n_rows(), -1]))
+}
+
+/// Attention of the last n rows of one sequence, `q` `[n, A, D]`, over all of its T keys and values,
+/// `[K, T, D]` each, these rows' own among them: each row sees those before it and itself.
+/// `[n, A, D]` in the kernel's dtype.
+pub(crate) fn forward_next(q: &Tensor, keys: &Tensor, values: &Tensor) -> Tensor {
+    let kernel = Kernel::of(q.device());
+    let kind = if kernel == Kernel::CudaEfficient { q.kind() } else { Kind::Float };
+    let [q, k, v] = [&q.transpose(0, 1), keys, values].map(|x| x.to_kind(kind).unsqueeze(0));
+    let (n, t) = (q.size()[2], k.size()[2]);
+    let output = match kernel {
+        _ if n == t => kernel.forward(&q, &k, &v).0,
+        Kernel::CpuFlash => {
+            let mask = (n > 1).then(|| ahead(n, t, q.device()));
+            Tensor::internal_scaled_dot_product_flash_attention_for_cpu(
+                &q,
+                &k,
+                &v,
+                0.0,
+                false,
+                mask.as_ref(),
+                None,
+            )
+            .0
+        }
+        Kernel::CudaEfficient | Kernel::Scores if n == 1 => one_row(&q, &k, &v),
+        Kernel::CudaEfficient | Kernel::Scores => some_rows(&q, &k, &v),
+    };
+    packed(&output)
+}
+
+/// What is added to the scores `[n, T]` of the last n of T rows: minus infinity where a key is ahead
+/// of its query. Float32.
+fn ahead(n: i64, t: i64, device: Device) -> Tensor {
+    Tensor::full([n, t], f64::NEG_INFINITY, (Kind::Float, device)).triu(t - n + 1)
+}
+
+/// One query `[1, A, 1, D]` over `[1, K, T, D]`: the query heads of one key head are the rows of a
+/// product, so that no key is repeated.
+fn one_row(q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
+    let (size, n_kv_heads) = (q.size(), k.size()[1]);
+    let scale = 1.0 / (size[3] as f64).sqrt();
+    let q = q.reshape([1, n_kv_heads, -1, size[3]]) * scale; // [1, K, A / K, D]
+    let weights = q.matmul(&k.transpose(2, 3)).softmax(-1, Kind::Float).to_kind(v.kind());
+    weights.matmul(v).reshape(size)
+}
+
+/// Several queries `[1, A, n, D]` behind a prefix, without a score matrix where the device has a
+/// kernel for it.
+fn some_rows(q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
+    let (n, t, n_heads) = (q.size()[2], k.size()[2], q.size()[1]);
+    let mask = ahead(n, t, q.device()).to_kind(q.kind());
+    let (k, v) = (repeated(k, n_heads), repeated(v, n_heads));
+    Tensor::scaled_dot_product_attention(q, &k, &v, Some(&mask), 0.0, false, None, false)
 }
 
 /// What the backward takes: the forward's inputs and results, all `[N, heads, D]`.
@@ -220,7 +275,7 @@ fn packed(x: &Tensor) -> Tensor {
     x.transpose(1, 2).reshape([size[0] * size[2], size[1], size[3]])
 }
 
-fn concat(mut parts: Vec<Tensor>) -> Tensor {
+pub(crate) fn concat(mut parts: Vec<Tensor>) -> Tensor {
     match parts.len() {
         1 => parts.remove(0),
         _ => Tensor::cat(&parts, 0),
@@ -296,6 +351,26 @@ mod tests {
             for (plain, kernel) in [by_q, by_k, by_v].iter().zip(&kernel) {
                 close(&packed(plain), &own(kernel));
             }
+        }
+    }
+
+    /// Every device's way, on this one.
+    #[test]
+    fn the_last_rows_see_all_before_them_in_every_way() {
+        tch::manual_seed(6);
+        let random = |heads, t| Tensor::randn([1, heads, t, 6], (Kind::Float, Device::Cpu));
+        let (q, k, v) = (random(4, 9), random(2, 9), random(2, 9));
+        let (whole, _) = by_scores(&q, &k, &v);
+        for n in [1, 3, 9] {
+            let last = q.narrow(2, 9 - n, n);
+            let expected = packed(&whole.narrow(2, 9 - n, n));
+            let close =
+                |found: &Tensor| assert!(found.allclose(&expected, 1e-5, 1e-5, false), "{n}");
+            close(&packed(&some_rows(&last, &k, &v)));
+            if n == 1 {
+                close(&packed(&one_row(&last, &k, &v)));
+            }
+            close(&forward_next(&packed(&last), &k.squeeze_dim(0), &v.squeeze_dim(0)));
         }
     }
 }

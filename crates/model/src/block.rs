@@ -1,4 +1,5 @@
 use crate::attention;
+use crate::cache::PastOfBlock;
 use crate::linear::{Incoming, Linear, Sink};
 use crate::lora::{LoraGradients, LoraPass, LoraTape};
 use crate::norm::Norm;
@@ -116,8 +117,13 @@ impl Block {
         linears
     }
 
-    /// `x` `[N, H]` to `[N, H]`.
-    pub fn forward(&self, x: &Tensor, pass: &Pass) -> (Tensor, BlockTape) {
+    /// `x` `[N, H]` to `[N, H]`. Sequences with a cache go on from there.
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        pass: &Pass,
+        past: Option<PastOfBlock>,
+    ) -> (Tensor, BlockTape) {
         let mut lora = Vec::with_capacity(7);
         let mut run = |linear: &Linear, x: &Tensor| {
             let (y, tape) = linear.forward(x, pass.segments, &pass.lora);
@@ -139,7 +145,10 @@ impl Block {
         if let Some(rope) = pass.rope {
             (q, k) = (rope.rotate(&q), rope.rotate(&k));
         }
-        let (attended, log_sums) = attention::forward(&q, &k, &v, pass.rows); // [N, A, D]
+        let (attended, log_sums) = match past {
+            Some(past) => past.attend(&q, &k, &v),
+            None => attention::forward(&q, &k, &v, pass.rows),
+        }; // [N, A, D]
         let mut x_mid = run(&self.o, &attended.flatten(1, 2)); // [N, H]
         let _ = x_mid.g_add_(x);
 

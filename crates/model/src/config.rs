@@ -150,6 +150,17 @@ impl ModelConfig {
         })
     }
 
+    /// Whether the model has positions for a sequence of so many tokens.
+    pub fn check_length(&self, n_tokens: usize) -> Result<(), ModelError> {
+        let max_positions = self.max_positions;
+        match n_tokens {
+            n_tokens if n_tokens > max_positions => {
+                Err(ModelError::TooLong { n_tokens, max_positions })
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// What the embeddings are multiplied by.
     pub fn embedding_scale(&self) -> Option<f64> {
         (self.family == Family::Gemma).then(|| (self.hidden_size as f64).sqrt())

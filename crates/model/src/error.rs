@@ -15,6 +15,10 @@ pub enum ModelError {
         "target module \"{target}\" is no linear layer of a {family} block; known are {known} (or \"all-linear\")"
     )]
     UnknownTarget { target: String, family: &'static str, known: String },
+    #[error(
+        "a sequence of {n_tokens} tokens is longer than the {max_positions} positions that this model was made for; shorten it"
+    )]
+    TooLong { n_tokens: usize, max_positions: usize },
     #[error("tensor \"{name}\" has shape {found:?}, but config.json asks for {expected:?}")]
     Shape { name: String, found: Vec<i64>, expected: Vec<i64> },
     #[error(transparent)]

@@ -1,9 +1,10 @@
 //! Forward and backward of a part over packed rows of any segments.
 
 use crate::block::{BlockTape, Pass};
+use crate::cache::{Past, PastOfBlock};
 use crate::lora::{LoraGradients, LoraMode, LoraPass};
 use crate::tape::{Kept, SegmentTape};
-use crate::{Part, Rows, Segment, Tape, TapeSize};
+use crate::{KvCache, Part, Rows, Segment, Tape, TapeSize};
 use tch::{Kind, Tensor};
 
 /// The gradients of one backward.
@@ -14,9 +15,29 @@ pub struct Backward {
     pub lora: Vec<Tensor>,
 }
 
+/// What becomes of a segment's rows in a forward.
+#[derive(Clone, Copy)]
+pub enum Way<'a> {
+    /// Nothing is kept.
+    Evaluate,
+    /// A tape is kept for the backward.
+    Train(TapeSize),
+    /// They are the next rows of one sequence, behind those that the cache holds.
+    Extend(&'a KvCache),
+}
+
 /// Below this share of a batch's rows a full tape copies its rows instead of keeping the whole batch
 /// in memory.
 const VIEW_SHARE: f64 = 0.75;
+
+/// What a pass through all blocks begins with.
+struct PassInput<'a> {
+    /// `[N, H]`.
+    x: &'a Tensor,
+    rows: &'a Rows,
+    segments: &'a [Segment<'a>],
+    past: Option<&'a Past<'a>>,
+}
 
 /// A tape while its forward runs.
 enum Recording {
@@ -40,17 +61,42 @@ impl Part {
         segments: &[Segment],
         keep: &[Option<TapeSize>],
     ) -> (Tensor, Vec<Option<Tape>>) {
-        assert_eq!(segments.len(), keep.len(), "one choice for each segment");
+        let ways = keep.iter().map(|keep| keep.map_or(Way::Evaluate, Way::Train));
+        self.forward_mixed(x, rows, segments, &ways.collect::<Vec<_>>())
+    }
+
+    /// `[N, H] -> [N, H]`, each segment in its way. Positions in `rows` of a segment with a cache go
+    /// on from the cache's length, as [`Rows::after`] makes them; its room must be there. What is
+    /// written there counts after [`KvCache::advance`].
+    pub fn forward_mixed(
+        &self,
+        x: &Tensor,
+        rows: &Rows,
+        segments: &[Segment],
+        ways: &[Way],
+    ) -> (Tensor, Vec<Option<Tape>>) {
+        assert_eq!(segments.len(), ways.len(), "one way for each segment");
+        let caches = ways.iter().map(|way| match way {
+            Way::Extend(cache) => Some(*cache),
+            Way::Evaluate | Way::Train(_) => None,
+        });
+        let past = Past::new(rows, segments, caches.collect());
+        let keep = ways.iter().map(|way| match way {
+            Way::Train(size) => Some(*size),
+            Way::Evaluate | Way::Extend(_) => None,
+        });
+        let keep: Vec<Option<TapeSize>> = keep.collect();
         let full_rows: i64 = segments
             .iter()
-            .zip(keep)
+            .zip(&keep)
             .filter(|(_, keep)| **keep == Some(TapeSize::Full))
             .map(|(segment, _)| segment.n_rows())
             .sum();
         let views = full_rows as f64 >= VIEW_SHARE * rows.n_tokens() as f64;
         let mut recordings: Vec<Option<Recording>> =
             keep.iter().map(|keep| keep.map(Recording::new)).collect();
-        let y = self.run(x, rows, segments, |x, tape| {
+        let input = PassInput { x, rows, segments, past: past.as_ref() };
+        let y = self.run(&input, |x, tape| {
             for (i, (segment, recording)) in segments.iter().zip(&mut recordings).enumerate() {
                 if let Some(recording) = recording {
                     recording.add(x, &tape, Place { index: i, segment, views });
@@ -70,23 +116,40 @@ impl Part {
 
     /// `[N, H] -> [N, H]` through all blocks, keeping nothing.
     pub fn forward_eval(&self, x: &Tensor, rows: &Rows, segments: &[Segment]) -> Tensor {
-        self.run(x, rows, segments, |_, _| {})
+        self.run(&PassInput { x, rows, segments, past: None }, |_, _| {})
     }
 
-    /// `each` gets every block's input and tape.
-    fn run(
+    /// `[N, H] -> [N, H]` without dropout: of each segment with a cache the next rows of its
+    /// sequence, which the cache holds afterwards; the others are evaluated. Positions in `rows` go
+    /// on from the caches' lengths, as [`Rows::after`] makes them.
+    pub fn forward_cached(
         &self,
         x: &Tensor,
         rows: &Rows,
         segments: &[Segment],
-        mut each: impl FnMut(&Tensor, BlockTape),
+        caches: &mut [Option<&mut KvCache>],
     ) -> Tensor {
+        let ways: Vec<Way> =
+            caches.iter().map(|c| c.as_deref().map_or(Way::Evaluate, Way::Extend)).collect();
+        let (y, _) = self.forward_mixed(x, rows, segments, &ways);
+        for (cache, segment) in caches.iter_mut().zip(segments) {
+            if let Some(cache) = cache {
+                cache.advance(segment.n_rows());
+            }
+        }
+        y
+    }
+
+    /// `each` gets every block's input and tape.
+    fn run(&self, input: &PassInput, mut each: impl FnMut(&Tensor, BlockTape)) -> Tensor {
+        let &PassInput { x, rows, segments, past } = input;
         let rope = self.rope_tables(rows);
         let lora = LoraPass::new(self.lora_mode);
         let pass = Pass { rows, segments, lora, rope: rope.as_ref() };
         let mut x = x.shallow_clone();
-        for block in &self.blocks {
-            let (y, tape) = block.forward(&x, &pass);
+        for (i, block) in self.blocks.iter().enumerate() {
+            let past = past.map(|past| PastOfBlock { past, block: i });
+            let (y, tape) = block.forward(&x, &pass, past);
             each(&x, tape);
             x = y;
         }
@@ -116,7 +179,7 @@ impl Part {
         for (i, block) in self.blocks.iter().enumerate().rev() {
             let tape = match tapes.iter().map(|tape| tape.block(i)).collect::<Option<Vec<_>>>() {
                 Some(parts) => gather(&parts),
-                None => block.forward(&inputs.block(i, tapes), &pass).1,
+                None => block.forward(&inputs.block(i, tapes), &pass, None).1,
             };
             let by_output = grad.take().expect("only the lowest block returns none");
             grad = block.backward(&tape, by_output, &pass, &gradients, want_input || i > 0);
@@ -137,7 +200,8 @@ impl Part {
         }
         let x = BlockInputs::Kept.block(0, tapes);
         let mut inputs = Vec::with_capacity(self.blocks.len());
-        let _ = self.run(&x, rows, segments, |x, _| inputs.push(x.shallow_clone()));
+        let input = PassInput { x: &x, rows, segments, past: None };
+        let _ = self.run(&input, |x, _| inputs.push(x.shallow_clone()));
         BlockInputs::Computed(inputs)
     }
 

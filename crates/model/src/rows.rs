@@ -64,6 +64,18 @@ impl Rows {
     pub(crate) fn groups(&self) -> &[Group] {
         &self.groups
     }
+
+    /// The groups of the sequences in these rows, which begin and end with a sequence.
+    pub(crate) fn groups_within(&self, rows: Range<i64>) -> impl Iterator<Item = Group> {
+        self.groups.iter().filter_map(move |group| {
+            let start = group.start.max(rows.start);
+            let n_rows = (group.start + group.n_rows()).min(rows.end) - start;
+            let whole = (start - group.start) % group.length == 0 && n_rows % group.length == 0;
+            debug_assert!(n_rows <= 0 || whole, "rows {rows:?} cut a sequence");
+            let n_sequences = n_rows / group.length;
+            (n_rows > 0).then_some(Group { start, n_sequences, length: group.length })
+        })
+    }
 }
 
 /// The rows of a batch that belong to one job, and the adapter that they meet.

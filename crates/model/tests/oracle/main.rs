@@ -5,6 +5,7 @@ mod alone;
 mod batch;
 mod batches;
 mod bf16;
+mod cached;
 mod decoder;
 mod nan;
 mod tenant;
