@@ -140,7 +140,7 @@ impl DataSet {
                     .map_err(|e| place.explain(e))?,
                 }]
             }
-            Record::Chat(messages) => {
+            Record::Chat { messages, .. } => {
                 vec![conversation(&messages, tokenizer).map_err(|e| place.explain(e))?]
             }
             Record::Preference { .. } => {

@@ -128,7 +128,7 @@ fn record(object: &Map<String, Value>) -> Result<Record, String> {
         other => Err(format!("\"{field}\" is {}, expected a string", kind(other))),
     };
     if let Some(messages) = object.get("messages") {
-        return chat(messages).map(Record::Chat);
+        return Ok(Record::Chat { messages: chat(messages)?, tools: Vec::new() });
     }
     match (object.contains_key("prompt"), object.contains_key("completion")) {
         (true, true) => {

@@ -49,7 +49,8 @@ pub enum Record {
     /// The completion is learned, the prompt is read only.
     Completion { prompt: String, completion: String },
     /// Messages with `role` and `content`, as chat templates take them; the assistant's are learned.
-    Chat(Vec<Value>),
+    /// `tools` are descriptions of functions, for templates that know them; mostly there are none.
+    Chat { messages: Vec<Value>, tools: Vec<Value> },
     /// One prompt, the answer that was preferred and the one that was not: for `--loss dpo`.
     Preference { prompt: Content, chosen: Content, rejected: Content },
 }
@@ -136,4 +137,13 @@ pub trait DataSource: Send + Sync {
     /// Here if the source cannot be opened; otherwise in the place of the record that is wrong, and
     /// reading ends there.
     fn records(&self) -> Result<Box<dyn Iterator<Item = Located> + Send + '_>, TrainError>;
+
+    /// Equal for equal records in equal order, and cheaper than reading them: by it, samples that
+    /// were made before are found again. Without one the records are compared.
+    ///
+    /// # Errors
+    /// If the source cannot be opened.
+    fn fingerprint(&self) -> Result<Option<String>, TrainError> {
+        Ok(None)
+    }
 }
