@@ -1,5 +1,6 @@
 //! What people read of a run at its beginning and at its end.
 
+use crate::report::StartEvent;
 use crate::setup::Prepared;
 use crate::train::Run;
 use std::path::Path;
@@ -54,7 +55,7 @@ impl Run {
             data.n_skipped,
             eval.as_ref().map_or(0, |data| data.samples.len()),
             settings.n_steps,
-            schedule.n_warmup(),
+            schedule.n_warmup,
         ));
         let (asked, allowed) = (self.in_flight, self.in_flight());
         if allowed < asked {
@@ -63,6 +64,23 @@ impl Run {
                 "--microbatches-in-flight is {asked}; the server lets a session have {allowed} (its max_open_microbatches is {}, its max_frames_in_flight {})",
                 limits.max_open_microbatches, limits.max_frames_in_flight,
             ));
+        }
+    }
+
+    /// The same for programs; `step` steps were taken before.
+    pub fn start_event(&self, step: u64) -> StartEvent {
+        let Prepared { settings, data, eval, .. } = &self.prepared;
+        StartEvent {
+            step,
+            n_steps: settings.n_steps,
+            model: settings.model_name.clone(),
+            split_point_1: settings.split_point_1,
+            split_point_2: settings.split_point_2,
+            lora_rank: settings.lora.r,
+            samples: data.samples.len() as u64,
+            eval_samples: eval.as_ref().map_or(0, |data| data.samples.len()) as u64,
+            session: self.session.id().to_string(),
+            version: env!("CARGO_PKG_VERSION").into(),
         }
     }
 

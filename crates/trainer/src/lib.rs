@@ -35,7 +35,7 @@ mod wire;
 pub use error::TrainError;
 pub use options::{CancelToken, TrainOptions};
 pub use report::{DoneEvent, Event, StepEvent, WireErrors};
-pub use schedule::Schedule;
+pub use schedule::{Schedule, Scheduler, Warmup};
 pub use split::{
     Accumulated, ClientState, MicrobatchResult, Microbatches, SplitModel, SplitOptions, clip_factor,
 };

@@ -1,6 +1,7 @@
 use crate::TrainError;
 use crate::data::DataOptions;
 use crate::sample::SampleOptions;
+use crate::schedule::{Scheduler, Warmup};
 use offshoot_adapters::{AdamW, LoraSpec};
 use offshoot_client::{ClientOptions, WireDType};
 use std::path::PathBuf;
@@ -94,8 +95,12 @@ pub struct OptimizerOptions {
     pub adamw: AdamW,
     /// Highest learning rate.
     pub learning_rate: f64,
-    /// Steps of rising learning rate; at most a tenth of the run.
-    pub warmup_steps: u64,
+    /// How it goes after the warm-up.
+    pub scheduler: Scheduler,
+    /// Where a falling rate ends.
+    pub min_learning_rate: f64,
+    /// How long it rises.
+    pub warmup: Warmup,
     /// Limit of the norm of all gradients; 0: none.
     pub max_grad_norm: f64,
 }
@@ -109,6 +114,10 @@ pub struct LossOptions {}
 pub struct EvaluationOptions {
     /// Steps between evaluations.
     pub interval: u64,
+    /// After so many evaluations in a row without improvement the run ends.
+    pub patience: Option<usize>,
+    /// By how much the loss must fall for an improvement.
+    pub threshold: f64,
 }
 
 /// What is written, and from where a run goes on.
@@ -120,8 +129,26 @@ pub struct OutputOptions {
     pub save_interval: u64,
     /// Steps between lines.
     pub log_interval: u64,
-    /// `latest`, or a checkpoint's path.
+    /// Whether TensorBoard event files are written.
+    pub tensorboard: bool,
+    /// Newest checkpoints that stay, beside the best one.
+    pub keep_last: usize,
+    /// Which step's adapter is exported at the end.
+    pub adapter: AdapterChoice,
+    /// `latest`, `best`, or a checkpoint's path.
     pub resume: Option<String>,
+    /// Stored as `config.toml`, so that others can see and repeat the run.
+    pub config: Option<String>,
+}
+
+/// Which step's adapter a run exports at its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AdapterChoice {
+    /// The one with the lowest evaluation loss. Each evaluation that is the best so far is followed
+    /// by a checkpoint.
+    Best,
+    /// The last step's.
+    Last,
 }
 
 /// Where and in which types is computed.
@@ -167,7 +194,9 @@ impl Default for OptimizerOptions {
         OptimizerOptions {
             adamw: AdamW::default(),
             learning_rate: 1e-4,
-            warmup_steps: 100,
+            scheduler: Scheduler::Cosine,
+            min_learning_rate: 0.0,
+            warmup: Warmup::Steps(100),
             max_grad_norm: 1.0,
         }
     }
@@ -175,7 +204,7 @@ impl Default for OptimizerOptions {
 
 impl Default for EvaluationOptions {
     fn default() -> Self {
-        EvaluationOptions { interval: 100 }
+        EvaluationOptions { interval: 100, patience: None, threshold: 0.0 }
     }
 }
 
@@ -188,7 +217,16 @@ impl Default for ComputeOptions {
 impl OutputOptions {
     /// Into this folder, with the usual intervals.
     pub fn new(dir: PathBuf) -> Self {
-        OutputOptions { dir, save_interval: 500, log_interval: 10, resume: None }
+        OutputOptions {
+            dir,
+            save_interval: 500,
+            log_interval: 10,
+            tensorboard: true,
+            keep_last: 5,
+            adapter: AdapterChoice::Last,
+            resume: None,
+            config: None,
+        }
     }
 }
 
@@ -230,9 +268,17 @@ impl TrainOptions {
     pub fn validate(&self) -> Result<(), TrainError> {
         self.steps.validate()?;
         self.optimizer.validate()?;
-        at_least_one("eval-interval", self.evaluation.interval)?;
-        at_least_one("save-interval", self.output.save_interval)?;
-        at_least_one("log-interval", self.output.log_interval)?;
+        self.evaluation.validate()?;
+        self.output.validate()?;
+        if self.sources.eval_files.is_empty() {
+            let problem = "it needs evaluation data: name them with --eval-file";
+            if let Some(patience) = self.evaluation.patience {
+                return wrong("early-stopping-patience", patience, problem);
+            }
+            if self.output.adapter == AdapterChoice::Best {
+                return wrong("adapter", "best", problem);
+            }
+        }
         at_least_one("max-train-samples", self.data.max_samples.unwrap_or(1) as u64)?;
         if self.data.max_seq_length < 2 {
             let problem = "expected at least 2: one token to predict another from";
@@ -261,11 +307,44 @@ impl OptimizerOptions {
             let problem = "expected a positive number such as 1e-4";
             return wrong("learning-rate", self.learning_rate, problem);
         }
+        if !(0.0..=self.learning_rate).contains(&self.min_learning_rate) {
+            let problem = "expected a number from 0 to --learning-rate";
+            return wrong("min-learning-rate", self.min_learning_rate, problem);
+        }
+        if self.min_learning_rate > 0.0 && self.scheduler == Scheduler::Constant {
+            let problem = "a constant learning rate has no lower end; leave it out, or choose --lr-scheduler linear or cosine";
+            return wrong("min-learning-rate", self.min_learning_rate, problem);
+        }
+        if let Warmup::Ratio(ratio) = self.warmup
+            && !(0.0..=1.0).contains(&ratio)
+        {
+            return wrong("warmup-ratio", ratio, "expected a share of the run's steps from 0 to 1");
+        }
         if !(self.max_grad_norm.is_finite() && self.max_grad_norm >= 0.0) {
             let problem = "expected a positive number, or 0 for no clipping";
             return wrong("max-grad-norm", self.max_grad_norm, problem);
         }
         Ok(self.adamw.validate()?)
+    }
+}
+
+impl EvaluationOptions {
+    fn validate(&self) -> Result<(), TrainError> {
+        at_least_one("eval-interval", self.interval)?;
+        at_least_one("early-stopping-patience", self.patience.unwrap_or(1) as u64)?;
+        if !(self.threshold.is_finite() && self.threshold >= 0.0) {
+            let problem = "expected a difference of losses such as 0.01, or 0";
+            return wrong("early-stopping-threshold", self.threshold, problem);
+        }
+        Ok(())
+    }
+}
+
+impl OutputOptions {
+    fn validate(&self) -> Result<(), TrainError> {
+        at_least_one("save-interval", self.save_interval)?;
+        at_least_one("log-interval", self.log_interval)?;
+        at_least_one("keep-last", self.keep_last as u64)
     }
 }
 

@@ -1,7 +1,7 @@
 use crate::TrainError;
 use crate::checkpoint::RunSettings;
 use crate::data::{DataOptions, DataSet, Order};
-use crate::options::TrainOptions;
+use crate::options::{OptimizerOptions, TrainOptions};
 use crate::schedule::Schedule;
 use crate::split::{SplitModel, SplitOptions};
 use crate::tokenizer::Tokenizer;
@@ -57,8 +57,7 @@ pub(crate) async fn prepare(options: &TrainOptions) -> Result<Prepared, TrainErr
     let order = Order::new(data.samples.len(), per_step, options.seed);
     let n_steps =
         options.steps.max_steps.unwrap_or(options.steps.num_epochs * order.steps_per_epoch());
-    let schedule =
-        Schedule::new(options.optimizer.learning_rate, options.optimizer.warmup_steps, n_steps);
+    let schedule = schedule(&options.optimizer, n_steps);
     let lora = resolve_targets(&options.lora.spec, &server, &config);
     let settings = settings(options, &server, fingerprint, lora, &data, n_steps, &schedule);
     let s1 = server.split_point_1 as usize;
@@ -215,6 +214,16 @@ fn check_vocabulary(
     ))
 }
 
+fn schedule(options: &OptimizerOptions, n_steps: u64) -> Schedule {
+    Schedule {
+        scheduler: options.scheduler,
+        base: options.learning_rate,
+        lowest: options.min_learning_rate,
+        n_warmup: options.warmup.n_steps(n_steps),
+        n_steps,
+    }
+}
+
 fn resolve_targets(lora: &LoraSpec, server: &ServerDescription, config: &ModelConfig) -> LoraSpec {
     let mut lora = lora.clone();
     if lora.target_modules.is_empty() {
@@ -250,7 +259,9 @@ fn settings(
         n_steps,
         learning_rate: options.optimizer.learning_rate,
         weight_decay: options.optimizer.adamw.weight_decay,
-        warmup_steps: schedule.n_warmup(),
+        min_learning_rate: options.optimizer.min_learning_rate,
+        lr_scheduler: options.optimizer.scheduler,
+        warmup_steps: schedule.n_warmup,
         max_grad_norm: options.optimizer.max_grad_norm,
         dtype: match options.compute.kind {
             Kind::Float => "f32".into(),

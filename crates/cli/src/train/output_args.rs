@@ -1,5 +1,5 @@
-use clap::Args;
-use offshoot_trainer::options::{EvaluationOptions, OutputOptions, SampleTexts};
+use clap::{Args, ValueEnum};
+use offshoot_trainer::options::{AdapterChoice, EvaluationOptions, OutputOptions, SampleTexts};
 use offshoot_trainer::sample::SampleOptions;
 use std::path::PathBuf;
 
@@ -9,17 +9,33 @@ pub struct OutputArgs {
     /// Where checkpoints, metrics.jsonl and adapter/ go.
     #[arg(long, value_name = "DIR", default_value = "./checkpoints")]
     pub output_dir: PathBuf,
-    /// Steps between checkpoints. The last five stay, and the best by evaluation loss.
+    /// Steps between checkpoints.
     #[arg(long, value_name = "STEPS", default_value_t = 500)]
     save_interval: u64,
+    /// So many of the newest checkpoints stay, and the best by evaluation loss.
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    keep_last: usize,
     /// Steps between lines; metrics.jsonl has every step.
     #[arg(long, value_name = "STEPS", default_value_t = 10)]
     log_interval: u64,
     /// Steps between evaluations; also before the first step and after the last.
     #[arg(long, value_name = "STEPS", default_value_t = 100)]
     eval_interval: u64,
-    /// Go on from `latest` in the output directory, or from a checkpoint's path.
-    #[arg(long, value_name = "latest|PATH")]
+    /// Write no event files for TensorBoard.
+    #[arg(long)]
+    no_tensorboard: bool,
+    /// The run ends after so many evaluations in a row without improvement.
+    #[arg(long, value_name = "N")]
+    early_stopping_patience: Option<usize>,
+    /// By how much the evaluation loss must fall below the last one that counted, to count.
+    #[arg(long, value_name = "LOSS", default_value_t = 0.0)]
+    early_stopping_threshold: f64,
+    /// Which step's adapter is exported at the end. With `best` each evaluation that is the best so
+    /// far is followed by a checkpoint [default: best with --early-stopping-patience, else last].
+    #[arg(long, value_enum)]
+    adapter: Option<Adapter>,
+    /// Go on from `latest` or `best` in the output directory, or from a checkpoint's path.
+    #[arg(long, value_name = "latest|best|PATH")]
     resume: Option<String>,
     /// Text that the model goes on from before and after training; may be repeated.
     #[arg(long, value_name = "TEXT")]
@@ -32,10 +48,22 @@ pub struct OutputArgs {
     sample_temperature: f64,
 }
 
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Adapter {
+    /// the one with the lowest evaluation loss
+    Best,
+    /// the last step's
+    Last,
+}
+
 impl OutputArgs {
     /// When the evaluation data are looked at.
     pub fn evaluation(&self) -> EvaluationOptions {
-        EvaluationOptions { interval: self.eval_interval }
+        EvaluationOptions {
+            interval: self.eval_interval,
+            patience: self.early_stopping_patience,
+            threshold: self.early_stopping_threshold,
+        }
     }
 
     /// Texts before and after training, drawn with this seed.
@@ -53,11 +81,21 @@ impl OutputArgs {
 
     /// What is written, and from where the run goes on.
     pub fn into_options(self) -> OutputOptions {
+        let adapter = match self.adapter {
+            Some(Adapter::Best) => AdapterChoice::Best,
+            Some(Adapter::Last) => AdapterChoice::Last,
+            None if self.early_stopping_patience.is_some() => AdapterChoice::Best,
+            None => AdapterChoice::Last,
+        };
         OutputOptions {
             dir: self.output_dir,
             save_interval: self.save_interval,
             log_interval: self.log_interval,
+            tensorboard: !self.no_tensorboard,
+            keep_last: self.keep_last,
+            adapter,
             resume: self.resume,
+            config: None,
         }
     }
 }

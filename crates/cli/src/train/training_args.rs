@@ -1,6 +1,7 @@
-use clap::Args;
+use clap::{Args, ValueEnum};
 use offshoot_adapters::AdamW;
 use offshoot_trainer::options::{LossOptions, OptimizerOptions, StepOptions};
+use offshoot_trainer::{Scheduler, Warmup};
 
 #[derive(Args)]
 #[command(next_help_heading = "Training")]
@@ -17,15 +18,24 @@ pub struct TrainingArgs {
     /// the --gradient-accumulation-steps takes the same samples into a step.
     #[arg(long, value_name = "N", default_value_t = 2)]
     microbatches_in_flight: usize,
-    /// Highest learning rate; it rises linearly during the warm-up and then falls to 0 as a cosine.
+    /// Highest learning rate; it rises linearly during the warm-up, then --lr-scheduler takes over.
     #[arg(long, value_name = "LR", default_value_t = 1e-4)]
     learning_rate: f64,
+    /// How the learning rate goes after the warm-up.
+    #[arg(long, value_enum, default_value_t = LrScheduler::Cosine)]
+    lr_scheduler: LrScheduler,
+    /// Where a falling learning rate ends.
+    #[arg(long, value_name = "LR", default_value_t = 0.0)]
+    min_learning_rate: f64,
     /// Decoupled weight decay of AdamW.
     #[arg(long, value_name = "X", default_value_t = 0.01)]
     weight_decay: f64,
     /// Steps of warm-up; at most a tenth of the run.
     #[arg(long, value_name = "STEPS", default_value_t = 100)]
     warmup_steps: u64,
+    /// Warm-up as a share of all steps, such as 0.03, instead of --warmup-steps.
+    #[arg(long, value_name = "SHARE", conflicts_with = "warmup_steps")]
+    warmup_ratio: Option<f64>,
     /// Gradients of the whole model, trunk included, are scaled down to this norm; 0 for never.
     #[arg(long, value_name = "NORM", default_value_t = 1.0)]
     max_grad_norm: f64,
@@ -38,6 +48,16 @@ pub struct TrainingArgs {
     /// Seed of initial values, dropout, the order of the samples, and sample texts.
     #[arg(long, value_name = "N", default_value_t = 42)]
     pub seed: u64,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum LrScheduler {
+    /// it stays
+    Constant,
+    /// it falls by the same amount in each step
+    Linear,
+    /// it falls along half a cosine
+    Cosine,
 }
 
 impl TrainingArgs {
@@ -57,7 +77,13 @@ impl TrainingArgs {
         OptimizerOptions {
             adamw: AdamW { weight_decay: self.weight_decay, ..AdamW::default() },
             learning_rate: self.learning_rate,
-            warmup_steps: self.warmup_steps,
+            scheduler: match self.lr_scheduler {
+                LrScheduler::Constant => Scheduler::Constant,
+                LrScheduler::Linear => Scheduler::Linear,
+                LrScheduler::Cosine => Scheduler::Cosine,
+            },
+            min_learning_rate: self.min_learning_rate,
+            warmup: self.warmup_ratio.map_or(Warmup::Steps(self.warmup_steps), Warmup::Ratio),
             max_grad_norm: self.max_grad_norm,
         }
     }

@@ -256,6 +256,8 @@ mod tests {
             microbatches_in_flight: 2,
             n_steps: 10,
             learning_rate: 1e-4,
+            min_learning_rate: 0.0,
+            lr_scheduler: Default::default(),
             weight_decay: 0.01,
             warmup_steps: 1,
             max_grad_norm: 1.0,

@@ -1,4 +1,5 @@
 use crate::data::Place;
+use crate::schedule::Scheduler;
 use offshoot_adapters::LoraSpec;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -66,6 +67,12 @@ pub struct RunSettings {
     pub n_steps: u64,
     /// Highest learning rate.
     pub learning_rate: f64,
+    /// Where it ends.
+    #[serde(default)]
+    pub min_learning_rate: f64,
+    /// How it gets there.
+    #[serde(default)]
+    pub lr_scheduler: Scheduler,
     /// Decoupled weight decay.
     pub weight_decay: f64,
     /// Steps of rising learning rate.

@@ -1,0 +1,57 @@
+use super::Run;
+use crate::TrainError;
+use crate::checkpoint::Best;
+use crate::data::PromptFormat;
+use crate::report::{EvalEvent, Event};
+use crate::sample::generate;
+use crate::setup::Prepared;
+use std::time::Instant;
+
+impl Run {
+    /// Mean loss over the evaluation data, if there are any.
+    pub(super) async fn evaluate(&mut self) -> Result<(), TrainError> {
+        let began = Instant::now();
+        let Prepared { split, eval: Some(eval), server, .. } = &self.prepared else {
+            return Ok(());
+        };
+        let all: Vec<usize> = (0..eval.samples.len()).collect();
+        let max_tokens = server.limits.max_tokens_per_microbatch as usize;
+        let batches = eval.batches(&all, self.options.steps.batch_size, max_tokens);
+        let (loss_sum, n_predicted) =
+            split.evaluate(&self.session, &batches, self.in_flight()).await?;
+        let loss = loss_sum / n_predicted as f64;
+        let evaluation = Best { step: self.step, loss };
+        if self.best.is_none_or(|best| loss < best.loss) {
+            self.best = Some(evaluation);
+        }
+        self.eval_loss = Some(loss).filter(|loss| loss.is_finite());
+        self.evaluations.push(evaluation);
+        let best = self.best.unwrap_or(evaluation);
+        let epoch = self.epoch();
+        self.report.event(&Event::Eval(EvalEvent {
+            step: self.step,
+            epoch,
+            loss,
+            best: best.loss,
+            best_step: best.step,
+            seconds: began.elapsed().as_secs_f64(),
+            extra: Default::default(),
+        }))
+    }
+
+    /// Texts that the model goes on from, as it is now.
+    pub(super) async fn sample(&mut self) -> Result<(), TrainError> {
+        let Prepared { split, tokenizer, .. } = &self.prepared;
+        for prompt in &self.options.samples.prompts {
+            let ids = match self.options.data.prompt_format {
+                PromptFormat::Plain => tokenizer.encode(prompt)?,
+                PromptFormat::Chat => tokenizer.encode_prompt_as_chat(prompt)?,
+            };
+            let text =
+                generate(split, &self.session, tokenizer, &ids, &self.options.samples.options)
+                    .await?;
+            self.report.event(&Event::Sample { step: self.step, prompt: prompt.clone(), text })?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,69 @@
+use super::Run;
+use crate::TrainError;
+use crate::data::Batch;
+use crate::report::{Event, StepEvent};
+use crate::setup::Prepared;
+use crate::split::{Microbatches, clip_factor};
+use std::time::Instant;
+
+impl Run {
+    /// One optimizer step.
+    pub(super) async fn train_step(&mut self) -> Result<(), TrainError> {
+        let began = Instant::now();
+        let in_flight = self.in_flight();
+        let Prepared { split, data, order, schedule, server, .. } = &mut self.prepared;
+        let samples = order.samples(self.step);
+        let max_tokens = server.limits.max_tokens_per_microbatch as usize;
+        let batches = data.batches(&samples, self.options.steps.batch_size, max_tokens);
+        let n_predicted: usize = batches.iter().map(Batch::n_predicted).sum();
+        let tokens: usize = batches.iter().map(Batch::n_tokens).sum();
+        let scale = 1.0 / n_predicted as f64;
+
+        // The numbers name the dropout masks: the same in a replayed step.
+        let first_number = self.step << 16;
+        let step = Microbatches { batches: &batches, first_number, scale, in_flight };
+        let done = split.accumulate(&self.session, step).await?;
+        let loss = done.results.iter().fold(0.0, |loss, result| loss + result.loss_sum * scale);
+        let trunk_norm_squared = done.results.last().map_or(0.0, |last| last.trunk_norm_squared);
+        let tape_bytes = done.results.iter().map(|result| result.tape_bytes).max();
+        let grad_norm = split.grad_norm(trunk_norm_squared);
+        if !grad_norm.is_finite() {
+            return Err(TrainError::Diverged { what: "gradient's norm", value: grad_norm });
+        }
+        let learning_rate = schedule.learning_rate(self.step);
+        let clip = clip_factor(grad_norm, self.options.optimizer.max_grad_norm);
+        split.step(&self.session, learning_rate, clip).await?;
+
+        self.step += 1;
+        self.eval_loss = None;
+        self.losses.push((self.step, loss));
+        if done.in_flight < in_flight {
+            self.lower_in_flight(done.in_flight);
+        }
+        let duration = began.elapsed();
+        self.spent.add(duration, done.waited, tokens, batches.len());
+        let seconds = duration.as_secs_f64();
+        let epoch = self.epoch();
+        self.report.event(&Event::Step(StepEvent {
+            step: self.step,
+            epoch,
+            loss,
+            learning_rate,
+            grad_norm,
+            steps_per_second: 1.0 / seconds,
+            tokens_per_second: tokens as f64 / seconds,
+            wait_seconds: done.waited.as_secs_f64(),
+            samples: samples.len() as u64,
+            tokens: tokens as u64,
+            tape_bytes: tape_bytes.unwrap_or_default(),
+            extra: Default::default(),
+        }))
+    }
+
+    /// How often all samples have been seen.
+    pub(super) fn epoch(&self) -> f64 {
+        let Prepared { order, data, .. } = &self.prepared;
+        let place = order.place(self.step);
+        place.epoch as f64 + place.sample as f64 / data.samples.len() as f64
+    }
+}
