@@ -127,6 +127,17 @@ impl Tokenizer {
         self.encode_continuation(&chat.render(&[message], true)?)
     }
 
+    /// A conversation of `role` and `content`, up to where the assistant speaks next.
+    pub fn encode_conversation(&self, messages: &[Value]) -> Result<Vec<u32>, TrainError> {
+        let chat = self.chat("a conversation was asked for (--chat)")?;
+        self.encode_continuation(&chat.render(messages, true)?)
+    }
+
+    /// For decoding token by token.
+    pub(crate) fn inner(&self) -> &tokenizers::Tokenizer {
+        &self.inner
+    }
+
     /// A conversation through the chat template. A turn of the assistant is what the template adds
     /// after its generation prompt, with the token that ends the turn, without the white space
     /// after that.
@@ -159,7 +170,7 @@ impl Tokenizer {
         self.chat.as_ref().ok_or(TrainError::NoChatTemplate { wanted_for })
     }
 
-    fn wrong(&self, problem: String) -> TrainError {
+    pub(crate) fn wrong(&self, problem: String) -> TrainError {
         TrainError::Tokenizer { origin: self.origin.clone(), problem }
     }
 }
