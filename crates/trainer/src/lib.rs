@@ -16,10 +16,12 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+pub mod adapter;
 pub mod checkpoint;
 pub mod data;
 mod describe;
 mod error;
+mod fit;
 pub mod options;
 mod report;
 mod resume;
@@ -34,7 +36,7 @@ mod wire;
 
 pub use error::TrainError;
 pub use options::{CancelToken, TrainOptions};
-pub use report::{DoneEvent, Event, StepEvent, WireErrors};
+pub use report::{DoneEvent, EvalEvent, Event, StartEvent, StepEvent, WireErrors};
 pub use schedule::{Schedule, Scheduler, Warmup};
 pub use split::{
     Accumulated, ClientState, MicrobatchResult, Microbatches, SplitModel, SplitOptions, clip_factor,

@@ -129,7 +129,7 @@ pub struct OutputOptions {
     pub save_interval: u64,
     /// Steps between lines.
     pub log_interval: u64,
-    /// Whether TensorBoard event files are written.
+    /// Whether TensorBoard's event files are written, to the folder `tensorboard`.
     pub tensorboard: bool,
     /// Newest checkpoints that stay, beside the best one.
     pub keep_last: usize,

@@ -18,12 +18,12 @@ pub struct OutputArgs {
     /// Steps between lines; metrics.jsonl has every step.
     #[arg(long, value_name = "STEPS", default_value_t = 10)]
     log_interval: u64,
+    /// Write no event files for TensorBoard; else they are in tensorboard/ in the output directory.
+    #[arg(long)]
+    no_tensorboard: bool,
     /// Steps between evaluations; also before the first step and after the last.
     #[arg(long, value_name = "STEPS", default_value_t = 100)]
     eval_interval: u64,
-    /// Write no event files for TensorBoard.
-    #[arg(long)]
-    no_tensorboard: bool,
     /// The run ends after so many evaluations in a row without improvement.
     #[arg(long, value_name = "N")]
     early_stopping_patience: Option<usize>,
