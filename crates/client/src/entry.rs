@@ -10,6 +10,8 @@ pub(crate) enum Request {
     Backward { backward: v1::Backward, claim: Claim },
     Step(v1::Step),
     Discard(v1::Discard),
+    Extend(v1::Extend),
+    DropCache(v1::DropCache),
 }
 
 /// One frame without an answer, with its way home.
@@ -34,6 +36,8 @@ impl Request {
             Request::Backward { .. } => "Backward",
             Request::Step(_) => "Step",
             Request::Discard(_) => "Discard",
+            Request::Extend(_) => "Extend",
+            Request::DropCache(_) => "DropCache",
         }
     }
 
@@ -42,7 +46,8 @@ impl Request {
         let tensor = match self {
             Request::Forward { forward, .. } => forward.hidden.as_ref(),
             Request::Backward { backward, .. } => backward.grad.as_ref(),
-            Request::Step(_) | Request::Discard(_) => None,
+            Request::Extend(extend) => extend.hidden.as_ref(),
+            Request::Step(_) | Request::Discard(_) | Request::DropCache(_) => None,
         };
         tensor.map_or(0, |t| t.data.len())
     }
@@ -63,6 +68,8 @@ impl<R> Entry<R> {
             }
             Request::Step(step) => (Body::Step(step), Interest::new(), None),
             Request::Discard(discard) => (Body::Discard(discard), Interest::new(), None),
+            Request::Extend(extend) => (Body::Extend(extend), Interest::new(), None),
+            Request::DropCache(drop) => (Body::DropCache(drop), Interest::new(), None),
         };
         Entry { call, body, interest, _claim: claim, retries: 0, reply }
     }

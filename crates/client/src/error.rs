@@ -156,6 +156,7 @@ fn code_name(code: v1::ErrorCode) -> &'static str {
         v1::ErrorCode::NotFound => "not found",
         v1::ErrorCode::TakenOver => "taken over",
         v1::ErrorCode::Internal => "internal",
+        v1::ErrorCode::Cache => "cache",
     }
 }
 
@@ -192,6 +193,13 @@ impl ClientError {
             ClientError::Aborted { earlier, .. } => earlier.code(),
             _ => None,
         }
+    }
+
+    /// Whether an [`extend`](crate::Session::extend) found its cache gone: the session left the device
+    /// meanwhile, took a step, or the server started again. Begin the sequence again, with start 0 and
+    /// all of its tokens.
+    pub fn is_cache_gone(&self) -> bool {
+        self.code() == Some(v1::ErrorCode::Cache)
     }
 
     /// When trying again may help, if the server refused this only for now.

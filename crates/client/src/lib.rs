@@ -70,6 +70,9 @@
 //! - **The server is full** and says when to try again: the frame waits here and is sent again under
 //!   the same number. Meanwhile backwards of open microbatches go ahead of waiting forwards, which
 //!   is what frees memory; the same while the server drains.
+//! - **A sequence goes on** ([`Session::extend`]) **and its cache is gone**, because the session left
+//!   the device, took a step, or the server started again: the frame is refused, and
+//!   [`ClientError::is_cache_gone`] says so. The caller sends all tokens of the sequence again.
 //! - **Another client attaches to the session:** [`ClientError::TakenOver`].
 
 mod claim;
@@ -78,6 +81,7 @@ mod command;
 mod driver;
 mod entry;
 mod error;
+mod extend;
 mod loss;
 mod options;
 mod session;
@@ -90,6 +94,7 @@ pub use client::Client;
 pub use error::ClientError;
 pub use offshoot_proto::{HostTensor, Payload, Rounding, WireDType};
 pub use options::{ClientOptions, Retry};
+pub use extend::{ExtendInput, PendingDropCache, PendingExtend};
 pub use session::{
     ForwardInput, Gradients, Microbatch, PendingBackward, PendingEvaluate, PendingForward,
     PendingStep, Session,

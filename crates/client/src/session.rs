@@ -3,6 +3,7 @@ use crate::claim::{Claim, Wanted};
 use crate::client::Client;
 use crate::command::{Answer, Command};
 use crate::entry::Request;
+use crate::extend::{PendingDropCache, PendingExtend};
 use crate::loss::SentLoss;
 use crate::types::{ExportedAdapter, FrameReport, Limits, SessionId, SnapshotInfo, WireError};
 use offshoot_proto::v1::server_frame::Body;
@@ -190,7 +191,7 @@ impl Session {
         }
     }
 
-    async fn send(&self, request: Request) -> Result<Waiting, ClientError> {
+    pub(crate) async fn send(&self, request: Request) -> Result<Waiting, ClientError> {
         self.sender().send(request).await
     }
 }
@@ -232,27 +233,34 @@ impl Sender {
 }
 
 #[derive(Debug)]
-struct Waiting {
-    call: &'static str,
+pub(crate) struct Waiting {
+    pub(crate) call: &'static str,
     receiver: oneshot::Receiver<Result<Answer, ClientError>>,
 }
 
 impl Waiting {
-    async fn answer(self) -> Result<Answer, ClientError> {
+    pub(crate) async fn answer(self) -> Result<Answer, ClientError> {
         self.receiver.await.unwrap_or(Err(ClientError::Closed))
     }
 }
 
-fn tensor(call: &'static str, tensor: Option<v1::Tensor>) -> Result<HostTensor, ClientError> {
+pub(crate) fn tensor(
+    call: &'static str,
+    tensor: Option<v1::Tensor>,
+) -> Result<HostTensor, ClientError> {
     HostTensor::from_proto(tensor).map_err(|source| ClientError::Tensor { call, source })
 }
 
-fn report(sent: (Duration, u32), timing: Option<v1::Timing>, tape_bytes: u64) -> FrameReport {
+pub(crate) fn report(
+    sent: (Duration, u32),
+    timing: Option<v1::Timing>,
+    tape_bytes: u64,
+) -> FrameReport {
     let (round_trip, retries) = sent;
     FrameReport { retries, ..FrameReport::new(round_trip, timing, tape_bytes) }
 }
 
-fn wrong_answer<T>(call: &'static str) -> Result<T, ClientError> {
+pub(crate) fn wrong_answer<T>(call: &'static str) -> Result<T, ClientError> {
     Err(ClientError::Protocol { what: format!("{call} was answered as another kind of frame") })
 }
 
@@ -392,3 +400,5 @@ awaitable!(PendingForward => (HostTensor, Microbatch, FrameReport));
 awaitable!(PendingEvaluate => HostTensor);
 awaitable!(PendingBackward => Gradients);
 awaitable!(PendingStep => u64);
+awaitable!(PendingExtend => (HostTensor, FrameReport));
+awaitable!(PendingDropCache => ());

@@ -247,6 +247,8 @@ pub struct FrameReport {
     pub batch_tokens: u32,
     /// What the open microbatch holds on the device until its backward; 0 for other frames.
     pub tape_bytes: u64,
+    /// What the cache that was extended holds on the device; 0 for other frames.
+    pub cache_bytes: u64,
     /// How often the server was too full for the frame and asked to send it again later.
     pub retries: u32,
 }
@@ -261,6 +263,7 @@ impl FrameReport {
             batch_jobs: timing.batch_jobs,
             batch_tokens: timing.batch_tokens,
             tape_bytes,
+            cache_bytes: 0,
             retries: 0,
         }
     }

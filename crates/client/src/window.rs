@@ -157,11 +157,11 @@ impl<R> Window<R> {
     }
 
     /// Place of the first unsent frame that closes an open microbatch, with only forwards before it
-    /// and what discards those.
+    /// and what discards those. Caches have nothing to do with microbatches.
     fn overtaking(&self) -> Option<usize> {
         let waiting = self.entries.iter().enumerate().skip(self.on_wire);
         let mut passed = waiting.skip_while(|(_, entry)| match &entry.body {
-            Body::Forward(_) => true,
+            Body::Forward(_) | Body::Extend(_) | Body::DropCache(_) => true,
             Body::Discard(discard) => !self.open.contains_key(&discard.microbatch),
             _ => false,
         });

@@ -33,6 +33,8 @@ fn sent<R>(window: &mut Window<R>) -> Vec<String> {
                 Body::Backward(b) => format!("B{}", b.microbatch),
                 Body::Step(_) => "S".to_string(),
                 Body::Discard(d) => format!("D{}", d.microbatch),
+                Body::Extend(e) => format!("E{}", e.cache),
+                Body::DropCache(d) => format!("C{}", d.cache),
                 Body::Hello(_) => "H".to_string(),
             };
             format!("{}:{kind}", frame.sequence)
@@ -153,6 +155,23 @@ fn a_forward_without_room_goes_out_again_once_a_backward_has_made_some() {
     assert_eq!(sent(&mut w), ["2:B1"]);
     assert_eq!(answer(&mut w, 2), "b1");
     assert_eq!(sent(&mut w), ["3:F2"]);
+}
+
+#[test]
+fn a_backward_overtakes_what_waits_for_room_for_a_cache() {
+    let (mut w, claim) = (window(), Claim::default());
+    w.push(forward(&claim), "f1");
+    sent(&mut w);
+    answer(&mut w, 1);
+    let extend = v1::Extend { cache: 7, start: 0, hidden: None };
+    w.push(Request::Extend(extend), "e");
+    sent(&mut w);
+    refuse(&mut w, 2, Cause::Retry);
+    w.push(Request::DropCache(v1::DropCache { cache: 8 }), "c");
+    w.push(backward(1, &claim), "b1");
+    assert_eq!(sent(&mut w), ["2:B1"]);
+    assert_eq!(answer(&mut w, 2), "b1");
+    assert_eq!(sent(&mut w), ["3:E7", "4:C8"]);
 }
 
 /// As the task does before each command and each frame.

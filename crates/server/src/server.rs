@@ -134,6 +134,8 @@ fn limits_of(limits: &LimitsConfig, lease: Duration) -> v1::Limits {
         max_open_microbatches: limits.max_open_microbatches as u32,
         max_rank: limits.max_rank as u32,
         lease_seconds: lease.as_secs_f64().ceil() as u32,
+        max_open_caches: 0,
+        max_cache_tokens: 0,
     }
 }
 

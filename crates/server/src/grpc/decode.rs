@@ -50,6 +50,8 @@ fn body_name(body: &Option<Body>) -> &'static str {
         Some(Body::Backward(_)) => "Backward",
         Some(Body::Step(_)) => "Step",
         Some(Body::Discard(_)) => "Discard",
+        Some(Body::Extend(_)) => "Extend",
+        Some(Body::DropCache(_)) => "DropCache",
         None => "an empty frame",
     }
 }
@@ -59,7 +61,8 @@ pub fn tensor_bytes(frame: &v1::ClientFrame) -> usize {
     let tensor = match &frame.body {
         Some(Body::Forward(forward)) => forward.hidden.as_ref(),
         Some(Body::Backward(backward)) => backward.grad.as_ref(),
-        Some(Body::Hello(_) | Body::Step(_) | Body::Discard(_)) | None => None,
+        Some(Body::Extend(extend)) => extend.hidden.as_ref(),
+        Some(Body::Hello(_) | Body::Step(_) | Body::Discard(_) | Body::DropCache(_)) | None => None,
     };
     tensor.map_or(0, |tensor| tensor.data.len())
 }
@@ -82,6 +85,9 @@ pub fn frame(frame: v1::ClientFrame, rules: &FrameRules) -> Result<Frame, Error>
         }),
         Some(Body::Step(step)) => Work::Step(self::step(step)?),
         Some(Body::Discard(v1::Discard { microbatch })) => Work::Discard { microbatch },
+        Some(Body::Extend(_) | Body::DropCache(_)) => {
+            return Err(Error::Missing { field: "a server that extends caches" });
+        }
         Some(Body::Hello(_)) | None => return Err(Error::Hello { found: "another".into() }),
     };
     let head = Head { sequence, acknowledged, digest, effect: work.effect() };
@@ -196,6 +202,11 @@ fn digest(body: &Body) -> Digest {
             numbers(&mut hasher, [3, step.learning_rate.to_bits(), step.clip_factor.to_bits()]);
         }
         Body::Discard(discard) => numbers(&mut hasher, [4, discard.microbatch]),
+        Body::Extend(extend) => {
+            numbers(&mut hasher, [5, extend.cache, extend.start.into()]);
+            tensor(&mut hasher, &extend.hidden);
+        }
+        Body::DropCache(dropped) => numbers(&mut hasher, [6, dropped.cache]),
     }
     *hasher.finalize().as_bytes()
 }

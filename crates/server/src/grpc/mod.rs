@@ -194,12 +194,15 @@ fn memory(engine: &EngineClient, residency: &Residency) -> v1::MemoryReport {
             tape_bytes: peak.tapes,
             workspace_bytes: peak.workspace,
             total_bytes: peak_total,
+            cache_bytes: 0,
         }),
         host_bytes: host.now.adapters,
         host_budget_bytes: host.budget.unwrap_or(0),
         sessions_on_device: residency.count(Tier::Device) as u32,
         sessions_on_host: residency.count(Tier::Host) as u32,
         waiting_for_room: residency.n_waiting() as u32,
+        cache_bytes: 0,
+        open_caches: 0,
     }
 }
 

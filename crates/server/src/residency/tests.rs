@@ -86,6 +86,8 @@ impl Fixture {
                 max_open_microbatches: 4,
                 max_rank: 64,
                 lease_seconds: 3600,
+                max_open_caches: 2,
+                max_cache_tokens: 32,
             },
             lease: Duration::from_secs(3600),
             max_live_sessions: 100,

@@ -45,7 +45,7 @@ impl Answer {
         match self {
             Answer::Forward(Ok(ForwardResult { hidden, tape_bytes, times })) => {
                 let (hidden, timing) = (Some(hidden.into_proto()), Some(timing(times)));
-                let done = v1::ForwardDone { hidden, tape_bytes, timing };
+                let done = v1::ForwardDone { hidden, tape_bytes, timing, cache_bytes: 0 };
                 applied(Body::Forward(done), tape_bytes, None)
             }
             Answer::Backward {
