@@ -9,6 +9,9 @@ Two readers that whoever holds the public model can build in minutes, on text th
 - linear: one ridge regression from hidden states to embeddings, fitted on other text (here the King
   James Bible), then the nearest embedding. Tried on questions and answers of another source.
 
+And at the other end: how many labels can be read from the gradient if the trunk ends at the last layer,
+so that the server knows the final hidden states and can try every label with the public head.
+
 Published attacks are stronger: see docs/privacy.md. Needs torch and transformers, `cargo xtask fetch`,
 and a Hugging Face copy of the model.
 """
@@ -71,6 +74,30 @@ def ridge(x, y):
     return lambda v: (v - x_mean) @ weight + y_mean
 
 
+def labels_read(model, ids, n_tokens=256):
+    """Share of labels that the gradient by the last layer's output names."""
+    norm, head = model.model.norm, model.lm_head.weight.detach()
+    ids = ids[:n_tokens]
+    # In Transformers the last hidden states come after the norm: caught before it instead.
+    caught = []
+    hook = norm.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0][0].detach()))
+    with torch.no_grad():
+        model(ids[None])
+    hook.remove()
+    x, labels = caught[0][1:-1], ids[2:]
+    right = 0
+    for row, label in zip(x, labels):
+        row = row.clone().requires_grad_()
+        logits = norm(row) @ head.T
+        seen, = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, label), row)
+        # The server: what the gradient would be for each label, by the norm's Jacobian [H, H].
+        jacobian = torch.autograd.functional.jacobian(norm, row.detach())
+        p = (norm(row.detach()) @ head.T).softmax(-1)
+        candidates = ((p @ head)[None] - head) @ jacobian  # [V, H]
+        right += int((candidates - seen).norm(dim=1).argmin() == label)
+    return right / len(labels)
+
+
 def main():
     args = arguments()
     torch.set_num_threads(args.threads)
@@ -97,6 +124,9 @@ def main():
         rows.append((layer, nearest, linear))
         print(f"layer {layer:2}: nearest {nearest:6.1%}  linear {linear:6.1%}", flush=True)
 
+    labels = labels_read(model, test_ids)
+    print(f"labels from the gradient by the last layer's output: {labels:.1%}")
+
     date = datetime.date.today().isoformat()
     out = pathlib.Path(args.out or ROOT / f"benches/runs/{date}-leak")
     out.mkdir(parents=True, exist_ok=True)
@@ -112,6 +142,8 @@ Share of tokens that are named exactly.
 | first split point | nearest embedding | linear reader |
 |---|---|---|
 {table}
+
+Labels read from the gradient if the trunk ends at layer {n_layers}: {labels:.1%} (254 positions).
 """)
     print(f"written to {out}")
 
