@@ -1,6 +1,8 @@
 use crate::TrainError;
 use crate::checkpoint::RunSettings;
 use crate::data::{DataOptions, DataSet, Order};
+use crate::fit;
+use crate::loss::Losses;
 use crate::options::{OptimizerOptions, TrainOptions};
 use crate::schedule::Schedule;
 use crate::split::{SplitModel, SplitOptions};
@@ -23,6 +25,7 @@ pub(crate) struct Prepared {
     pub order: Order,
     pub schedule: Schedule,
     pub split: SplitModel,
+    pub losses: Losses,
 }
 
 /// Connects, checks that both sides hold one model, reads the data and loads bottom and top. The
@@ -31,25 +34,28 @@ pub(crate) async fn prepare(options: &TrainOptions) -> Result<Prepared, TrainErr
     options.validate()?;
     let client = Client::connect_with(&options.model.server, options.model.client.clone()).await?;
     let server = client.describe().await?;
-    check_split_points(options, &server)?;
-    check_wire_dtype(options, &server)?;
+    let model = &options.model;
+    let wanted = [model.split_point_1, model.split_point_2];
+    fit::split_points(&model.server, &server, wanted)?;
+    fit::wire_dtype(&server, options.compute.wire_dtype)?;
 
     let checkpoint =
         Checkpoint::find(&options.model.name).map_err(offshoot_model::ModelError::from)?;
     let config = ModelConfig::from_json(checkpoint.config())?;
     let fingerprint = checkpoint.fingerprint();
-    check_model(options, &server, &config, &fingerprint)?;
+    fit::model_type(&model.name, &config, model.model_type.as_deref())?;
+    fit::fingerprint(&server, &model.name, &config, &fingerprint)?;
 
     let tokenizer = Tokenizer::load(&checkpoint)?;
     check_lengths(options, &server, &config)?;
     let data = DataSet::load(&options.sources.train_files, &options.data, &tokenizer)?;
-    check_vocabulary(&data, &tokenizer, &config)?;
+    fit::vocabulary(highest_id(&data), &tokenizer, &config)?;
     let eval = if options.sources.eval_files.is_empty() {
         None
     } else {
         let of_eval = DataOptions { max_samples: None, ..options.data.clone() };
         let eval = DataSet::load(&options.sources.eval_files, &of_eval, &tokenizer)?;
-        check_vocabulary(&eval, &tokenizer, &config)?;
+        fit::vocabulary(highest_id(&eval), &tokenizer, &config)?;
         Some(eval)
     };
 
@@ -70,10 +76,23 @@ pub(crate) async fn prepare(options: &TrainOptions) -> Result<Prepared, TrainErr
             adamw: options.optimizer.adamw.clone(),
             seed: options.seed,
             kind: options.compute.kind,
-            device: options.compute.device,
+            devices: options.compute.devices.clone(),
         },
     )?;
-    Ok(Prepared { client, server, config, settings, tokenizer, data, eval, order, schedule, split })
+    let losses = Losses::new(&options.loss);
+    Ok(Prepared {
+        client,
+        server,
+        config,
+        settings,
+        tokenizer,
+        data,
+        eval,
+        order,
+        schedule,
+        split,
+        losses,
+    })
 }
 
 /// A fresh session as the settings say.
@@ -104,72 +123,6 @@ pub(crate) async fn open(
     Ok(session.await?)
 }
 
-fn mismatch<T>(problem: String) -> Result<T, TrainError> {
-    Err(TrainError::Mismatch { problem })
-}
-
-fn check_split_points(
-    options: &TrainOptions,
-    server: &ServerDescription,
-) -> Result<(), TrainError> {
-    for (name, wanted, has) in [
-        ("--split-point-1", options.model.split_point_1, server.split_point_1 as usize),
-        ("--split-point-2", options.model.split_point_2, server.split_point_2 as usize),
-    ] {
-        if wanted.is_some_and(|wanted| wanted != has) {
-            let wanted = wanted.unwrap_or_default();
-            return mismatch(format!(
-                "{name} is {wanted} here and {has} at the server {}, whose trunk is the layers {} to {} of {}; leave {name} out to take the server's, or start the server with {name} {wanted}",
-                options.model.server, server.split_point_1, server.split_point_2, server.n_layers,
-            ));
-        }
-    }
-    Ok(())
-}
-
-fn check_wire_dtype(options: &TrainOptions, server: &ServerDescription) -> Result<(), TrainError> {
-    if server.wire_dtypes.contains(&options.compute.wire_dtype) {
-        return Ok(());
-    }
-    let known: Vec<_> = server.wire_dtypes.iter().map(|dtype| dtype.name()).collect();
-    mismatch(format!(
-        "--wire-dtype is {}, the server takes {}",
-        options.compute.wire_dtype.name(),
-        known.join(", ")
-    ))
-}
-
-fn check_model(
-    options: &TrainOptions,
-    server: &ServerDescription,
-    config: &ModelConfig,
-    fingerprint: &str,
-) -> Result<(), TrainError> {
-    let family = config.family.name();
-    if let Some(wanted) = options.model.model_type.as_deref().filter(|wanted| *wanted != family) {
-        return Err(TrainError::Option {
-            option: "model-type",
-            value: wanted.into(),
-            problem: format!(
-                "{} is of type {family}; leave the option out, or name another model",
-                options.model.name
-            ),
-        });
-    }
-    if server.fingerprint == fingerprint {
-        return Ok(());
-    }
-    mismatch(format!(
-        "the models differ. The server holds {} ({}, {} layers, fingerprint {}); this client loaded {} ({family}, {} layers, fingerprint {fingerprint}). Use the same files, revision and quantisation on both sides",
-        server.model_name,
-        server.model_type,
-        server.n_layers,
-        server.fingerprint,
-        options.model.name,
-        config.n_layers,
-    ))
-}
-
 fn check_lengths(
     options: &TrainOptions,
     server: &ServerDescription,
@@ -198,20 +151,8 @@ fn check_lengths(
     Ok(())
 }
 
-fn check_vocabulary(
-    data: &DataSet,
-    tokenizer: &Tokenizer,
-    config: &ModelConfig,
-) -> Result<(), TrainError> {
-    let highest = data.samples.iter().flat_map(|s| &s.ids).max().copied().unwrap_or_default();
-    if highest < config.vocab_size {
-        return Ok(());
-    }
-    mismatch(format!(
-        "tokenizer and model do not belong together: the text has token {highest} (the tokenizer knows {}), the model has {} tokens; was a token added to the tokenizer only?",
-        tokenizer.vocab_size(),
-        config.vocab_size
-    ))
+fn highest_id(data: &DataSet) -> i64 {
+    data.samples.iter().flat_map(|s| &s.ids).max().copied().unwrap_or_default()
 }
 
 fn schedule(options: &OptimizerOptions, n_steps: u64) -> Schedule {

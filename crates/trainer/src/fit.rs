@@ -1,0 +1,95 @@
+//! Whether model, tokenizer and server fit together, with the errors that say what does not.
+
+use crate::TrainError;
+use crate::tokenizer::Tokenizer;
+use offshoot_client::{ServerDescription, WireDType};
+use offshoot_model::ModelConfig;
+
+fn mismatch<T>(problem: String) -> Result<T, TrainError> {
+    Err(TrainError::Mismatch { problem })
+}
+
+/// Split points that somebody asked for are the server's. `address` names the server in errors.
+pub(crate) fn split_points(
+    address: &str,
+    server: &ServerDescription,
+    wanted: [Option<usize>; 2],
+) -> Result<(), TrainError> {
+    for (name, wanted, has) in [
+        ("--split-point-1", wanted[0], server.split_point_1 as usize),
+        ("--split-point-2", wanted[1], server.split_point_2 as usize),
+    ] {
+        if let Some(wanted) = wanted.filter(|wanted| *wanted != has) {
+            return mismatch(format!(
+                "{name} is {wanted} here and {has} at the server {address}, whose trunk is the layers {} to {} of {}; leave {name} out to take the server's, or start the server with {name} {wanted}",
+                server.split_point_1, server.split_point_2, server.n_layers,
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// The server speaks the wire dtype.
+pub(crate) fn wire_dtype(server: &ServerDescription, wanted: WireDType) -> Result<(), TrainError> {
+    if server.wire_dtypes.contains(&wanted) {
+        return Ok(());
+    }
+    let known: Vec<_> = server.wire_dtypes.iter().map(|dtype| dtype.name()).collect();
+    mismatch(format!("--wire-dtype is {}, the server takes {}", wanted.name(), known.join(", ")))
+}
+
+/// A family that somebody asked for is the model's.
+pub(crate) fn model_type(
+    model_name: &str,
+    config: &ModelConfig,
+    wanted: Option<&str>,
+) -> Result<(), TrainError> {
+    let family = config.family.name();
+    match wanted.filter(|wanted| *wanted != family) {
+        None => Ok(()),
+        Some(wanted) => Err(TrainError::Option {
+            option: "model-type",
+            value: wanted.into(),
+            problem: format!(
+                "{model_name} is of type {family}; leave the option out, or name another model"
+            ),
+        }),
+    }
+}
+
+/// The server holds the model that was loaded here as `model_name`, by its fingerprint.
+pub(crate) fn fingerprint(
+    server: &ServerDescription,
+    model_name: &str,
+    config: &ModelConfig,
+    fingerprint: &str,
+) -> Result<(), TrainError> {
+    if server.fingerprint == fingerprint {
+        return Ok(());
+    }
+    mismatch(format!(
+        "the models differ. The server holds {} ({}, {} layers, fingerprint {}); this client loaded {model_name} ({}, {} layers, fingerprint {fingerprint}). Use the same files, revision and quantisation on both sides",
+        server.model_name,
+        server.model_type,
+        server.n_layers,
+        server.fingerprint,
+        config.family.name(),
+        config.n_layers,
+    ))
+}
+
+/// The highest token id of a text is one of the model's.
+pub(crate) fn vocabulary(
+    highest: i64,
+    tokenizer: &Tokenizer,
+    config: &ModelConfig,
+) -> Result<(), TrainError> {
+    if highest < config.vocab_size {
+        return Ok(());
+    }
+    mismatch(format!(
+        "tokenizer and model do not belong together: the text has token {highest} (the tokenizer knows {}), the model has {} tokens; was a token added to the tokenizer only?",
+        tokenizer.vocab_size(),
+        config.vocab_size
+    ))
+}
