@@ -15,7 +15,7 @@ pub enum TrainError {
     Tokenizer { origin: String, problem: String },
     /// A conversation for a model that has no template for one.
     #[error(
-        "this model has no chat template, and {wanted_for}. An Instruct model has one (in tokenizer_config.json or chat_template.jinja); for a base model use plain text or prompt and completion"
+        "this model has no chat template, and {wanted_for}. An Instruct model has one (in tokenizer_config.json or chat_template.jinja); for a base model use plain text or prompt and completion, or give it a template with --chat-template FILE"
     )]
     NoChatTemplate { wanted_for: &'static str },
     /// The template cannot be read, or refuses a conversation.

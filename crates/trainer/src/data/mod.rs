@@ -205,6 +205,8 @@ pub struct Batch {
     pub seq_lens: Vec<usize>,
     /// `[N]`, the token after each position, or [`NOT_PREDICTED`].
     pub labels: Vec<i64>,
+    /// For each sequence, which sample of its [`DataSet`] it is; counted from 0 where there is none.
+    pub samples: Vec<usize>,
 }
 
 impl Batch {
@@ -212,6 +214,7 @@ impl Batch {
     pub fn push(&mut self, sample: &Sample) {
         self.ids.extend(&sample.ids);
         self.labels.extend(sample.labels());
+        self.samples.push(self.seq_lens.len());
         self.seq_lens.push(sample.ids.len());
     }
 
@@ -264,7 +267,7 @@ fn conversation(
     messages: &[serde_json::Value],
     tokenizer: &Tokenizer,
 ) -> Result<Sample, TrainError> {
-    let tokens = tokenizer.encode_chat(messages)?;
+    let tokens = tokenizer.encode_chat(crate::tokenizer::Conversation::new(messages), 0)?;
     Ok(Sample { ids: widen(&tokens.ids).collect(), learn: tokens.from_assistant })
 }
 

@@ -3,23 +3,28 @@
 
 mod chat;
 mod gguf;
+mod templates;
+mod turns;
 
-pub use chat::ChatTemplate;
+pub use chat::{ChatTemplate, Conversation};
 
 use crate::TrainError;
 use offshoot_model::weights::{Checkpoint, GgufTokenizer};
 use serde_json::Value;
 use std::fs;
 use std::path::Path;
+use templates::{Chosen, Templates};
 use tokenizers::Encoding;
 
-/// A model's tokenizer, its end token and its chat template.
+/// A model's tokenizer, its end token and its chat templates.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     /// For errors: the file that it came from.
     origin: String,
+    bos_id: Option<u32>,
     eos_id: Option<u32>,
-    chat: Option<ChatTemplate>,
+    templates: Templates,
+    chosen: Chosen,
 }
 
 /// Rendered conversation as tokens, each with whether the assistant said it.
@@ -38,6 +43,25 @@ impl Tokenizer {
             Some(metadata) => Self::from_gguf(metadata, &origin),
             None => Self::from_dir(checkpoint.path(), checkpoint.config()),
         }
+    }
+
+    /// The tokenizer that belongs to a model, with another chat template than its default one: the
+    /// name of one of its own, or a file.
+    pub fn load_with(
+        checkpoint: &Checkpoint,
+        chat_template: Option<&str>,
+    ) -> Result<Self, TrainError> {
+        let tokenizer = Self::load(checkpoint)?;
+        match chat_template {
+            Some(choice) => tokenizer.with_chat_template(choice),
+            None => Ok(tokenizer),
+        }
+    }
+
+    /// With another chat template: the name of one of the model's, or a file.
+    pub fn with_chat_template(self, choice: &str) -> Result<Self, TrainError> {
+        let chosen = self.templates.choose(Some(choice))?;
+        Ok(Tokenizer { chosen, ..self })
     }
 
     /// From `tokenizer.json`, with what `tokenizer_config.json` and `chat_template.jinja` add.
@@ -66,29 +90,32 @@ impl Tokenizer {
             })?),
             None => eos_of_model(config),
         };
-        let chat = match chat_source(dir, &settings)? {
-            None => None,
-            Some(source) => {
-                Some(ChatTemplate::new(source, bos.unwrap_or_default(), eos.unwrap_or_default())?)
-            }
-        };
-        Ok(Tokenizer { inner, origin, eos_id, chat })
+        let bos_id = bos.as_ref().and_then(|token| inner.token_to_id(token));
+        let (bos, eos) = (bos.unwrap_or_default(), eos.unwrap_or_default());
+        let templates = Templates::of_dir(dir, &settings, bos, eos)?;
+        let chosen = templates.choose(None)?;
+        Ok(Tokenizer { inner, origin, bos_id, eos_id, templates, chosen })
     }
 
     /// From the metadata of a GGUF file. `origin` names the file in errors.
     pub fn from_gguf(metadata: &GgufTokenizer, origin: &str) -> Result<Self, TrainError> {
         let inner = gguf::build(metadata, origin)?;
         let token = |id: Option<u32>| id.and_then(|id| inner.id_to_token(id)).unwrap_or_default();
-        let chat = match &metadata.chat_template {
-            None => None,
-            Some(source) => Some(ChatTemplate::new(
-                source.clone(),
-                token(metadata.bos_token_id),
-                token(metadata.eos_token_id),
-            )?),
-        };
-        let eos_id = metadata.eos_token_id;
-        Ok(Tokenizer { inner, origin: origin.into(), eos_id, chat })
+        let (bos_id, eos_id) = (metadata.bos_token_id, metadata.eos_token_id);
+        let templates =
+            Templates::one(metadata.chat_template.clone(), token(bos_id), token(eos_id));
+        let chosen = templates.choose(None)?;
+        Ok(Tokenizer { inner, origin: origin.into(), bos_id, eos_id, templates, chosen })
+    }
+
+    /// The file that it came from.
+    pub fn origin(&self) -> &str {
+        &self.origin
+    }
+
+    /// Begins a text, for models that have such a token.
+    pub fn bos_id(&self) -> Option<u32> {
+        self.bos_id
     }
 
     /// Ends a text, and ends generation.
@@ -122,15 +149,26 @@ impl Tokenizer {
 
     /// One user message, up to where the assistant begins to speak.
     pub fn encode_prompt_as_chat(&self, prompt: &str) -> Result<Vec<u32>, TrainError> {
-        let chat = self.chat("the prompt is to be put into one (--prompt-format chat)")?;
-        let message = serde_json::json!({ "role": "user", "content": prompt });
-        self.encode_continuation(&chat.render(&[message], true)?)
+        let messages = [serde_json::json!({ "role": "user", "content": prompt })];
+        let wanted_for = "the prompt is to be put into one (--prompt-format chat)";
+        self.encode_before_answer(Conversation::new(&messages), wanted_for)
     }
 
     /// A conversation of `role` and `content`, up to where the assistant speaks next.
     pub fn encode_conversation(&self, messages: &[Value]) -> Result<Vec<u32>, TrainError> {
-        let chat = self.chat("a conversation was asked for (--chat)")?;
-        self.encode_continuation(&chat.render(messages, true)?)
+        self.encode_before_answer(
+            Conversation::new(messages),
+            "a conversation was asked for (--chat)",
+        )
+    }
+
+    fn encode_before_answer(
+        &self,
+        conversation: Conversation,
+        wanted_for: &'static str,
+    ) -> Result<Vec<u32>, TrainError> {
+        let chat = self.chat(conversation, wanted_for)?;
+        self.encode_continuation(&chat.render(conversation, true)?)
     }
 
     /// For decoding token by token.
@@ -138,36 +176,57 @@ impl Tokenizer {
         &self.inner
     }
 
-    /// A conversation through the chat template. A turn of the assistant is what the template adds
-    /// after its generation prompt, with the token that ends the turn, without the white space
-    /// after that.
-    pub fn encode_chat(&self, messages: &[Value]) -> Result<ChatTokens, TrainError> {
-        let chat = self.chat("the data has messages")?;
-        let text = chat.render(messages, false)?;
-        let mut spans = Vec::new();
-        for (i, message) in messages.iter().enumerate() {
-            if message["role"] != "assistant" {
-                continue;
-            }
-            let before = chat.render(&messages[..i], true)?;
-            let after = chat.render(&messages[..=i], false)?;
-            if !(text.starts_with(&before) && text.starts_with(&after) && before < after) {
-                return Err(TrainError::ChatTemplate {
-                    problem: format!(
-                        "it writes the first {i} messages otherwise when more follow, so that the assistant's words cannot be told apart; use prompt and completion instead of messages"
-                    ),
-                });
-            }
-            spans.push(before.len()..after.trim_end().len());
-        }
+    /// A conversation through the chat template, and which of its tokens the assistant said in the
+    /// messages from `learn_from` on. A token counts if any of its bytes does.
+    ///
+    /// If the template marks turns (`{% generation %}`), these are they. Otherwise a turn is what
+    /// the template adds after its generation prompt, with the token that ends the turn, without the
+    /// white space after that.
+    pub fn encode_chat(
+        &self,
+        conversation: Conversation,
+        learn_from: usize,
+    ) -> Result<ChatTokens, TrainError> {
+        let chat = self.chat(conversation, "the data have messages")?;
+        let (text, turns) = turns::render_with_turns(chat, conversation, learn_from)?;
         let encoding = self.encoding(&text, false)?;
-        let from_assistant =
-            encoding.get_offsets().iter().map(|o| spans.iter().any(|s| s.contains(&o.0))).collect();
+        let said = |&(begin, end): &(usize, usize)| {
+            turns.iter().any(|turn| begin < turn.end && turn.start < end)
+        };
+        let from_assistant = encoding.get_offsets().iter().map(said).collect();
         Ok(ChatTokens { ids: encoding.get_ids().to_vec(), from_assistant })
     }
 
-    fn chat(&self, wanted_for: &'static str) -> Result<&ChatTemplate, TrainError> {
-        self.chat.as_ref().ok_or(TrainError::NoChatTemplate { wanted_for })
+    fn chat(
+        &self,
+        conversation: Conversation,
+        wanted_for: &'static str,
+    ) -> Result<&ChatTemplate, TrainError> {
+        let Chosen { plain, with_tools } = &self.chosen;
+        let for_tools = with_tools.as_ref().filter(|_| !conversation.tools.is_empty());
+        if let Some(chat) = for_tools.or(plain.as_ref()) {
+            return Ok(chat);
+        }
+        match self.templates.names()[..] {
+            [] => Err(TrainError::NoChatTemplate { wanted_for }),
+            ref names => Err(TrainError::ChatTemplate {
+                problem: format!(
+                    "it has several, none of them by default, and {wanted_for}; choose one with --chat-template: {}",
+                    names.join(", ")
+                ),
+            }),
+        }
+    }
+
+    /// Equal for tokenizers that make the same tokens of the same texts and conversations.
+    pub(crate) fn fingerprint(&self) -> Result<String, TrainError> {
+        let own = self.inner.to_string(false).map_err(|e| self.wrong(e.to_string()))?;
+        let Chosen { plain, with_tools } = &self.chosen;
+        let mut parts = vec![own, format!("{:?} {:?}", self.bos_id, self.eos_id)];
+        for chat in [plain, with_tools] {
+            parts.push(chat.as_ref().map(ChatTemplate::fingerprint).unwrap_or_default());
+        }
+        Ok(blake3::hash(parts.join("\0\0").as_bytes()).to_hex().to_string())
     }
 
     pub(crate) fn wrong(&self, problem: String) -> TrainError {
@@ -196,18 +255,4 @@ fn special_token(value: &Value) -> Option<String> {
 fn eos_of_model(config: &Value) -> Option<u32> {
     let id = &config["eos_token_id"];
     id.as_u64().or_else(|| id[0].as_u64()).and_then(|id| id.try_into().ok())
-}
-
-/// The template is a file of its own, or a field: its text, or a list of named ones.
-fn chat_source(dir: &Path, settings: &Value) -> Result<Option<String>, TrainError> {
-    let path = dir.join("chat_template.jinja");
-    if path.is_file() {
-        return fs::read_to_string(&path).map(Some).map_err(TrainError::io(&path));
-    }
-    let field = &settings["chat_template"];
-    let named = || {
-        let list = field.as_array()?;
-        list.iter().find(|t| t["name"] == "default")?["template"].as_str()
-    };
-    Ok(field.as_str().or_else(named).map(String::from))
 }
