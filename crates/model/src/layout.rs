@@ -137,7 +137,7 @@ impl ModelConfig {
         Ok(layers.flat_map(of_layer).collect())
     }
 
-    fn linear_size(&self, names: &Modules, module: &str) -> (i64, i64) {
+    pub(crate) fn linear_size(&self, names: &Modules, module: &str) -> (i64, i64) {
         let (h, f) = (self.hidden_size, self.intermediate_size);
         let (a, k) = (self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim);
         match names.qkv.iter().position(|name| *name == module) {

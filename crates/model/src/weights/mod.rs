@@ -157,6 +157,19 @@ impl Checkpoint {
         self.opened.entries.contains_key(names::canonical(name))
     }
 
+    /// The tensors' names as the files give them (for GGUF: their Hugging Face names).
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.opened.entries.values().map(|entry| entry.name.as_str())
+    }
+
+    /// The dtype in which a tensor is stored; none if it is quantised, or not there.
+    pub fn stored_kind(&self, name: &str) -> Option<Kind> {
+        match self.opened.entries.get(names::canonical(name))?.stored {
+            Stored::Plain(kind) => Some(kind),
+            Stored::Quantised(_) | Stored::Other { .. } => None,
+        }
+    }
+
     /// The tensor `name` (its Hugging Face name in the full model, such as
     /// "model.layers.0.self_attn.q_proj.weight"; the base model's prefix may be missing in the
     /// file). Shape as stored, converted to `kind`, on `device`, owning its memory.
