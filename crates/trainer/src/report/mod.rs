@@ -16,7 +16,6 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use tensorboard::TensorBoard;
 use time::OffsetDateTime;
-use time::format_description::well_known::Rfc3339;
 
 /// The file of events in a run's directory.
 pub const METRICS_FILE: &str = "metrics.jsonl";
@@ -92,11 +91,13 @@ impl Reporter {
     }
 }
 
-/// In UTC, to the millisecond.
+/// RFC 3339, in UTC, always to the millisecond: such times sort as text.
 fn now() -> String {
     let now = OffsetDateTime::now_utc();
-    let now = now.replace_millisecond(now.millisecond()).expect("a millisecond of its own");
-    now.format(&Rfc3339).expect("a year of four digits")
+    let (date, (hour, minute, second, millisecond)) = (now.date(), now.to_hms_milli());
+    let (year, month, day) = date.to_calendar_date();
+    let month = u8::from(month);
+    format!("{year}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{millisecond:03}Z")
 }
 
 /// Opens the file for more events, with those after `step` removed.

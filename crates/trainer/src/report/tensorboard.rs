@@ -5,8 +5,16 @@
 //! new file: what stands in the older ones for later steps is cut off, and the new one begins with
 //! the mark by which a TensorBoard that has already shown those steps takes them back.
 
+mod messages;
+#[cfg(test)]
+mod tests;
+
 use super::event::{EvalEvent, Event, StartEvent, StepEvent};
 use crate::TrainError;
+use messages::{
+    Content, Dim, Metadata, OF_TENSORS, Plugin, Record, START, STRINGS, SessionLog, Shape, Summary,
+    TextTensor, Value, What,
+};
 use prost::Message;
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
@@ -18,108 +26,10 @@ pub const FOLDER: &str = "tensorboard";
 
 /// Readers take a later file for the newer one by its name, in the order of text.
 const PREFIX: &str = "events.out.tfevents.";
+const SUFFIX: &str = ".offshoot";
 
 /// Characters of a prompt that name its texts.
 const TAG_CHARS: usize = 60;
-
-/// A record's message. Field numbers are those of TensorFlow's event.proto and summary.proto.
-#[derive(Clone, PartialEq, Message)]
-struct Record {
-    /// Seconds since 1970.
-    #[prost(double, tag = "1")]
-    wall_time: f64,
-    #[prost(int64, tag = "2")]
-    step: i64,
-    #[prost(oneof = "What", tags = "3, 5, 7")]
-    what: Option<What>,
-}
-
-#[derive(Clone, PartialEq, prost::Oneof)]
-enum What {
-    #[prost(string, tag = "3")]
-    FileVersion(String),
-    #[prost(message, tag = "5")]
-    Summary(Summary),
-    #[prost(message, tag = "7")]
-    SessionLog(SessionLog),
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct SessionLog {
-    #[prost(int32, tag = "1")]
-    status: i32,
-}
-
-/// SessionLog.START: with a second one in a folder, readers drop what they have of its step and
-/// later ones.
-const START: i32 = 1;
-
-#[derive(Clone, PartialEq, Message)]
-struct Summary {
-    #[prost(message, repeated, tag = "1")]
-    value: Vec<Value>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Value {
-    #[prost(string, tag = "1")]
-    tag: String,
-    #[prost(message, optional, tag = "9")]
-    metadata: Option<Metadata>,
-    #[prost(oneof = "Content", tags = "2, 8")]
-    content: Option<Content>,
-}
-
-#[derive(Clone, PartialEq, prost::Oneof)]
-enum Content {
-    #[prost(float, tag = "2")]
-    Scalar(f32),
-    #[prost(message, tag = "8")]
-    Tensor(TextTensor),
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Metadata {
-    #[prost(message, optional, tag = "1")]
-    plugin: Option<Plugin>,
-    #[prost(int32, tag = "4")]
-    data_class: i32,
-}
-
-/// DATA_CLASS_TENSOR.
-const OF_TENSORS: i32 = 2;
-
-#[derive(Clone, PartialEq, Message)]
-struct Plugin {
-    #[prost(string, tag = "1")]
-    name: String,
-}
-
-/// A TensorProto that holds strings.
-#[derive(Clone, PartialEq, Message)]
-struct TextTensor {
-    #[prost(int32, tag = "1")]
-    dtype: i32,
-    #[prost(message, optional, tag = "2")]
-    shape: Option<Shape>,
-    #[prost(bytes = "vec", repeated, tag = "8")]
-    strings: Vec<Vec<u8>>,
-}
-
-/// DT_STRING.
-const STRINGS: i32 = 7;
-
-#[derive(Clone, PartialEq, Message)]
-struct Shape {
-    #[prost(message, repeated, tag = "2")]
-    dim: Vec<Dim>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Dim {
-    #[prost(int64, tag = "1")]
-    size: i64,
-}
 
 /// Writes a run's event files.
 pub(super) struct TensorBoard {
@@ -156,24 +66,31 @@ impl TensorBoard {
 
     /// What TensorBoard shows of an event.
     pub fn event(&mut self, event: &Event) -> Result<(), TrainError> {
-        let (step, value) = match event {
-            Event::Start(start) => (start.step, vec![text("Run".into(), describe(start))]),
-            Event::Step(step) => (step.step, step_values(step)),
-            Event::Eval(eval) => (eval.step, eval_values(eval)),
-            Event::Sample { step, prompt, text: drawn } => {
-                (*step, vec![text(sample_tag(prompt), verbatim(&format!("{prompt}{drawn}")))])
-            }
-            Event::Checkpoint { .. } | Event::Done(_) => return Ok(()),
-        };
-        self.write(step as i64, What::Summary(Summary { value }))
+        match summary(event) {
+            Some((step, summary)) => self.write(step as i64, What::Summary(summary)),
+            None => Ok(()),
+        }
     }
 
     fn write(&mut self, step: i64, what: What) -> Result<(), TrainError> {
         let wall_time = OffsetDateTime::now_utc().unix_timestamp_nanos() as f64 * 1e-9;
         let record = Record { wall_time, step, what: Some(what) };
-        let framed = frame(&record.encode_to_vec());
-        self.file.write_all(&framed).map_err(TrainError::io(&self.path))
+        self.file.write_all(&framed(&record)).map_err(TrainError::io(&self.path))
     }
+}
+
+/// An event's step and values, if TensorBoard has a place for them.
+fn summary(event: &Event) -> Option<(u64, Summary)> {
+    let (step, value) = match event {
+        Event::Start(start) => (start.step, vec![text("Run".into(), describe(start))]),
+        Event::Step(step) => (step.step, step_values(step)),
+        Event::Eval(eval) => (eval.step, eval_values(eval)),
+        Event::Sample { step, prompt, text: drawn } => {
+            (*step, vec![text(sample_tag(prompt), verbatim(&format!("{prompt}{drawn}")))])
+        }
+        Event::Checkpoint { .. } | Event::Done(_) => return None,
+    };
+    Some((step, Summary { value }))
 }
 
 fn step_values(step: &StepEvent) -> Vec<Value> {
@@ -244,13 +161,14 @@ fn verbatim(text: &str) -> String {
 }
 
 /// TFRecord: length, its sum, message, its sum; all numbers little-endian.
-fn frame(message: &[u8]) -> Vec<u8> {
+fn framed(record: &Record) -> Vec<u8> {
+    let message = record.encode_to_vec();
     let length = (message.len() as u64).to_le_bytes();
     let mut framed = Vec::with_capacity(message.len() + FRAMING);
     framed.extend(length);
     framed.extend(masked_sum(&length).to_le_bytes());
-    framed.extend(message);
-    framed.extend(masked_sum(message).to_le_bytes());
+    framed.extend(&message);
+    framed.extend(masked_sum(&message).to_le_bytes());
     framed
 }
 
@@ -296,13 +214,13 @@ fn cut_off(path: &Path, first_new: i64) -> Result<(), TrainError> {
     Ok(())
 }
 
-/// Oldest first.
+/// Those of this program, oldest first.
 fn event_files(dir: &Path) -> Result<Vec<PathBuf>, TrainError> {
     let mut files = Vec::new();
     for entry in fs::read_dir(dir).map_err(TrainError::io(dir))? {
         let path = entry.map_err(TrainError::io(dir))?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy();
-        if name.starts_with(PREFIX) {
+        if name.starts_with(PREFIX) && name.ends_with(SUFFIX) {
             files.push(path);
         }
     }
@@ -317,5 +235,5 @@ fn next_name(last: Option<&PathBuf>) -> String {
     let (seconds, number) = (parts.next().flatten(), parts.next().flatten());
     let now = OffsetDateTime::now_utc().unix_timestamp();
     let seconds = seconds.map_or(now, |seconds| seconds.max(now));
-    format!("{PREFIX}{seconds:010}.{:04}.offshoot", number.map_or(0, |number| number + 1))
+    format!("{PREFIX}{seconds:010}.{:04}{SUFFIX}", number.map_or(0, |number| number + 1))
 }

@@ -49,6 +49,6 @@ fn an_event_is_a_flat_object_with_its_time() {
     assert!(text.starts_with("{\"event\":\"eval\",\"step\":4,"), "{text}");
     assert_eq!((&line["loss"], &line["best"]), (&1.5.into(), &1.25.into()));
     let time = line["time"].as_str().unwrap();
-    let parsed = OffsetDateTime::parse(time, &Rfc3339);
-    assert!(parsed.is_ok_and(|t| t.offset().is_utc()) && time.len() == 24, "{time}");
+    let shape: String = time.chars().map(|c| if c.is_ascii_digit() { '9' } else { c }).collect();
+    assert_eq!(shape, "9999-99-99T99:99:99.999Z", "{time}");
 }
