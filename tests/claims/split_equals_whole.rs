@@ -99,7 +99,7 @@ async fn train_and_compare(family: &str, subject: &Subject, client: &Client) {
         adamw: adamw.clone(),
         seed: 0,
         kind: Kind::Float,
-        device: Device::Cpu,
+        devices: vec![Device::Cpu],
     };
     let mut model = SplitModel::load(&subject.checkpoint, &subject.config, &options).unwrap();
     model.load_adapter(&subject.adapter.tensors).unwrap();
@@ -150,7 +150,7 @@ async fn train_and_compare(family: &str, subject: &Subject, client: &Client) {
     for step in 0..case["n_steps"].as_u64().unwrap() {
         let result = model.microbatch(&session, &batch, step, 1.0 / n_predicted).await.unwrap();
         let norm = model.grad_norm(result.trunk_norm_squared);
-        for (name, ours) in [("loss", result.loss_sum / n_predicted), ("norm", norm)] {
+        for (name, ours) in [("loss", result.loss.sum / n_predicted), ("norm", norm)] {
             let theirs = expected(&format!("{name}_step.{step}")).double_value(&[]);
             let error = (ours - theirs).abs() / theirs;
             assert!(error < 1e-4, "{family}, {name} of step {step}: {ours}, PEFT {theirs}");

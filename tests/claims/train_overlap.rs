@@ -10,9 +10,11 @@ use offshoot_tests::proxy::Proxy;
 use offshoot_tests::run::open_request;
 use offshoot_tests::{TestServer, fixture};
 use offshoot_trainer::data::{Batch, Sample};
+use offshoot_trainer::loss::{CrossEntropy, Loss};
 use offshoot_trainer::{Microbatches, SplitModel, SplitOptions, Summary, TrainOptions};
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 use tch::{Device, Kind};
 
@@ -116,9 +118,13 @@ fn bottom_and_top() -> SplitModel {
         adamw: AdamW::default(),
         seed: 1,
         kind: Kind::Float,
-        device: Device::Cpu,
+        devices: vec![Device::Cpu],
     };
     SplitModel::load(&checkpoint, &config, &options).unwrap()
+}
+
+fn loss() -> Arc<dyn Loss> {
+    Arc::new(CrossEntropy::default())
 }
 
 /// Microbatches of one sequence.
@@ -136,7 +142,8 @@ async fn a_step_that_is_given_up_leaves_nothing_behind() {
     let server = TestServer::start_limited(|limits| limits.max_tokens_per_batch = 1).await;
     let client = Client::connect(&server.endpoint()).await.unwrap();
     let batches = batches::<5>(9);
-    let good = Microbatches { batches: &batches, first_number: 0, scale: 0.1, in_flight: 4 };
+    let loss = &loss();
+    let good = Microbatches { batches: &batches, loss, first_number: 0, scale: 0.1, in_flight: 4 };
     let mut runs = Vec::new();
     for disturbed in [false, true] {
         let session = client.open(open_request(&client).await.unwrap()).await.unwrap();
@@ -154,7 +161,7 @@ async fn a_step_that_is_given_up_leaves_nothing_behind() {
         }
         let done = model.accumulate(&session, good).await.unwrap();
         model.step(&session, 0.01, 1.0).await.unwrap();
-        let results = done.results.iter().map(|r| (r.loss_sum, r.trunk_norm_squared));
+        let results = done.results.iter().map(|r| (r.loss.sum, r.trunk_norm_squared));
         runs.push((results.collect::<Vec<_>>(), session.export().await.unwrap()));
     }
     assert_eq!(runs[0].0, runs[1].0);
@@ -180,7 +187,8 @@ async fn so_many_are_in_flight_and_no_more() {
         // Not one answer arrives until the server has as many as may be in flight. One more would be
         // refused for good.
         proxy.mute(true);
-        let step = Microbatches { batches: &batches, first_number: 0, scale: 0.1, in_flight };
+        let loss = &loss();
+        let step = Microbatches { batches: &batches, loss, first_number: 0, scale: 0.1, in_flight };
         let training = model.accumulate(&session, step);
         let watcher = Client::connect(&server.endpoint()).await.unwrap();
         let watching = async {
@@ -220,10 +228,11 @@ async fn a_server_without_room_for_two_tapes_gets_one_at_a_time() {
         let client = Client::connect_with(&server.endpoint(), super::quick()).await.unwrap();
         let session = client.open(open_request(&client).await.unwrap()).await.unwrap();
         let mut model = bottom_and_top();
-        let step = Microbatches { batches: &batches, first_number: 0, scale: 1e-3, in_flight };
+        let (batches, loss) = (&batches, &loss());
+        let step = Microbatches { batches, loss, first_number: 0, scale: 1e-3, in_flight };
         let done = model.accumulate(&session, step).await.unwrap();
         assert_eq!(done.in_flight, 1, "the server had room for two");
-        let results = done.results.iter().map(|r| (r.loss_sum, r.trunk_norm_squared));
+        let results = done.results.iter().map(|r| (r.loss.sum, r.trunk_norm_squared));
         runs.push((results.collect::<Vec<_>>(), session.export_with_gradients().await.unwrap()));
 
         // For the second server: room for the smallest tape, half of another, and the work.

@@ -103,6 +103,17 @@ impl AdapterSet {
         Ok(set)
     }
 
+    /// The parameters `[P]`, a view.
+    pub fn parameters(&self) -> &Tensor {
+        &self.parameters
+    }
+
+    /// Copies parameters `[P]` of another set with the same sites, on any device.
+    pub fn set_parameters(&mut self, parameters: &Tensor) {
+        self.parameters.copy_(parameters);
+        self.check_finite();
+    }
+
     /// Everything that changes while training, copied to the host.
     pub fn to_state(&self) -> AdapterState {
         AdapterState {

@@ -10,12 +10,30 @@ pub(crate) struct Head {
 
 /// Loss over packed rows and its gradient.
 pub struct LossOutput {
-    /// Sum of the cross-entropy over all predicted tokens, in nats.
+    /// Sum of the loss over all predicted tokens; of the cross-entropy in nats.
     pub loss_sum: f64,
     /// Rows whose label was not negative.
     pub n_predicted: i64,
     /// `[N, H]`: gradient of `scale * loss_sum` by the hidden states.
     pub grad: Tensor,
+}
+
+/// Some of the rows in which something is predicted, with their logits.
+pub struct LogitsChunk {
+    /// int64 `[c]`: which of the packed rows.
+    pub rows: Tensor,
+    /// int64 `[c]`: the token that follows each, none negative.
+    pub labels: Tensor,
+    /// Float32 `[c, V]`, to be changed at will.
+    pub logits: Tensor,
+}
+
+/// What a loss says of a chunk.
+pub struct ChunkLoss {
+    /// Summed over its rows.
+    pub sum: f64,
+    /// Float32 `[c, V]`, the gradient of `sum` by the logits. None: no gradient is wanted.
+    pub by_logits: Option<Tensor>,
 }
 
 /// Logits that exist at one time: rows of a chunk times V, in elements (32 MiB of float32).
@@ -31,11 +49,17 @@ impl Head {
         self.norm.forward(hidden).matmul(&weight.tr()).to_kind(Kind::Float)
     }
 
-    /// Cross-entropy of the rows with a label; `labels` int64 `[N]`, negative where nothing is
-    /// predicted. With `scale`, also the gradient of `scale * loss_sum` by `hidden`.
+    /// The rows with a label go through `of_chunk`, a chunk at a time, so that the logits of all
+    /// rows never exist at once; `labels` int64 `[N]`, negative where nothing is predicted.
     ///
-    /// Rows are taken in chunks, so that the logits of all rows never exist at once.
-    pub fn loss(&self, hidden: &Tensor, labels: &Tensor, scale: Option<f64>) -> LossOutput {
+    /// The gradient is that of `scale` times the sum; it is zero where `of_chunk` gives none.
+    pub fn loss_by_chunks(
+        &self,
+        hidden: &Tensor,
+        labels: &Tensor,
+        scale: f64,
+        of_chunk: &mut dyn FnMut(LogitsChunk) -> ChunkLoss,
+    ) -> LossOutput {
         let predicted = labels.ge(0).nonzero().squeeze_dim(1); // [P]
         let n_predicted = predicted.size()[0];
         let mut grad = hidden.zeros_like();
@@ -43,35 +67,55 @@ impl Head {
         let rows_per_chunk = (CHUNK_ELEMENTS / self.weight.size()[0]).max(1);
         let mut loss_sum = 0.0;
         for start in (0..n_predicted).step_by(rows_per_chunk as usize) {
-            let chosen = predicted.narrow(0, start, rows_per_chunk.min(n_predicted - start));
-            let (x, y) = (hidden.index_select(0, &chosen), labels.index_select(0, &chosen));
-            let (loss, by_x) = self.loss_of_chunk(&weight, &x, &y.unsqueeze(1), scale);
-            loss_sum += loss;
-            if let Some(by_x) = by_x {
-                let _ = grad.index_copy_(0, &chosen, &by_x);
+            let rows = predicted.narrow(0, start, rows_per_chunk.min(n_predicted - start));
+            let x = hidden.index_select(0, &rows); // [c, H]
+            let chunk = LogitsChunk {
+                labels: labels.index_select(0, &rows),
+                logits: self.logits_by(&weight, &x),
+                rows: rows.shallow_clone(),
+            };
+            let ChunkLoss { sum, by_logits } = of_chunk(chunk);
+            loss_sum += sum;
+            if let Some(by_logits) = by_logits {
+                let by_normed = by_logits.to_kind(x.kind()).matmul(&weight) * scale;
+                let _ = grad.index_copy_(0, &rows, &self.norm.backward(&x, &by_normed));
             }
         }
         LossOutput { loss_sum, n_predicted, grad }
     }
+}
 
-    /// `x` `[c, H]`, `labels` `[c, 1]`.
-    fn loss_of_chunk(
-        &self,
-        weight: &Tensor,
-        x: &Tensor,
-        labels: &Tensor,
-        scale: Option<f64>,
-    ) -> (f64, Option<Tensor>) {
-        let mut log_p = self.logits_by(weight, x).log_softmax(-1, Kind::Float); // [c, V]
-        let loss = -log_p.gather(1, labels, false).sum(Kind::Double).double_value(&[]);
-        let by_x = scale.map(|scale| {
-            // Cross-entropy by logits is softmax minus one-hot.
+impl LogitsChunk {
+    /// Cross-entropy summed over the rows, with its gradient if `want_grad`.
+    ///
+    /// With smoothing e each target is 1 - e at the label plus e / V everywhere, as in PyTorch's
+    /// `cross_entropy(label_smoothing=e)` (arXiv 1512.00567).
+    pub fn cross_entropy(self, label_smoothing: f64, want_grad: bool) -> ChunkLoss {
+        let (labels, vocabulary) = (self.labels.unsqueeze(1), self.logits.size()[1] as f64);
+        let mut log_p = self.logits.log_softmax(-1, Kind::Float); // [c, V]
+        drop(self.logits);
+        let mut sum = -log_p.gather(1, &labels, false).sum(Kind::Double).double_value(&[]);
+        if label_smoothing > 0.0 {
+            let uniform = -log_p.sum(Kind::Double).double_value(&[]) / vocabulary;
+            sum = (1.0 - label_smoothing) * sum + label_smoothing * uniform;
+        }
+        let by_logits = want_grad.then(|| {
+            // Cross-entropy by logits is softmax minus the target.
             let mut by_logits = log_p.exp_();
-            let minus_one = Tensor::full_like(labels, -1.0).to_kind(Kind::Float);
-            let _ = by_logits.scatter_add_(1, labels, &minus_one);
-            let by_normed = by_logits.to_kind(x.kind()).matmul(weight) * scale;
-            self.norm.backward(x, &by_normed)
+            let options = (Kind::Float, labels.device());
+            let minus = Tensor::full(labels.size(), label_smoothing - 1.0, options);
+            let _ = by_logits.scatter_add_(1, &labels, &minus);
+            if label_smoothing > 0.0 {
+                let _ = by_logits.g_sub_scalar_(label_smoothing / vocabulary);
+            }
+            by_logits
         });
-        (loss, by_x)
+        ChunkLoss { sum, by_logits }
+    }
+
+    /// Float32 `[c]`: the log-probability of each label.
+    pub fn label_log_probs(&self) -> Tensor {
+        let log_p = self.logits.log_softmax(-1, Kind::Float);
+        log_p.gather(1, &self.labels.unsqueeze(1), false).squeeze_dim(1)
     }
 }

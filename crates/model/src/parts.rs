@@ -1,5 +1,5 @@
 use crate::block::{Block, Mlp, Qkv};
-use crate::head::Head;
+use crate::head::{ChunkLoss, Head, LogitsChunk};
 use crate::layout::Layout;
 use crate::linear::Linear;
 use crate::lora::LoraMode;
@@ -201,13 +201,27 @@ impl Part {
     /// follows each row, negative where nothing is predicted. The gradient is that of
     /// `scale * loss_sum`. Panics if the part has no head.
     pub fn loss(&self, hidden: &Tensor, labels: &Tensor, scale: f64) -> LossOutput {
-        self.head().loss(hidden, labels, Some(scale))
+        self.loss_by_chunks(hidden, labels, scale, |chunk| chunk.cross_entropy(0.0, true))
     }
 
     /// Sum of the cross-entropy and number of predicted tokens, without a gradient.
     pub fn loss_eval(&self, hidden: &Tensor, labels: &Tensor) -> (f64, i64) {
-        let output = self.head().loss(hidden, labels, None);
+        let of_chunk = |chunk: LogitsChunk| chunk.cross_entropy(0.0, false);
+        let output = self.loss_by_chunks(hidden, labels, 1.0, of_chunk);
         (output.loss_sum, output.n_predicted)
+    }
+
+    /// Any loss of logits: `of_chunk` sees the rows with a label, some of them at a time, so that
+    /// the logits of all rows never exist at once. The gradient `[N, H]` is that of `scale` times
+    /// the sum; zero where `of_chunk` gives none. Panics if the part has no head.
+    pub fn loss_by_chunks(
+        &self,
+        hidden: &Tensor,
+        labels: &Tensor,
+        scale: f64,
+        mut of_chunk: impl FnMut(LogitsChunk) -> ChunkLoss,
+    ) -> LossOutput {
+        self.head().loss_by_chunks(hidden, labels, scale, &mut of_chunk)
     }
 }
 

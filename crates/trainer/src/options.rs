@@ -1,4 +1,5 @@
 use crate::TrainError;
+pub use crate::loss::LossOptions;
 use crate::data::DataOptions;
 use crate::sample::SampleOptions;
 use crate::schedule::{Scheduler, Warmup};
@@ -105,10 +106,6 @@ pub struct OptimizerOptions {
     pub max_grad_norm: f64,
 }
 
-/// What is minimised.
-#[derive(Clone, Debug, Default)]
-pub struct LossOptions {}
-
 /// When the evaluation data are looked at, and what follows from it.
 #[derive(Clone, Debug)]
 pub struct EvaluationOptions {
@@ -154,8 +151,9 @@ pub enum AdapterChoice {
 /// Where and in which types is computed.
 #[derive(Clone, Debug)]
 pub struct ComputeOptions {
-    /// Of the client's layers.
-    pub device: Device,
+    /// Of the client's layers: a copy on each. The first one leads; microbatches of a step are dealt
+    /// to all.
+    pub devices: Vec<Device>,
     /// dtype of the client's layers.
     pub kind: Kind,
     /// dtype of hidden states and gradients between the two sides.
@@ -210,7 +208,8 @@ impl Default for EvaluationOptions {
 
 impl Default for ComputeOptions {
     fn default() -> Self {
-        ComputeOptions { device: Device::Cpu, kind: Kind::Float, wire_dtype: WireDType::Bf16 }
+        let devices = vec![Device::Cpu];
+        ComputeOptions { devices, kind: Kind::Float, wire_dtype: WireDType::Bf16 }
     }
 }
 
@@ -268,6 +267,7 @@ impl TrainOptions {
     pub fn validate(&self) -> Result<(), TrainError> {
         self.steps.validate()?;
         self.optimizer.validate()?;
+        self.loss.validate()?;
         self.evaluation.validate()?;
         self.output.validate()?;
         if self.sources.eval_files.is_empty() {

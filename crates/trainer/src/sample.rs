@@ -36,7 +36,7 @@ pub async fn generate(
     let longest = session.limits().max_tokens_per_microbatch as usize;
     while !ids.is_empty() && drawn.len() < options.n_tokens && ids.len() <= longest {
         let n = ids.len();
-        let batch = Batch { ids: ids.clone(), seq_lens: vec![n], labels: vec![-100; n] };
+        let batch = Batch { ids: ids.clone(), seq_lens: vec![n], labels: vec![-100; n], samples: vec![0] };
         let logits = model.last_logits(session, &batch).await?;
         let mut values = vec![0f32; logits.numel()];
         let _guard = tch::no_grad_guard();

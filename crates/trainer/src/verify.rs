@@ -175,7 +175,7 @@ impl Subject {
             adamw: AdamW::default(),
             seed: SEED,
             kind: Kind::Float,
-            device: Device::Cpu,
+            devices: vec![Device::Cpu],
         };
         let mut model = SplitModel::load(&self.checkpoint, &self.config, &options)?;
         model.load_adapter(&self.adapter.tensors)?;
@@ -214,7 +214,7 @@ impl Subject {
         let trunk = session.export_with_gradients().await?.gradients;
         let own = model.adapters().into_iter().flatten().flat_map(AdapterSet::named_gradients);
         let trunk = trunk.into_iter().map(|(name, tensor)| (name, host_to_tensor(&tensor)));
-        Ok(Numbers { loss: result.loss_sum * scale, logits, gradients: own.chain(trunk).collect() })
+        Ok(Numbers { loss: result.loss.sum * scale, logits, gradients: own.chain(trunk).collect() })
     }
 
     fn is_of_trunk(&self, name: &str) -> bool {

@@ -10,6 +10,10 @@ pub struct ComputeArgs {
     /// Where this side's layers run: cpu, cuda or cuda:N.
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     device: String,
+    /// Several of them, separated by commas, such as cuda:0,cuda:1: each has a copy of this side's
+    /// layers, and the microbatches of a step are dealt to them. Numbers are those of one device.
+    #[arg(long, value_name = "DEVICES", value_delimiter = ',', conflicts_with = "device")]
+    devices: Vec<String>,
     /// Type of this side's layers; adapters and optimizer are always f32.
     #[arg(long, value_enum, default_value_t = DType::F32)]
     dtype: DType,
@@ -54,9 +58,10 @@ enum DType {
 impl ComputeArgs {
     /// What the trainer takes. A device that this machine or build lacks is an error.
     pub fn into_options(self) -> anyhow::Result<ComputeOptions> {
+        let names = if self.devices.is_empty() { vec![self.device] } else { self.devices };
         let bf16 = self.mixed_precision || self.dtype == DType::Bf16;
         Ok(ComputeOptions {
-            device: accelerator::device(&self.device)?,
+            devices: names.iter().map(|name| accelerator::device(name)).collect::<Result<_, _>>()?,
             kind: if bf16 { Kind::BFloat16 } else { Kind::Float },
             wire_dtype: self.wire_dtype.into(),
         })

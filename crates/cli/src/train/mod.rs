@@ -1,6 +1,7 @@
 mod compute_args;
 mod data_args;
 mod lora_args;
+mod loss_args;
 mod model_args;
 mod output_args;
 mod training_args;
@@ -11,6 +12,7 @@ use clap::Args;
 use compute_args::ComputeArgs;
 use data_args::DataArgs;
 use lora_args::LoraArgs;
+use loss_args::LossArgs;
 use model_args::ModelArgs;
 use offshoot_trainer::{CancelToken, TrainOptions, train};
 use output_args::OutputArgs;
@@ -33,6 +35,8 @@ pub struct TrainArgs {
     lora: LoraArgs,
     #[command(flatten)]
     training: TrainingArgs,
+    #[command(flatten)]
+    loss: LossArgs,
     #[command(flatten)]
     output: OutputArgs,
     #[command(flatten)]
@@ -84,7 +88,7 @@ async fn stop_on_ctrl_c(cancel: CancelToken) {
 
 impl TrainArgs {
     fn into_options(self) -> anyhow::Result<TrainOptions> {
-        let TrainArgs { model, data, lora, training, output, compute, legacy } = self;
+        let TrainArgs { model, data, lora, training, loss, output, compute, legacy } = self;
         let (sources, data) = data.into_options(&legacy)?;
         Ok(TrainOptions {
             model: model.into_options(&output.output_dir),
@@ -93,7 +97,7 @@ impl TrainArgs {
             lora: lora.into_options(),
             steps: training.steps(),
             optimizer: training.optimizer(),
-            loss: training.loss(),
+            loss: loss.into_options()?,
             evaluation: output.evaluation(),
             samples: output.samples(training.seed),
             output: output.into_options(),

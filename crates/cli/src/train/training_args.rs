@@ -1,6 +1,6 @@
 use clap::{Args, ValueEnum};
 use offshoot_adapters::AdamW;
-use offshoot_trainer::options::{LossOptions, OptimizerOptions, StepOptions};
+use offshoot_trainer::options::{OptimizerOptions, StepOptions};
 use offshoot_trainer::{Scheduler, Warmup};
 
 #[derive(Args)]
@@ -86,10 +86,5 @@ impl TrainingArgs {
             warmup: self.warmup_ratio.map_or(Warmup::Steps(self.warmup_steps), Warmup::Ratio),
             max_grad_norm: self.max_grad_norm,
         }
-    }
-
-    /// What is minimised.
-    pub fn loss(&self) -> LossOptions {
-        LossOptions {}
     }
 }

@@ -11,17 +11,18 @@ impl Run {
     /// Mean loss over the evaluation data, if there are any.
     pub(super) async fn evaluate(&mut self) -> Result<(), TrainError> {
         let began = Instant::now();
-        let Prepared { split, eval: Some(eval), server, .. } = &self.prepared else {
+        let Prepared { split, eval: Some(eval), server, losses, .. } = &self.prepared else {
             return Ok(());
         };
         let all: Vec<usize> = (0..eval.samples.len()).collect();
         let max_tokens = server.limits.max_tokens_per_microbatch as usize;
         let batches = eval.batches(&all, self.options.steps.batch_size, max_tokens);
-        let (loss_sum, n_predicted) =
-            split.evaluate(&self.session, &batches, self.in_flight()).await?;
-        let loss = loss_sum / n_predicted as f64;
+        let in_flight = self.n_in_flight();
+        let (total, weight) =
+            split.evaluate(&self.session, &*losses.eval, &batches, in_flight).await?;
+        let (loss, extra) = total.mean(1.0 / weight);
         let evaluation = Best { step: self.step, loss };
-        if self.best.is_none_or(|best| loss < best.loss) {
+        if loss.is_finite() && self.best.is_none_or(|best| loss < best.loss) {
             self.best = Some(evaluation);
         }
         self.eval_loss = Some(loss).filter(|loss| loss.is_finite());
@@ -35,7 +36,7 @@ impl Run {
             best: best.loss,
             best_step: best.step,
             seconds: began.elapsed().as_secs_f64(),
-            extra: Default::default(),
+            extra,
         }))
     }
 

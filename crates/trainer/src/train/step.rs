@@ -10,20 +10,21 @@ impl Run {
     /// One optimizer step.
     pub(super) async fn train_step(&mut self) -> Result<(), TrainError> {
         let began = Instant::now();
-        let in_flight = self.in_flight();
-        let Prepared { split, data, order, schedule, server, .. } = &mut self.prepared;
+        let in_flight = self.n_in_flight();
+        let Prepared { split, data, order, schedule, server, losses, .. } = &mut self.prepared;
         let samples = order.samples(self.step);
         let max_tokens = server.limits.max_tokens_per_microbatch as usize;
         let batches = data.batches(&samples, self.options.steps.batch_size, max_tokens);
-        let n_predicted: usize = batches.iter().map(Batch::n_predicted).sum();
+        let weight: f64 = batches.iter().map(|batch| losses.train.weight(batch)).sum();
         let tokens: usize = batches.iter().map(Batch::n_tokens).sum();
-        let scale = 1.0 / n_predicted as f64;
+        let scale = 1.0 / weight;
 
         // The numbers name the dropout masks: the same in a replayed step.
         let first_number = self.step << 16;
-        let step = Microbatches { batches: &batches, first_number, scale, in_flight };
+        let loss = &losses.train;
+        let step = Microbatches { batches: &batches, loss, first_number, scale, in_flight };
         let done = split.accumulate(&self.session, step).await?;
-        let loss = done.results.iter().fold(0.0, |loss, result| loss + result.loss_sum * scale);
+        let (loss, extra) = done.mean_loss(scale);
         let trunk_norm_squared = done.results.last().map_or(0.0, |last| last.trunk_norm_squared);
         let tape_bytes = done.results.iter().map(|result| result.tape_bytes).max();
         let grad_norm = split.grad_norm(trunk_norm_squared);
@@ -37,8 +38,8 @@ impl Run {
         self.step += 1;
         self.eval_loss = None;
         self.losses.push((self.step, loss));
-        if done.in_flight < in_flight {
-            self.lower_in_flight(done.in_flight);
+        if self.in_flight.seen(in_flight, done.in_flight) {
+            self.tell_of_waiting();
         }
         let duration = began.elapsed();
         self.spent.add(duration, done.waited, tokens, batches.len());
@@ -56,7 +57,7 @@ impl Run {
             samples: samples.len() as u64,
             tokens: tokens as u64,
             tape_bytes: tape_bytes.unwrap_or_default(),
-            extra: Default::default(),
+            extra,
         }))
     }
 
