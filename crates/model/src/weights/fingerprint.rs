@@ -53,7 +53,10 @@ pub(super) fn fingerprint(
 ) -> String {
     let mut hasher = Hasher::new();
     update(&mut hasher, b"offshoot fingerprint 1");
-    update(&mut hasher, relevant(config).to_string().as_bytes());
+    let mut relevant = relevant(config);
+    // However the file orders them.
+    relevant.sort_all_objects();
+    update(&mut hasher, relevant.to_string().as_bytes());
     for (name, entry) in entries {
         let bytes = &files[entry.file].bytes()[entry.bytes.clone()];
         update(&mut hasher, name.as_bytes());
