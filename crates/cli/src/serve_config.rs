@@ -108,7 +108,7 @@ struct SessionArgs {
     /// [default: 60].
     #[arg(long, value_name = "SECONDS")]
     idle_seconds: Option<f64>,
-    /// Most memory of the device for weights, adapters, tapes and workspace, such as 8GiB. Sessions
+    /// Most memory of the device for weights, adapters, tapes, caches and workspace, such as 8GiB. Sessions
     /// that do not fit wait on disk for their turn [default: on the CPU 0.8 of what is available,
     /// elsewhere no limit].
     #[arg(long, value_name = "SIZE", value_parser = bytes)]
@@ -122,6 +122,12 @@ struct SessionArgs {
     /// Most microbatches of a session between their forward and backward.
     #[arg(long, value_name = "N")]
     max_open_microbatches: Option<usize>,
+    /// Most sequences that a session generates at a time, each with its key/value cache.
+    #[arg(long, value_name = "N")]
+    max_open_caches: Option<usize>,
+    /// Most tokens of one sequence that is generated, its prompt included.
+    #[arg(long, value_name = "TOKENS")]
+    max_cache_tokens: Option<usize>,
     /// Highest LoRA rank that a client may ask for.
     #[arg(long, value_name = "R")]
     max_rank: Option<usize>,
@@ -178,6 +184,8 @@ impl ServeArgs {
             ("drain", "timeout_seconds", json!(session.drain_timeout_seconds)),
             ("limits", "max_tokens_per_microbatch", json!(session.max_tokens_per_microbatch)),
             ("limits", "max_open_microbatches", json!(session.max_open_microbatches)),
+            ("limits", "max_open_caches", json!(session.max_open_caches)),
+            ("limits", "max_cache_tokens", json!(session.max_cache_tokens)),
             ("limits", "max_rank", json!(session.max_rank)),
         ];
         let mut tree = Map::new();

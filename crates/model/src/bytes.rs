@@ -52,6 +52,16 @@ impl Part {
         n_tokens * (rows + again) + self.widened_bytes()
     }
 
+    /// Bytes beside the workspace while `n_tokens` rows of a sequence run that has `n_keys` tokens with
+    /// them: which row sees which key, and one block's keys and values in the attention's dtype, once
+    /// for each query head where a kernel wants that.
+    pub fn prefix_bytes(&self, n_tokens: u64, n_keys: u64) -> u64 {
+        let c = &self.config;
+        let mask = if n_tokens == 1 || n_tokens == n_keys { 0 } else { 2 * 4 * n_tokens * n_keys };
+        let heads = if n_tokens == 1 { c.n_kv_heads } else { c.n_heads };
+        mask + 2 * 4 * n_keys * (heads * c.head_dim) as u64
+    }
+
     /// What a full tape keeps of one row in one block, LoRA apart.
     fn block_bytes(&self) -> u64 {
         let Some(block) = self.blocks.first() else { return 0 };

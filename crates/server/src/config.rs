@@ -110,6 +110,10 @@ pub struct LimitsConfig {
     /// Frames sent and not answered; as many answers are recorded.
     pub max_frames_in_flight: usize,
     pub max_open_microbatches: usize,
+    /// Key/value caches of one session: sequences that it generates at a time.
+    pub max_open_caches: usize,
+    /// Tokens of one cache, those of the prompt included; at most what the model was made for.
+    pub max_cache_tokens: usize,
     pub max_rank: usize,
     /// Frames of all sessions that wait for the device.
     pub max_queued_jobs: usize,
@@ -118,7 +122,7 @@ pub struct LimitsConfig {
     /// How long a job may be kept waiting for others to share its batch. 0: whatever waits when the
     /// device is free runs at once, which is best for everybody's latency.
     pub batch_wait_seconds: f64,
-    /// What weights, adapters, tapes and workspace may take of the device together, as a number or
+    /// What weights, adapters, tapes, caches and workspace may take of the device together, as a number or
     /// as "8GiB". None: on the CPU 0.8 of what is available when the server starts, within its
     /// container's limit; on other devices no limit.
     #[serde(with = "byte_size")]
@@ -167,6 +171,8 @@ impl Default for LimitsConfig {
             max_tokens_per_microbatch: 8192,
             max_frames_in_flight: 4,
             max_open_microbatches: 4,
+            max_open_caches: 8,
+            max_cache_tokens: 8192,
             max_rank: 256,
             max_queued_jobs: 1024,
             max_tokens_per_batch: 16384,
@@ -342,6 +348,8 @@ impl ServerConfig {
             ("limits.max_tokens_per_microbatch", limits.max_tokens_per_microbatch),
             ("limits.max_frames_in_flight", limits.max_frames_in_flight),
             ("limits.max_open_microbatches", limits.max_open_microbatches),
+            ("limits.max_open_caches", limits.max_open_caches),
+            ("limits.max_cache_tokens", limits.max_cache_tokens),
             ("limits.max_rank", limits.max_rank),
             ("limits.max_queued_jobs", limits.max_queued_jobs),
             ("limits.max_tokens_per_batch", limits.max_tokens_per_batch),

@@ -32,7 +32,7 @@ use crate::engine::{
 };
 use crate::error::Error;
 use crate::ledger::BytesKind;
-use crate::session::{BackwardWork, ForwardWork, Mode, StepWork};
+use crate::session::{BackwardWork, ExtendWork, ForwardWork, Mode, StepWork};
 use offshoot_adapters::{AdamW, LoraSpec};
 use offshoot_proto::{HostTensor, WireDType};
 use std::collections::VecDeque;
@@ -100,6 +100,8 @@ pub struct Output {
     pub hidden: HostTensor,
     /// 0 in evaluation mode.
     pub tape_bytes: u64,
+    /// 0 unless a cache was extended.
+    pub cache_bytes: u64,
     /// Where the time went, and the batch that the job was in.
     pub times: Times,
 }
@@ -183,6 +185,20 @@ impl DirectSession {
         Ok(PendingForward(Pending { answer }))
     }
 
+    /// Submits the next tokens of a sequence, `[n, H]`, behind the `start` ones that its cache holds;
+    /// 0 begins it anew. A session may have `limits.max_open_caches`.
+    pub fn extend(
+        &mut self,
+        cache: u64,
+        start: usize,
+        hidden: HostTensor,
+    ) -> Result<PendingForward, Error> {
+        let work = ExtendWork { cache, start: start as u64, hidden };
+        let (reply, answer) = oneshot::channel();
+        self.submit(FrameWork::Extend { work: Box::new(work), reply })?;
+        Ok(PendingForward(Pending { answer }))
+    }
+
     /// Submits the backward of the oldest forward in training mode that has none yet. `grad` is
     /// `[N, H]`.
     pub fn backward(&mut self, grad: HostTensor) -> Result<PendingBackward, Error> {
@@ -217,8 +233,8 @@ impl<T> Pending<T> {
 impl PendingForward {
     /// Its answer.
     pub async fn done(self) -> Result<Output, Error> {
-        let ForwardResult { hidden, tape_bytes, times } = self.0.done().await?;
-        Ok(Output { hidden, tape_bytes, times })
+        let ForwardResult { hidden, tape_bytes, cache_bytes, times } = self.0.done().await?;
+        Ok(Output { hidden, tape_bytes, cache_bytes, times })
     }
 }
 

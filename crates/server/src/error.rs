@@ -1,5 +1,5 @@
 use crate::config::Mistakes;
-use crate::ledger::Shortage;
+use crate::ledger::{BytesKind, Shortage};
 use crate::session::SessionId;
 use offshoot_adapters::AdapterError;
 use offshoot_model::ModelError;
@@ -156,18 +156,37 @@ pub enum Error {
     )]
     StepWithOpen { microbatch: u64 },
 
+    #[error(
+        "cache {cache} holds nothing: it was never begun, or was dropped by a Step, for want of room, or \
+         when the session left the device or the server started again; begin again with start = 0 and \
+         all tokens of the sequence"
+    )]
+    NoCache { cache: u64 },
+    #[error(
+        "cache {cache} holds {expected} tokens, not {found}; go on from there, or begin again with \
+         start = 0 and all tokens of the sequence"
+    )]
+    CacheStart { cache: u64, found: u64, expected: u64 },
+
     // Limits.
     #[error("{limit} frames are in flight already, the limit; wait for an answer")]
     InFlight { limit: usize },
     #[error("{limit} microbatches are open already, the limit; send a Backward first")]
     OpenMicrobatches { limit: usize },
+    #[error("{limit} caches are open already, the limit; drop one whose sequence is at its end")]
+    OpenCaches { limit: usize },
+    #[error(
+        "the sequence would have {found} tokens, over the limit of {limit} for a cache, which is \
+         limits.max_cache_tokens or what the model was made for; shorten the prompt or generate less"
+    )]
+    CacheTokens { found: u64, limit: usize },
     #[error("{limit} jobs are waiting for the device, the limit; try again later")]
     QueueFull { limit: usize },
     #[error(
         "{limit} sessions are live already, the limit; close one that is done, or try again later"
     )]
     LiveSessions { limit: usize },
-    #[error("no room on the device: {shortage}, the limit; {}", try_again(*.retry_after))]
+    #[error("no room on the device: {shortage}, the limit; {}", try_again(shortage.kind, *.retry_after))]
     NoRoom { shortage: Shortage, retry_after: Option<Duration> },
 
     // Life and death of a session.
@@ -209,6 +228,8 @@ pub enum Class {
     Mismatch,
     Sequence,
     Microbatch,
+    /// The cache is gone: the client begins the sequence again.
+    Cache,
     Exhausted,
     Draining,
     NotFound,
@@ -217,9 +238,13 @@ pub enum Class {
     Internal,
 }
 
-fn try_again(retry_after: Option<Duration>) -> String {
+fn try_again(kind: BytesKind, retry_after: Option<Duration>) -> String {
     match retry_after {
         Some(after) => format!("try again in {} s", after.as_secs_f64()),
+        None if kind == BytesKind::Caches => {
+            "it never fits: take a shorter sequence or fewer at a time, or a server with more"
+                .into()
+        }
         None => "it never fits: take a lower rank or fewer targets, or a server with more".into(),
     }
 }
@@ -245,6 +270,9 @@ impl Error {
             Gap { .. } | Payload { .. } | Forgotten { .. } => Class::Sequence,
             Acknowledged { .. } | Point { .. } => Class::Sequence,
             NoTape { .. } | OpenTape { .. } | StepWithOpen { .. } => Class::Microbatch,
+            NoCache { .. } => Class::Cache,
+            CacheStart { .. } | CacheTokens { .. } => Class::Invalid,
+            OpenCaches { .. } => Class::Exhausted,
             InFlight { .. } | OpenMicrobatches { .. } | QueueFull { .. } => Class::Exhausted,
             NoRoom { .. } | LiveSessions { .. } | OutOfMemory { .. } => Class::Exhausted,
             UnknownSession(_) | UnknownSnapshot { .. } | Ended => Class::NotFound,
@@ -295,6 +323,10 @@ impl Error {
             NoTape { .. } => "no_tape",
             OpenTape { .. } => "open_tape",
             StepWithOpen { .. } => "step_with_open",
+            NoCache { .. } => "no_cache",
+            CacheStart { .. } => "cache_start",
+            CacheTokens { .. } => "cache_tokens",
+            OpenCaches { .. } => "open_caches",
             InFlight { .. } => "in_flight",
             OpenMicrobatches { .. } => "open_microbatches",
             QueueFull { .. } => "queue_full",
@@ -344,6 +376,7 @@ impl Class {
             Class::Invalid | Class::Mismatch => ErrorCode::Invalid,
             Class::Sequence => ErrorCode::Sequence,
             Class::Microbatch => ErrorCode::Microbatch,
+            Class::Cache => ErrorCode::Cache,
             Class::Exhausted => ErrorCode::Exhausted,
             Class::Draining => ErrorCode::Draining,
             Class::NotFound => ErrorCode::NotFound,
@@ -355,7 +388,7 @@ impl Class {
     fn grpc_code(self) -> tonic::Code {
         match self {
             Class::Invalid => tonic::Code::InvalidArgument,
-            Class::Mismatch | Class::Sequence | Class::Microbatch => {
+            Class::Mismatch | Class::Sequence | Class::Microbatch | Class::Cache => {
                 tonic::Code::FailedPrecondition
             }
             Class::Exhausted => tonic::Code::ResourceExhausted,

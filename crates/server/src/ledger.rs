@@ -24,6 +24,8 @@ pub enum BytesKind {
     Tapes,
     /// What a batch needs while it runs.
     Workspace,
+    /// Keys and values of sequences that go on.
+    Caches,
 }
 
 /// Bytes by what they are for.
@@ -33,6 +35,7 @@ pub struct ByKind {
     pub adapters: u64,
     pub tapes: u64,
     pub workspace: u64,
+    pub caches: u64,
 }
 
 /// A ledger at a glance.
@@ -80,7 +83,7 @@ pub struct Reservation {
 #[derive(Debug)]
 struct Books {
     usage: Usage,
-    /// Adapters leave so much free for tapes and workspace.
+    /// Adapters and caches leave so much free for tapes and workspace.
     work_room: u64,
     /// The most that somebody needs and did not get, until idle sessions are asked to leave.
     wanted: u64,
@@ -91,7 +94,7 @@ struct Books {
 impl ByKind {
     /// All kinds together.
     pub fn total(&self) -> u64 {
-        self.weights + self.adapters + self.tapes + self.workspace
+        self.weights + self.adapters + self.tapes + self.workspace + self.caches
     }
 
     /// The bytes of one kind.
@@ -101,6 +104,7 @@ impl ByKind {
             BytesKind::Adapters => self.adapters,
             BytesKind::Tapes => self.tapes,
             BytesKind::Workspace => self.workspace,
+            BytesKind::Caches => self.caches,
         }
     }
 
@@ -110,6 +114,7 @@ impl ByKind {
             BytesKind::Adapters => &mut self.adapters,
             BytesKind::Tapes => &mut self.tapes,
             BytesKind::Workspace => &mut self.workspace,
+            BytesKind::Caches => &mut self.caches,
         }
     }
 }
@@ -122,6 +127,7 @@ impl BytesKind {
             BytesKind::Adapters => "adapters",
             BytesKind::Tapes => "tapes",
             BytesKind::Workspace => "workspace",
+            BytesKind::Caches => "caches",
         }
     }
 }
@@ -154,8 +160,8 @@ impl Ledger {
         Reservation { ledger: self.clone(), kind, bytes: bytes.into() }
     }
 
-    /// From now on adapters leave so much free for tapes and workspace, but at most half of what
-    /// the weights leave: with a budget full of adapters nobody could take a step.
+    /// From now on adapters and caches leave so much free for tapes and workspace, but at most half of what
+    /// the weights leave: with a budget full of them nobody could take a step.
     pub fn set_work_room(&self, bytes: u64) {
         self.books().work_room = bytes;
     }
@@ -207,7 +213,10 @@ impl Ledger {
     /// Asks that idle sessions leave until this would fit. Returns at once.
     pub fn press(&self, shortage: Shortage) {
         let mut books = self.books();
-        books.wanted = books.wanted.max(shortage.need);
+        // So that it fits beside what its kind has to leave free.
+        let all = books.free(BytesKind::Workspace).zip(books.free(shortage.kind));
+        let left = all.map_or(0, |(all, of_kind)| all - of_kind);
+        books.wanted = books.wanted.max(shortage.need + left);
         drop(books);
         self.0.pressed.notify_one();
     }
@@ -276,7 +285,7 @@ impl Books {
     fn free(&self, kind: BytesKind) -> Option<u64> {
         let Usage { budget, now, .. } = &self.usage;
         let free = budget.as_ref()?.saturating_sub(now.total());
-        if kind != BytesKind::Adapters {
+        if !matches!(kind, BytesKind::Adapters | BytesKind::Caches) {
             return Some(free);
         }
         // Work that runs already stands in its room.

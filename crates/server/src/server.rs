@@ -83,7 +83,7 @@ impl Server {
             slots,
             residency,
             pool,
-            limits: limits_of(&limits, session.lease()),
+            limits: limits_of(&limits, session.lease(), client.trunk()),
             lease: session.lease(),
             max_live_sessions: limits.max_live_sessions,
         });
@@ -126,7 +126,7 @@ fn bracketed(host: &str) -> String {
     if host.contains(':') { format!("[{host}]") } else { host.into() }
 }
 
-fn limits_of(limits: &LimitsConfig, lease: Duration) -> v1::Limits {
+fn limits_of(limits: &LimitsConfig, lease: Duration, trunk: &TrunkInfo) -> v1::Limits {
     // All are at most 2^30: the configuration was checked.
     v1::Limits {
         max_tokens_per_microbatch: limits.max_tokens_per_microbatch as u32,
@@ -134,8 +134,8 @@ fn limits_of(limits: &LimitsConfig, lease: Duration) -> v1::Limits {
         max_open_microbatches: limits.max_open_microbatches as u32,
         max_rank: limits.max_rank as u32,
         lease_seconds: lease.as_secs_f64().ceil() as u32,
-        max_open_caches: 0,
-        max_cache_tokens: 0,
+        max_open_caches: limits.max_open_caches as u32,
+        max_cache_tokens: limits.max_cache_tokens.min(trunk.max_positions) as u32,
     }
 }
 

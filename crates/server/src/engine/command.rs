@@ -1,7 +1,7 @@
 use crate::error::Error;
 use crate::ledger::Reservation;
 use crate::scheduler::Kind;
-use crate::session::{BackwardWork, ForwardWork, StepWork};
+use crate::session::{BackwardWork, ExtendWork, ForwardWork, StepWork};
 use offshoot_adapters::{AdamW, AdapterState, LoraSpec};
 use offshoot_proto::{HostTensor, WireDType};
 use std::sync::Arc;
@@ -38,6 +38,8 @@ pub enum FrameWork {
     Backward { work: Box<BackwardWork>, reply: Reply<BackwardResult> },
     Step { work: StepWork, reply: Reply<StepResult> },
     Discard { microbatch: u64, reply: Reply<DiscardResult> },
+    Extend { work: Box<ExtendWork>, reply: Reply<ForwardResult> },
+    DropCache { cache: u64, reply: Reply<DropCacheResult> },
 }
 
 /// What a session's adapter is, all its life.
@@ -90,13 +92,15 @@ pub struct Times {
     pub n_tokens: usize,
 }
 
-/// What a Forward gives.
+/// What a Forward or an Extend gives.
 #[derive(Debug)]
 pub struct ForwardResult {
     /// `[N, H]`.
     pub hidden: HostTensor,
     /// 0 in evaluation mode.
     pub tape_bytes: u64,
+    /// Of the cache that was extended.
+    pub cache_bytes: u64,
     pub times: Times,
 }
 
@@ -125,6 +129,10 @@ pub struct StepResult {
 #[derive(Debug)]
 pub struct DiscardResult;
 
+/// The cache is gone, if there was one.
+#[derive(Debug)]
+pub struct DropCacheResult;
+
 /// An adapter as PEFT names it.
 #[derive(Debug)]
 pub struct Exported {
@@ -139,9 +147,11 @@ impl Command {
     pub fn kind(&self) -> Kind {
         match self {
             Command::Frame { work: FrameWork::Forward { .. }, .. } => Kind::Forward,
+            Command::Frame { work: FrameWork::Extend { .. }, .. } => Kind::Forward,
             Command::Frame { work: FrameWork::Backward { .. }, .. } => Kind::Backward,
             Command::Frame { work: FrameWork::Step { .. }, .. } => Kind::Control,
             Command::Frame { work: FrameWork::Discard { .. }, .. } => Kind::Control,
+            Command::Frame { work: FrameWork::DropCache { .. }, .. } => Kind::Control,
             Command::Admit { .. } | Command::Release { .. } => Kind::Control,
             Command::ToState { .. } | Command::Export { .. } => Kind::Control,
         }
@@ -151,6 +161,7 @@ impl Command {
     pub fn n_tokens(&self) -> usize {
         match self {
             Command::Frame { work: FrameWork::Forward { work, .. }, .. } => work.hidden.shape()[0],
+            Command::Frame { work: FrameWork::Extend { work, .. }, .. } => work.hidden.shape()[0],
             Command::Frame { work: FrameWork::Backward { work, .. }, .. } => work.grad.shape()[0],
             _ => 0,
         }

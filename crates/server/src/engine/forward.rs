@@ -1,15 +1,18 @@
-//! Forwards of any sessions in one pass over their packed rows.
+//! Forwards of any sessions in one pass over their packed rows: microbatches, and the next tokens of
+//! sequences that go on from their caches.
 
+use super::caches::{Asks, CacheKey};
 use super::command::{Command, ForwardResult, FrameWork, Job, Reply, Times};
-use super::outcome::{send, together_or_alone};
+use super::outcome::{caught, send, together_or_alone};
 use super::tapes::{Need, NewTape, Packing};
 use super::wire;
 use super::worker::Worker;
 use crate::error::Error;
 use crate::ledger::{Reservation, Shortage};
 use crate::scheduler::{LaneId, Scheduler, Taken};
-use crate::session::{ForwardWork, Mode};
-use offshoot_model::{DropoutKey, Rows, Segment, Tape, TapeSize, Work};
+use crate::session::{ExtendWork, ForwardWork, Mode};
+use offshoot_model::{DropoutKey, Rows, Segment, Tape, TapeSize, Way, Work};
+use offshoot_proto::HostTensor;
 use std::time::{Duration, Instant};
 use tch::Tensor;
 
@@ -19,34 +22,78 @@ const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// A forward of the next pass.
 struct Chosen {
     taken: Taken<Job>,
-    /// None: evaluation.
+    /// None: evaluation, or a cache.
     keep: Option<TapeSize>,
 }
 
 /// What a pass gave one job.
 struct Done {
-    hidden: offshoot_proto::HostTensor,
+    hidden: HostTensor,
     tape: Option<Tape>,
 }
 
-impl Chosen {
-    fn work(&self) -> &ForwardWork {
-        work(&self.taken).1
+/// What a forward is of.
+#[derive(Clone, Copy)]
+enum Asked<'a> {
+    Microbatch(&'a ForwardWork),
+    Next(&'a ExtendWork),
+}
+
+impl Asked<'_> {
+    /// `[N, H]`.
+    fn hidden(&self) -> &HostTensor {
+        match self {
+            Asked::Microbatch(forward) => &forward.hidden,
+            Asked::Next(extend) => &extend.hidden,
+        }
+    }
+
+    fn n_tokens(&self) -> usize {
+        self.hidden().shape()[0]
+    }
+
+    fn packing(&self) -> Packing {
+        match self {
+            Asked::Microbatch(forward) => Packing::of(forward),
+            Asked::Next(extend) => {
+                let (start, n) = (extend.start as i64, self.n_tokens());
+                let position_ids = (start > 0).then(|| (start..start + n as i64).collect());
+                Packing { seq_lens: vec![n], position_ids }
+            }
+        }
     }
 }
 
-/// Number and work of a Forward.
-fn work(taken: &Taken<Job>) -> (u64, &ForwardWork, &Reply<ForwardResult>) {
+impl Chosen {
+    fn asked(&self) -> Asked<'_> {
+        asked(&self.taken).1
+    }
+
+    /// Of an Extend.
+    fn cache(&self) -> Option<CacheKey> {
+        match self.asked() {
+            Asked::Microbatch(_) => None,
+            Asked::Next(extend) => Some((self.taken.lane, extend.cache)),
+        }
+    }
+}
+
+/// Number and work of a Forward or an Extend.
+fn asked(taken: &Taken<Job>) -> (u64, Asked<'_>, &Reply<ForwardResult>) {
     match &taken.entry.job.command {
         Command::Frame { sequence, work: FrameWork::Forward { work, reply } } => {
-            (*sequence, work, reply)
+            (*sequence, Asked::Microbatch(work), reply)
+        }
+        Command::Frame { sequence, work: FrameWork::Extend { work, reply } } => {
+            (*sequence, Asked::Next(work), reply)
         }
         _ => unreachable!("a batch of forwards has nothing else"),
     }
 }
 
 fn refuse(taken: Taken<Job>, error: Error) {
-    if let Command::Frame { work: FrameWork::Forward { reply, .. }, .. } = taken.entry.job.command {
+    let Command::Frame { work, .. } = taken.entry.job.command else { return };
+    if let FrameWork::Forward { reply, .. } | FrameWork::Extend { reply, .. } = work {
         send(reply, Err(error));
     }
 }
@@ -79,35 +126,93 @@ impl Worker {
         let mut later: Vec<Taken<Job>> = Vec::new();
         for taken in jobs {
             let lane = taken.lane;
-            let (sequence, forward, reply) = work(&taken);
+            let (sequence, asked, reply) = asked(&taken);
             if reply.is_closed() {
                 continue;
             }
-            if let Err(error) = self.check_order(lane, sequence) {
+            if let Err(error) = self.check(lane, sequence, asked) {
                 refuse(taken, error);
                 continue;
             }
-            match self.fit(lane, forward, need, chosen.is_empty()) {
-                Ok((keep, with)) => {
+            let is_first = chosen.is_empty();
+            // Caches are made here, for which there may be no memory.
+            match caught("Forward", || Ok(self.fit(lane, asked, need, is_first))) {
+                Ok(Ok((keep, with))) => {
                     need = with;
                     chosen.push(Chosen { taken, keep });
                 }
-                Err(_) if !chosen.is_empty() => later.push(taken),
-                Err(shortage) => match self.must_not_wait(&taken, shortage) {
-                    Some(error) => refuse(taken, error),
+                Ok(Err(_)) if !is_first => later.push(taken),
+                Ok(Err(shortage)) => match self.must_not_wait(&taken, shortage) {
+                    Some(error) => self.refuse_forward(taken, error),
                     None => {
                         self.ledger.press(shortage);
                         later.push(taken);
                     }
                 },
+                Err(error) => self.refuse_forward(taken, error),
             }
         }
         (chosen, need, later)
     }
 
+    fn check(&self, lane: LaneId, sequence: u64, asked: Asked) -> Result<(), Error> {
+        self.check_order(lane, sequence)?;
+        match asked {
+            Asked::Microbatch(_) => Ok(()),
+            Asked::Next(extend) => self.caches.check(lane, extend),
+        }
+    }
+
+    /// After room for it was looked for.
+    fn refuse_forward(&mut self, taken: Taken<Job>, error: Error) {
+        if let Asked::Next(extend) = asked(&taken).1 {
+            self.caches.drop_empty((taken.lane, extend.cache));
+        }
+        refuse(taken, error);
+    }
+
     /// How much of a forward can be kept beside what is chosen already, and what all need then. For
-    /// the first, older tapes shrink if they must.
+    /// the first, idle caches go and older tapes shrink if they must.
     fn fit(
+        &mut self,
+        lane: LaneId,
+        asked: Asked,
+        before: Need,
+        is_first: bool,
+    ) -> Result<(Option<TapeSize>, Need), Shortage> {
+        loop {
+            let (fits, asks) = match asked {
+                Asked::Next(extend) => {
+                    let key = (lane, extend.cache);
+                    (self.fit_next(lane, extend, before), Asks::Extend(key))
+                }
+                Asked::Microbatch(forward) => {
+                    (self.fit_microbatch(lane, forward, before, is_first), Asks::Forward(lane))
+                }
+            };
+            match fits {
+                Err(_) if is_first && self.caches.drop_idle(Instant::now(), asks) => {}
+                fits => return fits,
+            }
+        }
+    }
+
+    /// Takes the bytes of the cache; those of the pass are only looked for.
+    fn fit_next(
+        &mut self,
+        lane: LaneId,
+        extend: &ExtendWork,
+        before: Need,
+    ) -> Result<(Option<TapeSize>, Need), Shortage> {
+        self.caches.make_room(&self.part, lane, extend)?;
+        let n_tokens = extend.hidden.shape()[0] as u64;
+        let running = self.part.workspace_bytes(n_tokens, Work::Forward)
+            + self.part.prefix_bytes(n_tokens, extend.start + n_tokens);
+        let need = before.with(Need { running, ..Need::default() });
+        self.tapes.check(&self.part, need).map(|()| (None, need))
+    }
+
+    fn fit_microbatch(
         &mut self,
         lane: LaneId,
         forward: &ForwardWork,
@@ -155,9 +260,14 @@ impl Worker {
 
     /// Why a forward without room is refused at once. None: it may wait.
     fn must_not_wait(&self, taken: &Taken<Job>, shortage: Shortage) -> Option<Error> {
-        let others = self.ledger.usage().now;
         let adapter = self.slots.get(&taken.lane).map_or(0, |slot| slot.adapters.bytes());
-        let never = others.weights + adapter + shortage.need > shortage.budget;
+        let own = match asked(taken).1 {
+            Asked::Microbatch(_) => adapter,
+            // It needs its cache, and nobody else's. Its other ones are its client's choice.
+            Asked::Next(_) => adapter + self.caches.bytes_of(taken.lane),
+        };
+        let most = self.ledger.most(shortage.kind).unwrap_or(u64::MAX);
+        let never = own + shortage.need > most;
         // The session's own backward may stand behind it: both would wait for each other.
         let blocks_itself = self.tapes.has_any(taken.lane);
         let is_over = taken.entry.since.elapsed() >= self.admission_wait;
@@ -178,49 +288,70 @@ impl Worker {
             let queue = begun.saturating_duration_since(entry.since);
             let times = Times { queue, execute, n_jobs, n_tokens };
             let _span = entry.job.span.enter();
-            let Command::Frame { sequence, work: FrameWork::Forward { work, reply } } =
-                entry.job.command
-            else {
-                continue;
-            };
-            let result = result.map(|done| {
-                let tape_bytes = done.tape.as_ref().map_or(0, Tape::bytes);
-                opened.extend(done.tape.map(|tape| NewTape {
-                    key: (lane, work.microbatch),
-                    tape,
-                    packing: Packing::of(&work),
-                    dropout: self.dropout(lane, &work),
-                    want_input_grad: work.want_input_grad,
-                    gradient_bytes: self.gradient_bytes(lane),
-                }));
-                self.set_applied(lane, sequence);
-                ForwardResult { hidden: done.hidden, tape_bytes, times }
-            });
-            send(reply, result);
+            match entry.job.command {
+                Command::Frame { sequence, work: FrameWork::Forward { work, reply } } => {
+                    let result = result.map(|done| {
+                        let tape_bytes = done.tape.as_ref().map_or(0, Tape::bytes);
+                        opened.extend(done.tape.map(|tape| NewTape {
+                            key: (lane, work.microbatch),
+                            tape,
+                            packing: Packing::of(&work),
+                            dropout: self.dropout(lane, &work),
+                            want_input_grad: work.want_input_grad,
+                            gradient_bytes: self.gradient_bytes(lane),
+                        }));
+                        self.set_applied(lane, sequence);
+                        ForwardResult { hidden: done.hidden, tape_bytes, cache_bytes: 0, times }
+                    });
+                    send(reply, result);
+                }
+                Command::Frame { sequence, work: FrameWork::Extend { work, reply } } => {
+                    let key = (lane, work.cache);
+                    let result = result.map(|done| {
+                        let cache_bytes = self.caches.advance(key, entry.n_tokens);
+                        self.set_applied(lane, sequence);
+                        ForwardResult { hidden: done.hidden, tape_bytes: 0, cache_bytes, times }
+                    });
+                    if result.is_err() {
+                        self.caches.drop_empty(key);
+                    }
+                    send(reply, result);
+                }
+                _ => {}
+            }
         }
         self.tapes.open(reserved, opened);
     }
 
     fn compute(&self, chosen: &[Chosen]) -> Vec<Result<Done, Error>> {
         let (part, device) = (&self.part, self.part.device());
-        let upload = |chosen: &Chosen| wire::upload(&chosen.work().hidden, part.kind(), device);
+        let upload = |chosen: &Chosen| wire::upload(chosen.asked().hidden(), part.kind(), device);
         let x = concat(chosen.iter().map(upload).collect()); // [N, H]
         self.injected_limit(x.size()[0]);
-        let packings: Vec<Packing> = chosen.iter().map(|one| Packing::of(one.work())).collect();
+        let packings: Vec<Packing> = chosen.iter().map(|one| one.asked().packing()).collect();
         let packing = Packing::concat(&packings.iter().collect::<Vec<_>>());
         let rows = Rows::new(&packing.seq_lens, packing.position_ids.as_deref(), device);
         let mut start = 0;
         let segments: Vec<Segment> = chosen
             .iter()
             .map(|chosen| {
-                let rows = start..start + chosen.work().hidden.shape()[0] as i64;
+                let rows = start..start + chosen.asked().n_tokens() as i64;
                 start = rows.end;
-                let adapter = self.slots.get(&chosen.taken.lane).map(|slot| &slot.adapters);
-                Segment { rows, adapter, dropout: self.dropout(chosen.taken.lane, chosen.work()) }
+                let lane = chosen.taken.lane;
+                let adapter = self.slots.get(&lane).map(|slot| &slot.adapters);
+                let dropout = match chosen.asked() {
+                    Asked::Microbatch(forward) => self.dropout(lane, forward),
+                    Asked::Next(_) => None,
+                };
+                Segment { rows, adapter, dropout }
             })
             .collect();
-        let keep: Vec<Option<TapeSize>> = chosen.iter().map(|chosen| chosen.keep).collect();
-        let (y, tapes) = part.forward(&x, &rows, &segments, &keep);
+        let way = |chosen: &Chosen| {
+            let cache = chosen.cache().and_then(|key| self.caches.get(key));
+            cache.map_or(chosen.keep.map_or(Way::Evaluate, Way::Train), Way::Extend)
+        };
+        let ways: Vec<Way> = chosen.iter().map(way).collect();
+        let (y, tapes) = part.forward_mixed(&x, &rows, &segments, &ways);
         let each = segments.iter().zip(tapes).zip(chosen);
         each.map(|((segment, tape), chosen)| {
             let own = y.narrow(0, segment.rows.start, segment.rows.end - segment.rows.start);

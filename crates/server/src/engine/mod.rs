@@ -9,6 +9,7 @@
 //! failure is that job's answer and nobody else's.
 
 mod backward;
+mod caches;
 mod command;
 mod export;
 mod forward;
@@ -20,8 +21,8 @@ mod wire;
 mod worker;
 
 pub use command::{
-    Admitted, BackwardResult, Command, DiscardResult, Exported, ForwardResult, FrameWork, Job,
-    Plan, Reply, Settings, Start, StepResult, Times,
+    Admitted, BackwardResult, Command, DiscardResult, DropCacheResult, Exported, ForwardResult,
+    FrameWork, Job, Plan, Reply, Settings, Start, StepResult, Times,
 };
 pub use export::export_state;
 pub use start::{TrunkInfo, parse_device};
@@ -30,12 +31,13 @@ use crate::config::{LimitsConfig, TrunkConfig};
 use crate::error::Error;
 use crate::ledger::Ledger;
 use crate::scheduler::{Budget, LaneId, OwnerId, Scheduler, Share};
+use caches::CacheLimits;
 use offshoot_adapters::AdapterState;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use tokio::sync::oneshot;
-use worker::Worker;
+use worker::{Worker, WorkerLimits};
 
 /// The engine as its one owner, the server, sees it.
 pub struct Engine {
@@ -59,6 +61,7 @@ pub struct EngineClient {
 pub struct Stats {
     pub n_sessions: AtomicU64,
     pub n_tapes: AtomicU64,
+    pub n_caches: AtomicU64,
 }
 
 /// A session's place on the device. Dropping it gives the place back.
@@ -95,7 +98,12 @@ impl Engine {
                 };
             // Whoever started the server may have given up; then the queue is closed soon.
             let _ = ready.send(Ok((trunk, ledger.clone())));
-            Worker::new(part, ledger, counted, limits.admission_wait()).run(&queue, budget);
+            let caches = CacheLimits {
+                max_open: limits.max_open_caches,
+                max_tokens: limits.max_cache_tokens,
+            };
+            let limits = WorkerLimits { admission_wait: limits.admission_wait(), caches };
+            Worker::new(part, ledger, counted, limits).run(&queue, budget);
         };
         let name = "engine";
         let spawned = std::thread::Builder::new().name(name.into()).spawn(body);

@@ -1,7 +1,8 @@
 //! What becomes of a job: its result, or what went wrong, told to whoever waits.
 
 use super::command::{
-    Admitted, BackwardResult, DiscardResult, Exported, ForwardResult, Reply, StepResult,
+    Admitted, BackwardResult, DiscardResult, DropCacheResult, Exported, ForwardResult, Reply,
+    StepResult,
 };
 use crate::error::Error;
 use std::any::Any;
@@ -85,6 +86,7 @@ impl Outcome for Exported {}
 impl Outcome for ForwardResult {}
 impl Outcome for StepResult {}
 impl Outcome for DiscardResult {}
+impl Outcome for DropCacheResult {}
 impl Outcome for offshoot_adapters::AdapterState {}
 impl Outcome for BackwardResult {
     fn is_done(&self) -> bool {

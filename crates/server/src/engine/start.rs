@@ -18,6 +18,8 @@ pub struct TrunkInfo {
     pub fingerprint: String,
     /// Of the whole model.
     pub n_layers: usize,
+    /// Longest sequence that the model was made for.
+    pub max_positions: usize,
     /// The trunk's.
     pub layers: Range<usize>,
     /// H.
@@ -111,6 +113,7 @@ pub(super) fn load(config: &TrunkConfig, limits: &LimitsConfig) -> Result<Loaded
         model_type: model.family.name().into(),
         fingerprint: checkpoint.fingerprint(),
         n_layers: model.n_layers,
+        max_positions: model.max_positions,
         layers,
         hidden_size: model.hidden_size as usize,
         compute_dtype: config.dtype,

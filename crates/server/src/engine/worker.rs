@@ -1,5 +1,6 @@
 use super::Stats;
-use super::command::{Command, DiscardResult, FrameWork, Job};
+use super::caches::{CacheLimits, Caches};
+use super::command::{Command, DiscardResult, DropCacheResult, FrameWork, Job};
 use super::outcome::{answer, caught, send};
 use super::slot::Slot;
 use super::tapes::Tapes;
@@ -12,11 +13,20 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+/// What the worker allows.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct WorkerLimits {
+    /// How long a forward waits for room.
+    pub admission_wait: Duration,
+    pub caches: CacheLimits,
+}
+
 /// The engine thread's state. One owner, plain values, no locks.
 pub(super) struct Worker {
     pub part: Part,
     pub slots: HashMap<LaneId, Slot>,
     pub tapes: Tapes,
+    pub caches: Caches,
     pub ledger: Ledger,
     /// How long a forward waits for room.
     pub admission_wait: Duration,
@@ -27,16 +37,13 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    pub(super) fn new(
-        part: Part,
-        ledger: Ledger,
-        stats: Arc<Stats>,
-        admission_wait: Duration,
-    ) -> Self {
+    pub(super) fn new(part: Part, ledger: Ledger, stats: Arc<Stats>, limits: WorkerLimits) -> Self {
+        let WorkerLimits { admission_wait, caches } = limits;
         Worker {
             part,
             slots: HashMap::new(),
             tapes: Tapes::new(ledger.clone()),
+            caches: Caches::new(ledger.clone(), caches),
             ledger,
             admission_wait,
             stats,
@@ -62,6 +69,7 @@ impl Worker {
         }
         self.stats.set(&self.stats.n_sessions, self.slots.len() as u64);
         self.stats.set(&self.stats.n_tapes, self.tapes.len() as u64);
+        self.stats.set(&self.stats.n_caches, self.caches.len() as u64);
     }
 
     /// What touches one session and no base weights.
@@ -72,6 +80,7 @@ impl Worker {
             Command::Release { gone } => {
                 drop(self.slots.remove(&lane));
                 self.tapes.forget(lane);
+                self.caches.forget(lane);
                 self.tapes.settle(&self.part);
                 drop(scheduler.forget(lane));
                 scheduler.let_go();
@@ -91,9 +100,12 @@ impl Worker {
                         let slot = self.slot(lane)?;
                         let result = caught("Step", || Ok(slot.step(&work)))?;
                         slot.applied = sequence;
+                        // They are of older weights now.
+                        self.caches.forget(lane);
                         Ok(result)
                     });
                     send(reply, result);
+                    scheduler.let_go();
                 }
                 FrameWork::Discard { microbatch, reply } => {
                     let result = self.check_order(lane, sequence).map(|()| {
@@ -105,9 +117,18 @@ impl Worker {
                     });
                     send(reply, result);
                 }
-                FrameWork::Forward { .. } | FrameWork::Backward { .. } => {
-                    unreachable!("they are no control jobs")
+                FrameWork::DropCache { cache, reply } => {
+                    let result = self.check_order(lane, sequence).map(|()| {
+                        self.caches.drop_one((lane, cache));
+                        self.set_applied(lane, sequence);
+                        scheduler.let_go();
+                        DropCacheResult
+                    });
+                    send(reply, result);
                 }
+                FrameWork::Forward { .. }
+                | FrameWork::Extend { .. }
+                | FrameWork::Backward { .. } => unreachable!("they are no control jobs"),
             },
             Command::ToState { reply } => {
                 answer(reply, "snapshot copy", || Ok(self.slot(lane)?.adapters.to_state()));

@@ -33,7 +33,9 @@ fn rig(budget: Option<u64>) -> Rig {
     let spec = PartSpec { layers: 1..3, embed: false, head: false };
     let part = Part::load(&checkpoint, &config, spec, DType::Float, Device::Cpu).unwrap();
     let ledger = Ledger::new(budget);
-    let worker = Worker::new(part, ledger, Arc::default(), Duration::from_secs(3600));
+    let caches = CacheLimits { max_open: 2, max_tokens: 600 };
+    let limits = WorkerLimits { admission_wait: Duration::from_secs(3600), caches };
+    let worker = Worker::new(part, ledger, Arc::default(), limits);
     let hidden_size = config.hidden_size as usize;
     Rig { worker, scheduler: Scheduler::new(100), hidden_size, sequences: HashMap::new() }
 }

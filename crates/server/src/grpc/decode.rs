@@ -6,7 +6,8 @@ use crate::error::Error;
 use crate::finite::first_bad;
 use crate::registry::Opening;
 use crate::session::{
-    BackwardWork, Digest, ForwardWork, Frame, Greeting, Head, Mode, SessionId, StepWork, Work,
+    BackwardWork, Digest, ExtendWork, ForwardWork, Frame, Greeting, Head, Mode, SessionId,
+    StepWork, Work,
 };
 use offshoot_adapters::{AdamW, LoraSpec};
 use offshoot_proto::v1::{self, client_frame::Body};
@@ -22,6 +23,7 @@ pub struct FrameRules {
     pub hidden_size: usize,
     pub wire_dtype: WireDType,
     pub max_tokens: usize,
+    pub max_cache_tokens: usize,
 }
 
 /// A session's id, or the answer for one that does not exist.
@@ -85,9 +87,8 @@ pub fn frame(frame: v1::ClientFrame, rules: &FrameRules) -> Result<Frame, Error>
         }),
         Some(Body::Step(step)) => Work::Step(self::step(step)?),
         Some(Body::Discard(v1::Discard { microbatch })) => Work::Discard { microbatch },
-        Some(Body::Extend(_) | Body::DropCache(_)) => {
-            return Err(Error::Missing { field: "a server that extends caches" });
-        }
+        Some(Body::Extend(extend)) => Work::Extend(self::extend(extend, rules)?),
+        Some(Body::DropCache(v1::DropCache { cache })) => Work::DropCache { cache },
         Some(Body::Hello(_)) | None => return Err(Error::Hello { found: "another".into() }),
     };
     let head = Head { sequence, acknowledged, digest, effect: work.effect() };
@@ -123,6 +124,16 @@ fn forward(forward: v1::Forward, rules: &FrameRules) -> Result<ForwardWork, Erro
         want_input_grad: forward.want_input_grad,
         dropout_key: forward.dropout_key,
     })
+}
+
+fn extend(extend: v1::Extend, rules: &FrameRules) -> Result<ExtendWork, Error> {
+    let v1::Extend { cache, start, hidden } = extend;
+    let (start, hidden) = (u64::from(start), rows("hidden", hidden, rules)?);
+    let (found, limit) = (start + hidden.shape()[0] as u64, rules.max_cache_tokens);
+    if found > limit as u64 {
+        return Err(Error::CacheTokens { found, limit });
+    }
+    Ok(ExtendWork { cache, start, hidden })
 }
 
 /// A tensor `[N, H]` in the session's dtype, N at least 1 and within the limit, all values finite.

@@ -1,6 +1,7 @@
 use super::*;
 
-const RULES: FrameRules = FrameRules { hidden_size: 2, wire_dtype: WireDType::F32, max_tokens: 4 };
+const RULES: FrameRules =
+    FrameRules { hidden_size: 2, wire_dtype: WireDType::F32, max_tokens: 4, max_cache_tokens: 6 };
 
 fn tensor(values: &[f32], shape: &[usize]) -> Option<v1::Tensor> {
     Some(HostTensor::from_f32(values, shape.to_vec(), WireDType::F32).into_proto())
@@ -113,7 +114,7 @@ fn any_change_of_a_scale_or_an_outlier_changes_the_digest() {
     // An outlier channel.
     let values: Vec<f32> = (0..4 * 70).map(|i| if i % 70 == 9 { 90.0 } else { 1.0 }).collect();
     let digest = |tensor: v1::Tensor, wire_dtype| {
-        let rules = FrameRules { hidden_size: 70, wire_dtype, max_tokens: 4 };
+        let rules = FrameRules { hidden_size: 70, wire_dtype, ..RULES };
         let backward = v1::Backward { microbatch: 1, grad: Some(tensor) };
         let body = Some(Body::Backward(backward));
         let frame = frame(v1::ClientFrame { sequence: 1, acknowledged: 0, body }, &rules);

@@ -90,6 +90,7 @@ impl TrunkService for TrunkGrpc {
             registry: self.registry.clone(),
             hidden_size: self.engine.trunk().hidden_size,
             max_tokens: self.limits.max_tokens_per_microbatch as usize,
+            max_cache_tokens: self.limits.max_cache_tokens as usize,
         };
         tokio::spawn(stream::run(context, request.into_inner(), answers));
         let mut response = Response::new(tokio_stream::empty());
@@ -194,15 +195,15 @@ fn memory(engine: &EngineClient, residency: &Residency) -> v1::MemoryReport {
             tape_bytes: peak.tapes,
             workspace_bytes: peak.workspace,
             total_bytes: peak_total,
-            cache_bytes: 0,
+            cache_bytes: peak.caches,
         }),
         host_bytes: host.now.adapters,
         host_budget_bytes: host.budget.unwrap_or(0),
         sessions_on_device: residency.count(Tier::Device) as u32,
         sessions_on_host: residency.count(Tier::Host) as u32,
         waiting_for_room: residency.n_waiting() as u32,
-        cache_bytes: 0,
-        open_caches: 0,
+        cache_bytes: now.caches,
+        open_caches: engine.stats().n_caches.load(Ordering::Relaxed) as u32,
     }
 }
 
@@ -276,6 +277,7 @@ fn session_info(listed: Listed, trunk: &TrunkInfo) -> v1::SessionInfo {
         },
         residency: residency as i32,
         tape_bytes: live.as_ref().map_or(0, |live| live.tape_bytes),
+        cache_bytes: live.as_ref().map_or(0, |live| live.cache_bytes),
         wire_error: live.as_ref().map(|live| live.wire_loss.to_proto()),
         snapshots: record.snapshots.iter().map(snapshot_info).collect(),
         lora: Some(lora_config(record.lora)),

@@ -22,6 +22,7 @@ pub struct StreamContext {
     pub registry: Arc<Registry>,
     pub hidden_size: usize,
     pub max_tokens: usize,
+    pub max_cache_tokens: usize,
 }
 
 /// Reads one stream until either side ends it.
@@ -40,6 +41,7 @@ pub async fn run(context: StreamContext, mut frames: Streaming<ClientFrame>, ans
         hidden_size: context.hidden_size,
         wire_dtype: attached.wire_dtype,
         max_tokens: context.max_tokens,
+        max_cache_tokens: context.max_cache_tokens,
     };
     tokio::select! {
         _ = ended => {}

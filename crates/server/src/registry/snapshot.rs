@@ -167,6 +167,7 @@ mod tests {
             model_type: "llama".into(),
             fingerprint: "abc".into(),
             n_layers: 4,
+            max_positions: 64,
             layers: 1..3,
             hidden_size: 8,
             compute_dtype: crate::config::ComputeDType::F32,

@@ -29,6 +29,8 @@ pub struct Activity {
     busy: AtomicBool,
     /// Of the last frame, since the list was made. 0: there was none.
     used_micros: AtomicU64,
+    /// What its key/value caches take of the device, which comes free with its adapter.
+    cache_bytes: AtomicU64,
 }
 
 /// A session's entry. Dropping it takes it out.
@@ -47,6 +49,11 @@ impl Activity {
     /// Says so, and whether it was otherwise before.
     pub fn set_busy(&self, busy: bool) -> bool {
         self.busy.swap(busy, Ordering::Relaxed) != busy
+    }
+
+    /// Says what the session's caches take.
+    pub fn set_cache_bytes(&self, bytes: u64) {
+        self.cache_bytes.store(bytes, Ordering::Relaxed);
     }
 
     fn used(&self) -> Option<Duration> {
@@ -125,6 +132,10 @@ impl Entry {
     fn resident(&self, id: SessionId) -> Resident {
         let &Entry { tier, bytes, since, leaving, rests_until, ref profile, .. } = self;
         let activity = &profile.activity;
+        let bytes = match tier {
+            Tier::Device => bytes + activity.cache_bytes.load(Ordering::Relaxed),
+            Tier::Host | Tier::Disk => bytes,
+        };
         // What was before this stay does not count in it.
         let used = activity.used().filter(|&used| used >= since);
         Resident { id, tier, bytes, busy: activity.is_busy(), leaving, since, used, rests_until }

@@ -213,6 +213,7 @@ impl SessionActor {
                 Next::Cut { asked, state } => self.finish_cut(asked, state),
             }
         }
+        self.profile.activity.set_cache_bytes(self.state.cache_bytes());
         let is_quiet = self.state.is_quiet() && self.backlog.is_empty();
         if self.profile.activity.set_busy(!is_quiet) && is_quiet {
             self.residency.became_quiet();
@@ -290,6 +291,16 @@ fn with_reply(work: Work) -> (FrameWork, PendingAnswer) {
             let (reply, result) = oneshot::channel();
             let answer = Box::pin(async { Answer::Discard(wait(result).await) });
             (FrameWork::Discard { microbatch, reply }, answer)
+        }
+        Work::Extend(work) => {
+            let (reply, result) = oneshot::channel();
+            let answer = Box::pin(async { Answer::Forward(wait(result).await) });
+            (FrameWork::Extend { work: Box::new(work), reply }, answer)
+        }
+        Work::DropCache { cache } => {
+            let (reply, result) = oneshot::channel();
+            let answer = Box::pin(async { Answer::DropCache(wait(result).await) });
+            (FrameWork::DropCache { cache, reply }, answer)
         }
     }
 }
@@ -400,6 +411,7 @@ impl Handler<Info> for SessionActor {
             applied: self.state.applied(),
             tier: self.place.tier(),
             tape_bytes: self.state.open().values().sum(),
+            cache_bytes: self.state.cache_bytes(),
             wire_loss: self.wire_loss,
         })
     }

@@ -50,7 +50,7 @@ pub struct Head {
     pub effect: Effect,
 }
 
-/// What a frame does to the session's open microbatches.
+/// What a frame does to the session's open microbatches and caches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Effect {
     /// A Forward in training mode leaves a tape.
@@ -62,6 +62,10 @@ pub enum Effect {
     Step,
     /// A Forward in evaluation mode.
     Nothing,
+    /// An Extend begins a cache or goes on with it.
+    Extend(u64),
+    /// A DropCache drops it, if it is there.
+    DropCache(u64),
 }
 
 /// What a frame asks of the device.
@@ -73,6 +77,11 @@ pub enum Work {
     /// The tape will have no Backward.
     Discard {
         microbatch: u64,
+    },
+    Extend(ExtendWork),
+    /// The sequence is at its end.
+    DropCache {
+        cache: u64,
     },
 }
 
@@ -109,6 +118,17 @@ pub struct BackwardWork {
     pub grad: HostTensor,
 }
 
+/// A checked Extend.
+#[derive(Debug)]
+pub struct ExtendWork {
+    /// Among the session's.
+    pub cache: u64,
+    /// Tokens that the cache holds already, as the engine has to find it; 0 begins it anew.
+    pub start: u64,
+    /// `[n, H]`, finite; `start + n` is within the limit.
+    pub hidden: HostTensor,
+}
+
 /// A checked Step: both are finite and not negative.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct StepWork {
@@ -117,7 +137,7 @@ pub struct StepWork {
 }
 
 impl Work {
-    /// What this does to the open microbatches.
+    /// What this does to the open microbatches and caches.
     pub fn effect(&self) -> Effect {
         match self {
             Work::Forward(ForwardWork { mode: Mode::Eval, .. }) => Effect::Nothing,
@@ -125,6 +145,8 @@ impl Work {
             Work::Backward(backward) => Effect::Close(backward.microbatch),
             Work::Step(_) => Effect::Step,
             Work::Discard { microbatch } => Effect::Discard(*microbatch),
+            Work::Extend(extend) => Effect::Extend(extend.cache),
+            Work::DropCache { cache } => Effect::DropCache(*cache),
         }
     }
 }

@@ -222,6 +222,9 @@ impl Handler<Leave> for SessionActor {
                 Ok(away) => (Home::Away(away), Ok(())),
                 Err((home, error)) => (home, Err(error)),
             };
+            if !matches!(home, Home::Device(_)) {
+                actor.state.drop_caches();
+            }
             if matches!(home, Home::Away(Away::Disk)) {
                 actor.state.drop_answers();
             }

@@ -19,7 +19,7 @@ impl WireLoss {
                 self.gradients += grad.rounding();
             }
             Answer::Forward(_) | Answer::Backward { .. } => {}
-            Answer::Step(_) | Answer::Discard(_) | Answer::Refused(_) => {}
+            Answer::Step(_) | Answer::Discard(_) | Answer::DropCache(_) | Answer::Refused(_) => {}
         }
     }
 

@@ -160,5 +160,6 @@ pub struct SessionView {
     pub applied: u64,
     pub tier: Tier,
     pub tape_bytes: u64,
+    pub cache_bytes: u64,
     pub wire_loss: WireLoss,
 }

@@ -11,7 +11,9 @@ mod outbox;
 mod state;
 
 pub use actor::{SessionActor, SessionSeed};
-pub use frame::{BackwardWork, Digest, ForwardWork, Frame, Head, Mode, SessionId, StepWork, Work};
+pub use frame::{
+    BackwardWork, Digest, ExtendWork, ForwardWork, Frame, Head, Mode, SessionId, StepWork, Work,
+};
 pub use messages::{
     Attach, Cut, Detach, DrainWhenQuiet, Export, ExportOf, Frames, Greeting, Info, Keep, Leave,
     Reason, Retire, SessionCut, SessionView,

@@ -1,7 +1,7 @@
 //! A session's answers in the order of its frames, whenever each becomes ready.
 
 use super::state::{Settled, Ticket};
-use crate::engine::{BackwardResult, DiscardResult, ForwardResult, StepResult};
+use crate::engine::{BackwardResult, DiscardResult, DropCacheResult, ForwardResult, StepResult};
 use crate::error::Error;
 use offshoot_adapters::AdapterState;
 use offshoot_proto::v1::{self, ServerFrame, server_frame::Body};
@@ -19,6 +19,7 @@ pub type StreamEnds = oneshot::Sender<()>;
 /// What the engine made of a frame.
 #[derive(Debug)]
 pub enum Answer {
+    /// Or of an Extend.
     Forward(Result<ForwardResult, Error>),
     Backward {
         microbatch: u64,
@@ -26,6 +27,7 @@ pub enum Answer {
     },
     Step(Result<StepResult, Error>),
     Discard(Result<DiscardResult, Error>),
+    DropCache(Result<DropCacheResult, Error>),
     /// It did not come as far as the engine.
     Refused(Error),
 }
@@ -33,9 +35,9 @@ pub enum Answer {
 impl Answer {
     /// For the state, and for the client if the frame was refused.
     pub(super) fn settle(self, sequence: u64) -> (Settled, ServerFrame) {
-        let applied = |body, tape_bytes, step| {
+        let applied = |body, bytes, step| {
             let answer = ServerFrame { sequence, body: Some(body) };
-            let settled = Settled::Applied { answer: Box::new(answer.clone()), tape_bytes, step };
+            let settled = Settled::Applied { answer: Box::new(answer.clone()), bytes, step };
             (settled, answer)
         };
         let refused = |error: Error, lost| {
@@ -43,10 +45,10 @@ impl Answer {
             (Settled::Refused { lost }, error.to_frame(sequence))
         };
         match self {
-            Answer::Forward(Ok(ForwardResult { hidden, tape_bytes, times })) => {
+            Answer::Forward(Ok(ForwardResult { hidden, tape_bytes, cache_bytes, times })) => {
                 let (hidden, timing) = (Some(hidden.into_proto()), Some(timing(times)));
-                let done = v1::ForwardDone { hidden, tape_bytes, timing, cache_bytes: 0 };
-                applied(Body::Forward(done), tape_bytes, None)
+                let done = v1::ForwardDone { hidden, tape_bytes, timing, cache_bytes };
+                applied(Body::Forward(done), tape_bytes + cache_bytes, None)
             }
             Answer::Backward {
                 result: Ok(BackwardResult::Done { grad, grad_norm_squared, times }),
@@ -65,10 +67,14 @@ impl Answer {
             Answer::Discard(Ok(DiscardResult)) => {
                 applied(Body::Discard(v1::DiscardDone {}), 0, None)
             }
+            Answer::DropCache(Ok(DropCacheResult)) => {
+                applied(Body::DropCache(v1::DropCacheDone {}), 0, None)
+            }
             Answer::Forward(Err(error))
             | Answer::Backward { result: Err(error), .. }
             | Answer::Step(Err(error))
             | Answer::Discard(Err(error))
+            | Answer::DropCache(Err(error))
             | Answer::Refused(error) => refused(error, None),
         }
     }

@@ -53,8 +53,8 @@ pub struct Recorded {
 pub enum Settled {
     Applied {
         answer: Box<ServerFrame>,
-        /// Of the tape that a training Forward left.
-        tape_bytes: u64,
+        /// Of the tape that a training Forward left, or of the cache that an Extend went on with.
+        bytes: u64,
         /// Optimizer steps, after a Step.
         step: Option<u64>,
     },
@@ -89,6 +89,9 @@ pub struct SessionState {
     acknowledged: u64,
     /// Tape bytes by microbatch.
     open: BTreeMap<u64, u64>,
+    /// Bytes by cache. The engine alone knows which of them are still there: it may drop one for want
+    /// of room.
+    caches: BTreeMap<u64, u64>,
     answers: VecDeque<Recorded>,
     in_flight: VecDeque<InFlight>,
     next_ticket: u64,
@@ -104,6 +107,7 @@ impl SessionState {
             step: resume.step,
             acknowledged: 0,
             open: BTreeMap::new(),
+            caches: BTreeMap::new(),
             answers: resume.answers.into(),
             in_flight: VecDeque::new(),
             next_ticket: 0,
@@ -156,6 +160,16 @@ impl SessionState {
         self.answers.clear();
     }
 
+    /// The session left the device, where its caches were.
+    pub fn drop_caches(&mut self) {
+        self.caches.clear();
+    }
+
+    /// What its caches take of the device, or a little more.
+    pub fn cache_bytes(&self) -> u64 {
+        self.caches.values().sum()
+    }
+
     /// The recorded answers are back from the disk.
     pub fn put_answers(&mut self, answers: Vec<Recorded>) {
         self.answers = answers.into();
@@ -188,9 +202,9 @@ impl SessionState {
         let frame = self.in_flight.pop_front().expect("only admitted frames settle");
         assert_eq!(frame.ticket, ticket, "frames settle in the order of admission");
         match settled {
-            Settled::Applied { answer, tape_bytes, step } => {
+            Settled::Applied { answer, bytes, step } => {
                 assert!(!frame.doomed, "the engine refuses what stands behind a refused frame");
-                self.apply(frame.head, *answer, tape_bytes, step);
+                self.apply(frame.head, *answer, bytes, step);
             }
             Settled::Refused { lost } => {
                 if let Some(microbatch) = lost {
@@ -203,7 +217,7 @@ impl SessionState {
         }
     }
 
-    /// From now on no training Forward is admitted.
+    /// From now on no training Forward and no Extend is admitted.
     pub fn drain(&mut self) {
         self.draining = true;
     }
@@ -262,6 +276,7 @@ impl SessionState {
                     open.retain(|&m| m != microbatch);
                 }
                 Effect::Step | Effect::Nothing => {}
+                Effect::Extend(_) | Effect::DropCache(_) => {}
             }
         }
         open
@@ -270,8 +285,12 @@ impl SessionState {
     fn check_effect(&self, effect: Effect) -> Result<(), Error> {
         let open = self.expected_open();
         match effect {
-            Effect::Nothing | Effect::Discard(_) => Ok(()),
-            Effect::Open(_) if self.draining => Err(Error::Draining { retry_after: DRAIN_RETRY }),
+            Effect::Nothing | Effect::Discard(_) | Effect::DropCache(_) => Ok(()),
+            // A cache would not survive: its client begins it again on the next server.
+            Effect::Open(_) | Effect::Extend(_) if self.draining => {
+                Err(Error::Draining { retry_after: DRAIN_RETRY })
+            }
+            Effect::Extend(_) => Ok(()),
             Effect::Open(microbatch) if open.contains(&microbatch) => {
                 Err(Error::OpenTape { microbatch })
             }
@@ -289,16 +308,24 @@ impl SessionState {
         }
     }
 
-    fn apply(&mut self, head: Head, answer: ServerFrame, tape_bytes: u64, step: Option<u64>) {
+    fn apply(&mut self, head: Head, answer: ServerFrame, bytes: u64, step: Option<u64>) {
         self.applied = head.sequence;
         match head.effect {
             Effect::Open(microbatch) => {
-                self.open.insert(microbatch, tape_bytes);
+                self.open.insert(microbatch, bytes);
             }
             Effect::Close(microbatch) | Effect::Discard(microbatch) => {
                 self.open.remove(&microbatch);
             }
-            Effect::Step | Effect::Nothing => {}
+            Effect::Extend(cache) => {
+                self.caches.insert(cache, bytes);
+            }
+            Effect::DropCache(cache) => {
+                self.caches.remove(&cache);
+            }
+            // They are of older weights now.
+            Effect::Step => self.caches.clear(),
+            Effect::Nothing => {}
         }
         self.step = step.unwrap_or(self.step);
         self.answers.push_back(Recorded { sequence: head.sequence, digest: head.digest, answer });

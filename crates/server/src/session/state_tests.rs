@@ -26,10 +26,7 @@ fn run(state: &mut SessionState, head: &Head) -> Ticket {
 
 fn applied(state: &mut SessionState, ticket: Ticket, sequence: u64) {
     let step = Some(sequence);
-    state.settle(
-        ticket,
-        Settled::Applied { answer: Box::new(answer(sequence)), tape_bytes: 10, step },
-    );
+    state.settle(ticket, Settled::Applied { answer: Box::new(answer(sequence)), bytes: 10, step });
 }
 
 fn refused(state: &mut SessionState, ticket: Ticket) {
