@@ -57,7 +57,7 @@ impl Place {
             TrainOptions::new(&model, &server.endpoint(), path("train.txt"), path(output));
         options.sources.eval_files = vec![path("eval.jsonl")];
         options.data.max_seq_length = 24;
-        options.steps.batch_size = 3;
+        options.steps.batch_size = Some(3);
         options.steps.gradient_accumulation_steps = 2;
         options.optimizer.learning_rate = 5e-3;
         options.steps.max_steps = Some(N_STEPS);
@@ -203,7 +203,7 @@ async fn a_client_without_layers_trains_the_trunk() {
     (config.model.split_point_1, config.model.split_point_2) = (0, 4);
     let server = TestServer::start_with(config).await;
     let mut options = place.options(&server, "straight");
-    options.lora.spec.target_modules = vec!["all-linear".into()];
+    options.lora.target_modules = vec!["all-linear".into()];
     let straight = run(options.clone()).await;
     let adapter = peft::read_dir(&straight.adapter.clone().unwrap()).unwrap();
     assert_eq!(adapter.tensors.len(), 4 * 7 * 2);
@@ -226,7 +226,7 @@ async fn a_large_step_in_small_pieces_is_the_same_step() {
         config.limits.max_tokens_per_microbatch = limit;
         let server = TestServer::start_with(config).await;
         let mut options = place.options(&server, &format!("pieces-{limit}"));
-        options.lora.spec.lora_dropout = 0.0;
+        options.lora.lora_dropout = Some(0.0);
         losses.push(run(options).await.losses);
         server.drain().await;
     }
@@ -259,7 +259,7 @@ async fn what_does_not_fit_is_refused_with_both_sides() {
     assert_says(text, &["--model-type = gpt2", "llama"]);
     let text = refused(|o| o.data.max_seq_length = 9000).await;
     assert_says(text, &["--max-seq-length = 9000", "8192"]);
-    let text = refused(|o| o.lora.spec.target_modules = vec!["q_prj".into()]).await;
+    let text = refused(|o| o.lora.target_modules = vec!["q_prj".into()]).await;
     assert_says(text, &["q_prj", "q_proj"]);
     let text = refused(|o| o.output.resume = Some("latest".into())).await;
     assert_says(text, &["no checkpoint_step_N"]);
@@ -281,7 +281,7 @@ async fn another_runs_folder_is_not_written_over() {
     assert!(matches!(branch, Err(TrainError::Option { option: "output-dir", .. })), "{branch:?}");
     let mut options = place.options(&server, "run");
     options.output.resume = Some("latest".into());
-    options.lora.spec.r = 4;
+    options.lora.r = Some(4);
     let error = train(options, CancelToken::default()).await.unwrap_err().to_string();
     assert!(error.contains("another model, cut or adapter: lora was"), "{error}");
     server.drain().await;

@@ -3,24 +3,28 @@
 use crate::report::StartEvent;
 use crate::setup::Prepared;
 use crate::train::Run;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Share of a run's steps spent waiting that is worth a hint.
 const MUCH_WAITING: f64 = 0.2;
 
 impl Run {
     /// Microbatches that the next step may have on their way at once.
-    pub fn in_flight(&self) -> usize {
+    pub fn n_in_flight(&self) -> usize {
+        self.in_flight.now().min(self.most_in_flight())
+    }
+
+    /// As many as the server lets a session have.
+    fn most_in_flight(&self) -> usize {
         let limits = self.session.limits();
-        let most = limits.max_open_microbatches.min(limits.max_frames_in_flight).max(1);
-        self.in_flight.min(most as usize)
+        limits.max_open_microbatches.min(limits.max_frames_in_flight).max(1) as usize
     }
 
     /// The server was too full for one of several microbatches.
-    pub fn lower_in_flight(&mut self, to: usize) {
-        self.in_flight = to;
+    pub fn tell_of_waiting(&self) {
         self.report.line(&format!(
-            "the server had no room for another microbatch of this step and made it wait; {to} in flight from here on"
+            "the server had no room for another microbatch of this step and made it wait; {} in flight from here on, and more again when there is room",
+            self.in_flight.now()
         ));
     }
 
@@ -50,14 +54,14 @@ impl Run {
         ));
         self.report.line(&format!(
             "{} samples of {} tokens, {} passed over; {} for evaluation; {} steps, {} of warm-up",
-            data.samples.len(),
+            data.len(),
             data.n_tokens(),
-            data.n_skipped,
-            eval.as_ref().map_or(0, |data| data.samples.len()),
+            data.stats.n_skipped,
+            eval.as_ref().map_or(0, |data| data.len()),
             settings.n_steps,
             schedule.n_warmup,
         ));
-        let (asked, allowed) = (self.in_flight, self.in_flight());
+        let (asked, allowed) = (self.in_flight.asked(), self.most_in_flight());
         if allowed < asked {
             let limits = self.session.limits();
             self.report.line(&format!(
@@ -77,18 +81,35 @@ impl Run {
             split_point_1: settings.split_point_1,
             split_point_2: settings.split_point_2,
             lora_rank: settings.lora.r,
-            samples: data.samples.len() as u64,
-            eval_samples: eval.as_ref().map_or(0, |data| data.samples.len()) as u64,
+            samples: data.len() as u64,
+            eval_samples: eval.as_ref().map_or(0, |data| data.len()) as u64,
             session: self.session.id().to_string(),
             version: env!("CARGO_PKG_VERSION").into(),
         }
     }
 
+    fn tell_of_early_stop(&self) {
+        let evaluation = &self.options.evaluation;
+        let (Some(patience), true) = (evaluation.patience, self.stops_early()) else { return };
+        if self.step == self.prepared.settings.n_steps {
+            return;
+        }
+        let least = match evaluation.threshold {
+            0.0 => String::new(),
+            threshold => format!(" of at least {threshold}"),
+        };
+        self.report.line(&format!(
+            "stopped early at step {} of {}: {patience} evaluations in a row brought no improvement{least}; to go on, --resume latest with a higher --early-stopping-patience, or without it",
+            self.step, self.prepared.settings.n_steps,
+        ));
+    }
+
     /// Where the results are and where the time went.
-    pub fn conclude(&self, adapter: Option<&Path>, checkpoint: &Path) {
+    pub fn conclude(&self, adapter: Option<&(PathBuf, u64)>, checkpoint: &Path) {
+        self.tell_of_early_stop();
         match adapter {
-            Some(dir) => self.report.line(&format!(
-                "done: step {}; the adapter for the whole model is in {}; PEFT loads it with PeftModel.from_pretrained(model, {:?})",
+            Some((dir, step)) => self.report.line(&format!(
+                "done: step {}; the adapter for the whole model, of step {step}, is in {}; PEFT loads it with PeftModel.from_pretrained(model, {:?})",
                 self.step,
                 dir.display(),
                 dir.display().to_string(),
@@ -109,10 +130,10 @@ impl Run {
         self.report.line(&format!(
             "{training:.1} s of training steps, {waited:.1} s of them ({:.0}%) waiting for the server, with up to {} of {} microbatches of a step in flight",
             100.0 * share,
-            self.in_flight().min(self.spent.microbatches),
+            self.n_in_flight().min(self.spent.microbatches),
             self.spent.microbatches,
         ));
-        if share > MUCH_WAITING && self.spent.microbatches == 1 && self.options.steps.batch_size > 1
+        if share > MUCH_WAITING && self.spent.microbatches == 1 && self.options.steps.most_samples() != Some(1)
         {
             self.report.line(
                 "a step of one microbatch has nothing to do meanwhile: half the --batch-size with twice the --gradient-accumulation-steps takes the same samples into a step and waits less",

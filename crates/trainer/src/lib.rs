@@ -22,10 +22,13 @@ pub mod data;
 mod describe;
 mod early_stop;
 mod error;
-mod fit;
+pub mod fit;
+pub mod generate;
 pub mod loss;
 mod in_flight;
+pub mod merge;
 pub mod options;
+mod origin;
 mod report;
 mod resume;
 pub mod sample;
@@ -39,6 +42,7 @@ mod wire;
 
 pub use error::TrainError;
 pub use options::{CancelToken, TrainOptions};
+pub use origin::resolve_lora;
 pub use report::{DoneEvent, EvalEvent, Event, StartEvent, StepEvent, WireErrors};
 pub use schedule::{Schedule, Scheduler, Warmup};
 pub use split::{

@@ -1,6 +1,6 @@
 use crate::TrainError;
 pub use crate::loss::LossOptions;
-use crate::data::DataOptions;
+use crate::data::{DataOptions, MicrobatchSize};
 use crate::sample::SampleOptions;
 use crate::schedule::{Scheduler, Warmup};
 use offshoot_adapters::{AdamW, LoraSpec};
@@ -68,17 +68,34 @@ pub struct SourceOptions {
 }
 
 /// The adapter.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct LoraOptions {
-    /// Without `target_modules`: the server's default ones.
-    pub spec: LoraSpec,
+    /// Begins with this adapter: a PEFT directory, a checkpoint or a run. What is None, or empty,
+    /// below is as it has it; else as the checkpoint that is resumed has it; else the usual.
+    pub init_adapter: Option<PathBuf>,
+    /// Rank.
+    pub r: Option<usize>,
+    /// The adapter counts alpha / r times.
+    pub lora_alpha: Option<f64>,
+    /// Chance that an input of an adapter is left out in training.
+    pub lora_dropout: Option<f64>,
+    /// Whether it counts alpha / sqrt(r) times.
+    pub use_rslora: Option<bool>,
+    /// Linear layers that carry LoRA. Usual are the server's default ones.
+    pub target_modules: Vec<String>,
 }
+
+/// Without a number of samples or tokens.
+const DEFAULT_BATCH_SIZE: usize = 4;
 
 /// What a step takes, and how many steps there are.
 #[derive(Clone, Debug)]
 pub struct StepOptions {
-    /// Sequences in a microbatch.
-    pub batch_size: usize,
+    /// Most samples in a microbatch (pairs, for preferences). None: 4, or with
+    /// `max_tokens_per_batch` as many as fit.
+    pub batch_size: Option<usize>,
+    /// Tokens of a microbatch: as many samples as fit share it.
+    pub max_tokens_per_batch: Option<usize>,
     /// Microbatches in a step.
     pub gradient_accumulation_steps: usize,
     /// Microbatches of a step that may be on their way at once; bounded by the server's limits.
@@ -169,16 +186,30 @@ pub struct SampleTexts {
     pub options: SampleOptions,
 }
 
-impl Default for LoraOptions {
-    fn default() -> Self {
-        LoraOptions { spec: LoraSpec { lora_dropout: 0.1, ..LoraSpec::default() } }
+impl LoraOptions {
+    /// What an adapter is where nothing else is asked for.
+    pub(crate) fn usual() -> LoraSpec {
+        LoraSpec { lora_dropout: 0.1, ..LoraSpec::default() }
+    }
+
+    /// What is asked for, and for the rest `base`.
+    pub(crate) fn over(&self, base: &LoraSpec) -> LoraSpec {
+        let targets = &self.target_modules;
+        LoraSpec {
+            r: self.r.unwrap_or(base.r),
+            lora_alpha: self.lora_alpha.unwrap_or(base.lora_alpha),
+            lora_dropout: self.lora_dropout.unwrap_or(base.lora_dropout),
+            use_rslora: self.use_rslora.unwrap_or(base.use_rslora),
+            target_modules: if targets.is_empty() { &base.target_modules } else { targets }.clone(),
+        }
     }
 }
 
 impl Default for StepOptions {
     fn default() -> Self {
         StepOptions {
-            batch_size: 4,
+            batch_size: None,
+            max_tokens_per_batch: None,
             gradient_accumulation_steps: 1,
             microbatches_in_flight: 2,
             num_epochs: 3,
@@ -243,11 +274,7 @@ impl TrainOptions {
                 session_name: String::new(),
             },
             sources: SourceOptions { train_files: vec![train_file], eval_files: Vec::new() },
-            data: DataOptions {
-                max_seq_length: 512,
-                max_samples: None,
-                prompt_format: Default::default(),
-            },
+            data: DataOptions::default(),
             lora: LoraOptions::default(),
             steps: StepOptions::default(),
             optimizer: OptimizerOptions::default(),
@@ -287,13 +314,30 @@ impl TrainOptions {
         if self.sources.train_files.is_empty() {
             return wrong("train-file", "(none)", "expected at least one file or folder");
         }
-        Ok(self.lora.spec.validate()?)
+        Ok(self.lora.over(&LoraOptions::usual()).validate()?)
     }
 }
 
 impl StepOptions {
+    /// What ends a microbatch.
+    pub fn microbatch_size(&self) -> MicrobatchSize {
+        match self.max_tokens_per_batch {
+            None => MicrobatchSize::Samples(self.batch_size.unwrap_or(DEFAULT_BATCH_SIZE)),
+            Some(max_tokens) => MicrobatchSize::Tokens { max_tokens, max_samples: self.batch_size },
+        }
+    }
+
+    /// Most samples of a microbatch, if anything limits them but tokens.
+    pub(crate) fn most_samples(&self) -> Option<usize> {
+        match self.microbatch_size() {
+            MicrobatchSize::Samples(n) => Some(n),
+            MicrobatchSize::Tokens { max_samples, .. } => max_samples,
+        }
+    }
+
     fn validate(&self) -> Result<(), TrainError> {
-        at_least_one("batch-size", self.batch_size as u64)?;
+        at_least_one("batch-size", self.batch_size.unwrap_or(1) as u64)?;
+        at_least_one("max-tokens-per-batch", self.max_tokens_per_batch.unwrap_or(1) as u64)?;
         at_least_one("gradient-accumulation-steps", self.gradient_accumulation_steps as u64)?;
         at_least_one("microbatches-in-flight", self.microbatches_in_flight as u64)?;
         at_least_one("num-epochs", self.num_epochs)?;

@@ -1,6 +1,7 @@
 use crate::TrainError;
 use crate::checkpoint::{self, Saved};
 use crate::options::TrainOptions;
+use crate::origin::Origin;
 use crate::setup::{self, Prepared};
 use crate::train::Run;
 use offshoot_client::{ClientError, Session, SessionId};
@@ -12,6 +13,7 @@ impl Run {
         self.step = saved.state.step;
         self.eval_loss = saved.state.eval_loss;
         self.best = saved.state.best;
+        self.evaluations = saved.state.evaluations.clone();
         self.saved = Some((self.step, saved.path.clone()));
         Ok(())
     }
@@ -24,7 +26,7 @@ impl Run {
         let mut refused = Vec::new();
         let mut known = checkpoint::list(&self.options.output.dir)?;
         known.splice(0..0, self.resumed.clone());
-        known.retain(|saved| saved.state.session_id == own);
+        known.retain(|saved| saved.state.session_id.as_deref() == Some(own.as_str()));
         for saved in known.into_iter().rev() {
             match restore(&self.prepared, &saved).await {
                 Ok(session) => {
@@ -46,22 +48,23 @@ impl Run {
                 ),
             });
         }
-        // No checkpoint yet. Step 0 is a function of the seed.
+        // No checkpoint yet. Step 0 is a function of the seed and of the adapter that it began with.
         let old = self.session.id().clone();
-        let session = setup::open(&self.prepared.client, &self.options, &self.prepared.settings);
-        self.session = session.await?;
+        self.session = setup::open(&self.options, &self.prepared).await?;
         // Only tidiness: the server may not know it any more.
         let _ = self.prepared.client.close_session(&old, true).await;
         self.prepared.split.reset()?;
+        if let Origin::Adapter(adapter) = &self.prepared.origin {
+            self.prepared.split.load_adapter(&adapter.tensors)?;
+        }
         (self.step, self.eval_loss, self.best, self.saved) = (0, None, None, None);
+        self.evaluations.clear();
         self.replay_from("the beginning, in a new session")
     }
 
     fn replay_from(&mut self, from: &str) -> Result<(), TrainError> {
         let step = self.step;
         self.losses.retain(|(s, _)| *s <= step);
-        // A checkpoint comes after the evaluation of its step; the beginning is evaluated again.
-        self.evaluations.retain(|e| e.step <= step && step > 0);
         self.report.rewind(step)?;
         self.report.line(&format!(
             "the server came back in an older state; going on at step {step} from {from}"
@@ -76,6 +79,12 @@ pub(crate) fn check_output_dir(
     resumed: Option<&Saved>,
 ) -> Result<(), TrainError> {
     let Some(last) = checkpoint::list(&options.output.dir)?.pop() else { return Ok(()) };
+    // `best` can only mean to leave the later ones; they are set aside. An imported one has none.
+    let to_best = options.output.resume.as_deref() == Some("best");
+    let to_imported = options.output.resume.is_some() && resumed.is_none() && last.state.step == 0;
+    if to_best || to_imported {
+        return Ok(());
+    }
     let problem = match resumed {
         None => format!(
             "it holds checkpoints of another run, up to step {}; go on with it by --resume latest, or name another folder",
@@ -109,21 +118,27 @@ pub(crate) fn check_settings(
 /// The server's side of a checkpoint.
 pub(crate) async fn restore(prepared: &Prepared, saved: &Saved) -> Result<Session, TrainError> {
     let state = &saved.state;
-    let id = SessionId::from(state.session_id.clone());
-    match prepared.client.restore(&id, Some(&state.snapshot_id)).await {
+    let Some((session_id, snapshot_id)) = state.snapshot() else {
+        return Err(TrainError::Checkpoint {
+            path: saved.path.clone(),
+            problem: "no server has its session; begin with its adapter by --init-adapter".into(),
+        });
+    };
+    let id = SessionId::from(session_id.to_string());
+    match prepared.client.restore(&id, Some(snapshot_id)).await {
         Ok((session, restored)) if restored.snapshot.step == state.step => Ok(session),
         Ok((_, restored)) => Err(TrainError::Checkpoint {
             path: saved.path.clone(),
             problem: format!(
                 "it is of step {}, the server's snapshot {} is of step {}; are they of one run?",
-                state.step, state.snapshot_id, restored.snapshot.step
+                state.step, snapshot_id, restored.snapshot.step
             ),
         }),
         Err(error @ ClientError::Refused { .. }) => Err(TrainError::Checkpoint {
             path: saved.path.clone(),
             problem: format!(
-                "the server cannot restore snapshot {} of session {}: {error}. It keeps the last few snapshots of a session (store.snapshots_kept) in its --store-dir; take a later checkpoint, or start the server with the store that the run used",
-                state.snapshot_id, state.session_id
+                "the server cannot restore snapshot {snapshot_id} of session {session_id}: {error}. It keeps the last few snapshots of a session (--snapshots-kept) in its --store-dir. Take a later checkpoint; or start the server with the store that the run used; or begin a new run with this checkpoint's adapter, without its optimizer: --init-adapter {}",
+                saved.path.display()
             ),
         }),
         Err(error) => Err(error.into()),

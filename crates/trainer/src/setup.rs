@@ -1,14 +1,17 @@
 use crate::TrainError;
+use crate::adapter::lora_config;
 use crate::checkpoint::RunSettings;
-use crate::data::{DataOptions, DataSet, Order};
+use crate::data::source::DataSpec;
+use crate::data::{DataOptions, DataSet, Plan, PlanOptions};
 use crate::fit;
 use crate::loss::Losses;
 use crate::options::{OptimizerOptions, TrainOptions};
+use crate::origin::Origin;
 use crate::schedule::Schedule;
 use crate::split::{SplitModel, SplitOptions};
 use crate::tokenizer::Tokenizer;
 use offshoot_adapters::LoraSpec;
-use offshoot_client::{AdamWConfig, Client, LoraConfig, OpenSession, ServerDescription, Session};
+use offshoot_client::{AdamWConfig, Client, OpenSession, ServerDescription, Session};
 use offshoot_model::weights::Checkpoint;
 use offshoot_model::{ModelConfig, SplitPoints};
 use tch::Kind;
@@ -22,15 +25,19 @@ pub(crate) struct Prepared {
     pub tokenizer: Tokenizer,
     pub data: DataSet,
     pub eval: Option<DataSet>,
-    pub order: Order,
+    pub plan: Plan,
     pub schedule: Schedule,
     pub split: SplitModel,
     pub losses: Losses,
+    pub origin: Origin,
 }
 
 /// Connects, checks that both sides hold one model, reads the data and loads bottom and top. The
 /// cheap checks come first.
-pub(crate) async fn prepare(options: &TrainOptions) -> Result<Prepared, TrainError> {
+pub(crate) async fn prepare(
+    options: &TrainOptions,
+    origin: Origin,
+) -> Result<Prepared, TrainError> {
     options.validate()?;
     let client = Client::connect_with(&options.model.server, options.model.client.clone()).await?;
     let server = client.describe().await?;
@@ -45,29 +52,41 @@ pub(crate) async fn prepare(options: &TrainOptions) -> Result<Prepared, TrainErr
     let fingerprint = checkpoint.fingerprint();
     fit::model_type(&model.name, &config, model.model_type.as_deref())?;
     fit::fingerprint(&server, &model.name, &config, &fingerprint)?;
+    let origin = origin.fit(&config)?;
 
-    let tokenizer = Tokenizer::load(&checkpoint)?;
+    let template = options.data.chat_template.as_deref();
+    let tokenizer = Tokenizer::load_with(&checkpoint, template)?;
     check_lengths(options, &server, &config)?;
-    let data = DataSet::load(&options.sources.train_files, &options.data, &tokenizer)?;
-    fit::vocabulary(highest_id(&data), &tokenizer, &config)?;
-    let eval = if options.sources.eval_files.is_empty() {
+    let sources = DataSpec {
+        eval_files: options.sources.eval_files.clone(),
+        ..DataSpec::files(options.sources.train_files.clone())
+    };
+    let sources = sources.open()?;
+    let data = DataSet::load(&sources.train, &options.data, &tokenizer)?;
+    fit::vocabulary(data.highest_id(), &tokenizer, &config)?;
+    let eval = if sources.eval.is_empty() {
         None
     } else {
         let of_eval = DataOptions { max_samples: None, ..options.data.clone() };
-        let eval = DataSet::load(&options.sources.eval_files, &of_eval, &tokenizer)?;
-        fit::vocabulary(highest_id(&eval), &tokenizer, &config)?;
+        let eval = DataSet::load(&sources.eval, &of_eval, &tokenizer)?;
+        fit::vocabulary(eval.highest_id(), &tokenizer, &config)?;
         Some(eval)
     };
 
-    let per_step = options.steps.batch_size * options.steps.gradient_accumulation_steps;
-    let order = Order::new(data.samples.len(), per_step, options.seed);
+    let plan = PlanOptions {
+        size: options.steps.microbatch_size(),
+        gradient_accumulation_steps: options.steps.gradient_accumulation_steps,
+        server_max_tokens: server.limits.max_tokens_per_microbatch as usize,
+        seed: options.seed,
+    };
+    let plan = Plan::new(&data, plan)?;
     let n_steps =
-        options.steps.max_steps.unwrap_or(options.steps.num_epochs * order.steps_per_epoch());
+        options.steps.max_steps.unwrap_or_else(|| plan.n_steps(options.steps.num_epochs));
     let schedule = schedule(&options.optimizer, n_steps);
-    let lora = resolve_targets(&options.lora.spec, &server, &config);
+    let lora = resolve_targets(origin.lora(&options.lora)?, &server, &config);
     let settings = settings(options, &server, fingerprint, lora, &data, n_steps, &schedule);
     let s1 = server.split_point_1 as usize;
-    let split = SplitModel::load(
+    let mut split = SplitModel::load(
         &checkpoint,
         &config,
         &SplitOptions {
@@ -79,6 +98,9 @@ pub(crate) async fn prepare(options: &TrainOptions) -> Result<Prepared, TrainErr
             devices: options.compute.devices.clone(),
         },
     )?;
+    if let Origin::Adapter(adapter) = &origin {
+        split.load_adapter(&adapter.tensors)?;
+    }
     let losses = Losses::new(&options.loss);
     Ok(Prepared {
         client,
@@ -88,28 +110,34 @@ pub(crate) async fn prepare(options: &TrainOptions) -> Result<Prepared, TrainErr
         tokenizer,
         data,
         eval,
-        order,
+        plan,
         schedule,
         split,
         losses,
+        origin,
     })
 }
 
-/// A fresh session as the settings say.
+/// A fresh session as the settings say, with the adapter that the run begins with, if there is one.
 pub(crate) async fn open(
-    client: &Client,
     options: &TrainOptions,
-    settings: &RunSettings,
+    prepared: &Prepared,
 ) -> Result<Session, TrainError> {
-    let LoraSpec { r, lora_alpha, lora_dropout, use_rslora, target_modules } =
-        settings.lora.clone();
+    let Prepared { client, settings, config, origin, .. } = prepared;
+    let initial_adapter = match origin {
+        Origin::Adapter(adapter) => {
+            let (s1, s2) = (settings.split_point_1, settings.split_point_2);
+            adapter.trunk(SplitPoints::new(s1, s2, config.n_layers)?)
+        }
+        Origin::Seed | Origin::Checkpoint(_) => Vec::new(),
+    };
     let adamw = &options.optimizer.adamw;
     let session = client.open(OpenSession {
         name: options.model.session_name.clone(),
         fingerprint: settings.fingerprint.clone(),
         split_point_1: settings.split_point_1 as u32,
         split_point_2: settings.split_point_2 as u32,
-        lora: LoraConfig { r: r as u32, lora_alpha, lora_dropout, use_rslora, target_modules },
+        lora: lora_config(&settings.lora),
         adamw: AdamWConfig {
             beta1: adamw.beta1,
             beta2: adamw.beta2,
@@ -118,7 +146,7 @@ pub(crate) async fn open(
         },
         seed: options.seed,
         wire_dtype: options.compute.wire_dtype,
-        initial_adapter: Vec::new(),
+        initial_adapter,
     });
     Ok(session.await?)
 }
@@ -151,10 +179,6 @@ fn check_lengths(
     Ok(())
 }
 
-fn highest_id(data: &DataSet) -> i64 {
-    data.samples.iter().flat_map(|s| &s.ids).max().copied().unwrap_or_default()
-}
-
 fn schedule(options: &OptimizerOptions, n_steps: u64) -> Schedule {
     Schedule {
         scheduler: options.scheduler,
@@ -165,8 +189,11 @@ fn schedule(options: &OptimizerOptions, n_steps: u64) -> Schedule {
     }
 }
 
-fn resolve_targets(lora: &LoraSpec, server: &ServerDescription, config: &ModelConfig) -> LoraSpec {
-    let mut lora = lora.clone();
+fn resolve_targets(
+    mut lora: LoraSpec,
+    server: &ServerDescription,
+    config: &ModelConfig,
+) -> LoraSpec {
     if lora.target_modules.is_empty() {
         lora.target_modules = server.default_target_modules.clone();
     }
@@ -194,7 +221,8 @@ fn settings(
         lora,
         seed: options.seed,
         data_fingerprint: data.fingerprint(),
-        batch_size: options.steps.batch_size,
+        batch_size: options.steps.most_samples().unwrap_or_default(),
+        max_tokens_per_batch: options.steps.max_tokens_per_batch,
         gradient_accumulation_steps: options.steps.gradient_accumulation_steps,
         microbatches_in_flight: options.steps.microbatches_in_flight,
         n_steps,

@@ -4,7 +4,10 @@ mod step;
 
 use crate::TrainError;
 use crate::checkpoint::{self, Best, Saved};
-use crate::options::{CancelToken, TrainOptions};
+use crate::early_stop;
+use crate::in_flight::InFlight;
+use crate::options::{AdapterChoice, CancelToken, TrainOptions};
+use crate::origin::Origin;
 use crate::report::{Event, ReportOptions, Reporter};
 use crate::resume;
 use crate::setup::{self, Prepared};
@@ -22,6 +25,8 @@ pub struct Summary {
     pub step: u64,
     /// Stopped by its [`CancelToken`] before the last step.
     pub interrupted: bool,
+    /// Ended before the last step because the evaluation loss no longer improved.
+    pub stopped_early: bool,
     /// Losses of the steps taken by this call, oldest first.
     pub losses: Vec<f64>,
     /// Evaluations of this call: steps taken, and loss.
@@ -32,6 +37,8 @@ pub struct Summary {
     pub checkpoint: PathBuf,
     /// The PEFT directory for the uncut model; none if interrupted.
     pub adapter: Option<PathBuf>,
+    /// After how many steps that adapter was taken.
+    pub adapter_step: Option<u64>,
     /// The session, parked on the server.
     pub session: SessionId,
 }
@@ -102,7 +109,7 @@ pub(crate) struct Run {
     pub report: Reporter,
     pub spent: Spent,
     /// Microbatches of a step that may be on their way at once.
-    pub in_flight: usize,
+    pub in_flight: InFlight,
     /// Steps taken.
     pub step: u64,
     /// Of the last evaluation, if it was at this step.
@@ -114,18 +121,19 @@ pub(crate) struct Run {
     pub resumed: Option<Saved>,
     /// By step: a replayed one replaces what was there.
     pub losses: Vec<(u64, f64)>,
+    /// All of the run, those before a resumption included.
     pub evaluations: Vec<Best>,
+    /// The most checkpoints of which it is known whether the server has their snapshots.
+    pub n_compared: usize,
 }
 
 impl Run {
     async fn begin(options: TrainOptions) -> Result<Self, TrainError> {
         let dir = &options.output.dir;
-        let resumed = match &options.output.resume {
-            Some(resume) => Some(checkpoint::find(resume, dir)?),
-            None => None,
-        };
+        let origin = Origin::find(&options)?;
+        let resumed = origin.checkpoint().cloned();
         resume::check_output_dir(&options, resumed.as_ref())?;
-        let prepared = setup::prepare(&options).await?;
+        let prepared = setup::prepare(&options, origin).await?;
         std::fs::create_dir_all(dir).map_err(TrainError::io(dir))?;
         let (step, n_steps) =
             (resumed.as_ref().map_or(0, |s| s.state.step), prepared.settings.n_steps);
@@ -142,14 +150,14 @@ impl Run {
         };
         let session = match &resumed {
             Some(saved) => resume::restore(&prepared, saved).await?,
-            None => setup::open(&prepared.client, &options, &prepared.settings).await?,
+            None => setup::open(&options, &prepared).await?,
         };
         let mut run = Run {
             session,
             report,
             prepared,
             spent: Spent::default(),
-            in_flight: options.steps.microbatches_in_flight,
+            in_flight: InFlight::new(options.steps.microbatches_in_flight),
             step: 0,
             eval_loss: None,
             best: None,
@@ -157,13 +165,20 @@ impl Run {
             resumed: resumed.clone(),
             losses: Vec::new(),
             evaluations: Vec::new(),
+            n_compared: 0,
             options,
         };
         run.describe();
         run.report.event(&Event::Start(run.start_event(step)))?;
         if let Some(saved) = resumed {
             run.set_state(&saved)?;
-            let place = run.prepared.order.place(run.step);
+            if let Some(aside) = checkpoint::set_aside_after(&run.options.output.dir, run.step)? {
+                run.report.line(&format!(
+                    "the checkpoints of later steps are in {} now",
+                    aside.display()
+                ));
+            }
+            let place = run.prepared.plan.place(run.step);
             run.report.line(&format!(
                 "resumed at step {} (epoch {}, sample {}) from {}",
                 run.step,
@@ -178,7 +193,7 @@ impl Run {
         Ok(run)
     }
 
-    /// Trains to the last step, or until it is asked to end.
+    /// Trains to the last step, to an early stop, or until it is asked to end.
     async fn go_on(&mut self, cancel: &CancelToken) -> Result<(), TrainError> {
         // Not again after a resumption: every frame counts in the numbers of those after it, and
         // dropout masks depend on the numbers.
@@ -187,13 +202,14 @@ impl Run {
             self.sample().await?;
         }
         let n_steps = self.prepared.settings.n_steps;
-        while self.step < n_steps && !cancel.is_cancelled() {
+        while self.step < n_steps && !self.stops_early() && !cancel.is_cancelled() {
             self.train_step().await?;
             let at_end = self.step == n_steps;
             if at_end || self.step.is_multiple_of(self.options.evaluation.interval) {
                 self.evaluate().await?;
             }
-            if at_end || self.step.is_multiple_of(self.options.output.save_interval) {
+            let wanted = self.options.output.adapter == AdapterChoice::Best && self.is_best();
+            if at_end || wanted || self.step.is_multiple_of(self.options.output.save_interval) {
                 self.save().await?;
             }
         }
@@ -202,5 +218,21 @@ impl Run {
             self.save().await?;
         }
         Ok(())
+    }
+
+    /// Whether so many evaluations brought no improvement that the run is over. Only the recorded
+    /// evaluations decide, so that a resumed run ends where this one would.
+    pub(crate) fn stops_early(&self) -> bool {
+        let evaluation = &self.options.evaluation;
+        evaluation.patience.is_some_and(|patience| {
+            early_stop::without_improvement(&self.evaluations, evaluation.threshold) >= patience
+        })
+    }
+
+    /// Whether the evaluation of this step is the best one since training began. Step 0 does not
+    /// count: it is the base model.
+    fn is_best(&self) -> bool {
+        let trained = self.evaluations.iter().filter(|e| e.step > 0 && e.loss.is_finite());
+        trained.min_by(|a, b| a.loss.total_cmp(&b.loss)).is_some_and(|best| best.step == self.step)
     }
 }

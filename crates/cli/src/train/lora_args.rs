@@ -1,19 +1,28 @@
 use clap::Args;
-use offshoot_adapters::LoraSpec;
+use clap::builder::ArgPredicate::IsPresent;
 use offshoot_trainer::options::LoraOptions;
+use std::path::PathBuf;
+
+/// What a run begins with may have settings of its own.
+const OPEN: [(&str, clap::builder::ArgPredicate, Option<&str>); 2] =
+    [("init_adapter", IsPresent, None), ("resume", IsPresent, None)];
 
 #[derive(Args)]
 #[command(next_help_heading = "LoRA")]
 pub struct LoraArgs {
+    /// Begin with this adapter instead of a fresh one: a PEFT directory, a checkpoint or a run. Rank,
+    /// alpha, dropout and targets are its own.
+    #[arg(long, value_name = "PATH")]
+    init_adapter: Option<PathBuf>,
     /// Rank. 8 up to 500M parameters, 16 up to 2B, 32 above is a good start.
-    #[arg(long, value_name = "R", default_value_t = 8)]
-    lora_rank: usize,
+    #[arg(long, value_name = "R", default_value = "8", default_value_ifs = OPEN)]
+    lora_rank: Option<usize>,
     /// The adapter counts alpha / rank times; twice the rank is usual.
-    #[arg(long, value_name = "ALPHA", default_value_t = 16.0)]
-    lora_alpha: f64,
+    #[arg(long, value_name = "ALPHA", default_value = "16", default_value_ifs = OPEN)]
+    lora_alpha: Option<f64>,
     /// Chance that an input of an adapter is left out in training.
-    #[arg(long, value_name = "P", default_value_t = 0.1)]
-    lora_dropout: f64,
+    #[arg(long, value_name = "P", default_value = "0.1", default_value_ifs = OPEN)]
+    lora_dropout: Option<f64>,
     /// Count the adapter alpha / sqrt(rank) times.
     #[arg(long)]
     use_rslora: bool,
@@ -26,13 +35,13 @@ pub struct LoraArgs {
 impl LoraArgs {
     /// What the trainer takes.
     pub fn into_options(self) -> LoraOptions {
-        let spec = LoraSpec {
+        LoraOptions {
+            init_adapter: self.init_adapter,
             r: self.lora_rank,
             lora_alpha: self.lora_alpha,
             lora_dropout: self.lora_dropout,
-            use_rslora: self.use_rslora,
+            use_rslora: self.use_rslora.then_some(true),
             target_modules: self.target_modules,
-        };
-        LoraOptions { spec }
+        }
     }
 }

@@ -25,8 +25,8 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use tch::Tensor;
 
-/// How many checkpoints stay, beside the best one.
-pub const CHECKPOINTS_KEPT: usize = 5;
+/// Why there is no best one.
+const NONE_EVALUATED: &str = "none of its checkpoints has an evaluation loss, so none is the best: train with --eval-file, with --save-interval a multiple of --eval-interval or with --adapter best";
 
 const PREFIX: &str = "checkpoint_step_";
 const STATE_FILE: &str = "training_state.json";
@@ -141,6 +141,11 @@ impl Saved {
         Ok(Saved { path: path.into(), state })
     }
 
+    /// Bytes of all its files.
+    pub fn n_bytes(&self) -> Result<u64, TrainError> {
+        n_bytes(&self.path)
+    }
+
     /// Parameters and moments of bottom and top.
     pub fn client_state(&self) -> Result<ClientState, TrainError> {
         let part = |part: &str| -> Result<Option<AdapterState>, TrainError> {
@@ -173,19 +178,32 @@ pub fn list(output_dir: &Path) -> Result<Vec<Saved>, TrainError> {
     Ok(saved)
 }
 
-/// The checkpoint that `--resume` means: `latest` in the output directory, a checkpoint, or the
-/// latest one in another run's directory.
+/// The checkpoint that `--resume` means: `latest` or `best` in the output directory, a checkpoint, a
+/// run's directory for the latest one in it, or one of the two words behind a run's directory.
 pub fn find(resume: &str, output_dir: &Path) -> Result<Saved, TrainError> {
-    let dir = if resume == "latest" { output_dir } else { Path::new(resume) };
+    let (dir, wanted) = match Path::new(resume) {
+        path if path == Path::new("latest") || path == Path::new("best") => (output_dir, path),
+        path if path.exists() => (path, Path::new("latest")),
+        path if path.ends_with("latest") || path.ends_with("best") => {
+            (path.parent().unwrap_or(path), path)
+        }
+        path => (path, Path::new("latest")),
+    };
     if dir.join(STATE_FILE).exists() {
         return Saved::read(dir);
     }
-    list(dir)?.pop().ok_or_else(|| TrainError::Checkpoint {
-        path: dir.into(),
-        problem: format!(
+    let none = |problem: String| TrainError::Checkpoint { path: dir.into(), problem };
+    let mut saved = list(dir)?;
+    if saved.is_empty() {
+        return Err(none(format!(
             "there is no {PREFIX}N directory with a {STATE_FILE} in it to resume from"
-        ),
-    })
+        )));
+    }
+    if wanted.ends_with("best") {
+        let found = best(&saved).cloned();
+        return found.ok_or_else(|| none(NONE_EVALUATED.into()));
+    }
+    Ok(saved.pop().expect("there is one"))
 }
 
 /// The checkpoint with the lowest evaluation loss.
@@ -195,16 +213,43 @@ pub fn best(saved: &[Saved]) -> Option<&Saved> {
         .min_by(|a, b| a.state.eval_loss.partial_cmp(&b.state.eval_loss).expect("both are finite"))
 }
 
-/// Removes all but the last [`CHECKPOINTS_KEPT`] and the best.
-pub fn prune(output_dir: &Path) -> Result<(), TrainError> {
+/// Removes all but the last `keep_last` and the best.
+pub fn prune(output_dir: &Path, keep_last: usize) -> Result<(), TrainError> {
     let saved = list(output_dir)?;
     let best = best(&saved).map(|s| s.path.clone());
-    for old in saved.iter().rev().skip(CHECKPOINTS_KEPT) {
+    for old in saved.iter().rev().skip(keep_last) {
         if Some(&old.path) != best.as_ref() {
             remove(&old.path)?;
         }
     }
     Ok(())
+}
+
+/// Moves the checkpoints of later steps into a folder of their own in the output directory. Gives
+/// that folder, if there were any.
+pub(crate) fn set_aside_after(output_dir: &Path, step: u64) -> Result<Option<PathBuf>, TrainError> {
+    let mut later = list(output_dir)?;
+    later.retain(|saved| saved.state.step > step);
+    if later.is_empty() {
+        return Ok(None);
+    }
+    let mut names = (1..).map(|n| match n {
+        1 => format!("after_step_{step}"),
+        n => format!("after_step_{step}_{n}"),
+    });
+    let aside = names.find_map(|name| {
+        let path = output_dir.join(name);
+        (!path.exists()).then_some(path)
+    });
+    let aside = aside.expect("some number is free");
+    fs::create_dir_all(&aside).map_err(TrainError::io(&aside))?;
+    for saved in later {
+        let name = saved.path.file_name().unwrap_or_default();
+        fs::rename(&saved.path, aside.join(name)).map_err(TrainError::io(&saved.path))?;
+    }
+    sync(&aside)?;
+    sync(output_dir)?;
+    Ok(Some(aside))
 }
 
 /// Removes the checkpoints of later steps.
@@ -220,6 +265,17 @@ fn remove(path: &Path) -> Result<(), TrainError> {
         fs::remove_dir_all(path).map_err(TrainError::io(path))?;
     }
     Ok(())
+}
+
+fn n_bytes(path: &Path) -> Result<u64, TrainError> {
+    if !path.is_dir() {
+        return Ok(fs::metadata(path).map_err(TrainError::io(path))?.len());
+    }
+    let mut sum = 0;
+    for entry in fs::read_dir(path).map_err(TrainError::io(path))? {
+        sum += n_bytes(&entry.map_err(TrainError::io(path))?.path())?;
+    }
+    Ok(sum)
 }
 
 fn sync_tree(path: &Path) -> Result<(), TrainError> {
@@ -269,7 +325,10 @@ mod tests {
     fn state(step: u64, eval_loss: Option<f64>) -> TrainingState {
         let place = Place { epoch: 1, sample: 8 };
         let names = ("s".to_string(), format!("snapshot {step}"));
-        TrainingState { eval_loss, ..TrainingState::new(step, place, names, settings()) }
+        let saved_at = Some("2026-11-22T20:00:00Z".to_string());
+        let evaluations = vec![Best { step: 3, loss: 2.0 }];
+        let state = TrainingState::new(step, place, names, settings());
+        TrainingState { eval_loss, saved_at, evaluations, ..state }
     }
 
     fn client() -> ClientState {
@@ -327,9 +386,9 @@ mod tests {
             save(dir.path(), step, Some(loss));
         }
         save(dir.path(), 130, None);
-        prune(dir.path()).unwrap();
+        prune(dir.path(), 5).unwrap();
         assert_eq!(steps(dir.path()), [20, 30, 100, 110, 120, 130]);
-        prune(dir.path()).unwrap();
+        prune(dir.path(), 5).unwrap();
         assert_eq!(steps(dir.path()), [20, 30, 100, 110, 120, 130]);
         assert_eq!(best(&list(dir.path()).unwrap()).unwrap().state.step, 20);
     }

@@ -1,8 +1,10 @@
 use crate::data::Place;
 use crate::schedule::Scheduler;
 use offshoot_adapters::LoraSpec;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 
 /// Of `training_state.json`.
 pub(super) const FORMAT: u32 = 1;
@@ -22,10 +24,18 @@ pub struct TrainingState {
     pub eval_loss: Option<f64>,
     /// The lowest evaluation loss so far.
     pub best: Option<Best>,
-    /// The server's session.
-    pub session_id: String,
-    /// The server's snapshot at this step.
-    pub snapshot_id: String,
+    /// All evaluations so far, oldest first: what an early stop is decided by.
+    #[serde(default)]
+    pub evaluations: Vec<Best>,
+    /// When it was written, in UTC as RFC 3339 has it.
+    #[serde(default)]
+    pub saved_at: Option<String>,
+    /// The server's session. None: an imported adapter, of which no server knows.
+    #[serde(default, deserialize_with = "none_if_empty")]
+    pub session_id: Option<String>,
+    /// The server's snapshot at this step. None without a session.
+    #[serde(default, deserialize_with = "none_if_empty")]
+    pub snapshot_id: Option<String>,
     /// What a resumed run must have in common, or should.
     pub settings: RunSettings,
 }
@@ -35,12 +45,21 @@ pub struct TrainingState {
 pub struct Best {
     /// Optimizer steps taken before it.
     pub step: u64,
-    /// Mean cross-entropy in nats.
+    /// Mean loss. NaN if it was not finite; JSON has null for it.
+    #[serde(deserialize_with = "nan_if_null")]
     pub loss: f64,
 }
 
+fn nan_if_null<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or(f64::NAN))
+}
+
+fn none_if_empty<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    Ok(Option::<String>::deserialize(deserializer)?.filter(|text| !text.is_empty()))
+}
+
 /// What makes a run the run it is.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RunSettings {
     /// Path or hub name.
     pub model_name: String,
@@ -56,8 +75,11 @@ pub struct RunSettings {
     pub seed: u64,
     /// Of the samples.
     pub data_fingerprint: String,
-    /// Sequences in a microbatch.
+    /// Samples in a microbatch; 0 is no limit.
     pub batch_size: usize,
+    /// Tokens of a microbatch, if they are what limits it.
+    #[serde(default)]
+    pub max_tokens_per_batch: Option<usize>,
     /// Microbatches in a step.
     pub gradient_accumulation_steps: usize,
     /// Of those, how many could be on their way at once. Changes no number.
@@ -115,19 +137,39 @@ impl RunSettings {
 }
 
 impl TrainingState {
-    /// The state after `step` steps, with what the server calls it.
-    pub fn new(step: u64, place: Place, session: (String, String), settings: RunSettings) -> Self {
-        let (session_id, snapshot_id) = session;
+    /// The state after `step` steps, with what the server calls its session and its snapshot.
+    pub fn new(step: u64, place: Place, server: (String, String), settings: RunSettings) -> Self {
+        let (session_id, snapshot_id) = server;
         TrainingState {
-            format: FORMAT,
             step,
             epoch: place.epoch,
             sample: place.sample,
+            session_id: Some(session_id),
+            snapshot_id: Some(snapshot_id),
+            ..TrainingState::without_session(settings)
+        }
+    }
+
+    /// The state before the first step of a run that begins with an existing adapter, and that no
+    /// server knows yet. Of the settings only the model, the split points and LoRA count.
+    pub fn without_session(settings: RunSettings) -> Self {
+        TrainingState {
+            format: FORMAT,
+            step: 0,
+            epoch: 0,
+            sample: 0,
             eval_loss: None,
             best: None,
-            session_id,
-            snapshot_id,
+            evaluations: Vec::new(),
+            saved_at: OffsetDateTime::now_utc().replace_nanosecond(0).expect("0 is one").format(&Rfc3339).ok(),
+            session_id: None,
+            snapshot_id: None,
             settings,
         }
+    }
+
+    /// The ids of the server's session and snapshot, if there is a session.
+    pub fn snapshot(&self) -> Option<(&str, &str)> {
+        Some((self.session_id.as_deref()?, self.snapshot_id.as_deref()?))
     }
 }

@@ -14,9 +14,8 @@ impl Run {
         let Prepared { split, eval: Some(eval), server, losses, .. } = &self.prepared else {
             return Ok(());
         };
-        let all: Vec<usize> = (0..eval.samples.len()).collect();
         let max_tokens = server.limits.max_tokens_per_microbatch as usize;
-        let batches = eval.batches(&all, self.options.steps.batch_size, max_tokens);
+        let batches = eval.in_order(self.options.steps.microbatch_size(), max_tokens)?;
         let in_flight = self.n_in_flight();
         let (total, weight) =
             split.evaluate(&self.session, &*losses.eval, &batches, in_flight).await?;

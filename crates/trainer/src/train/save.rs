@@ -1,11 +1,17 @@
 use super::{Run, Summary};
 use crate::TrainError;
-use crate::checkpoint::{self, Contents, TrainingState};
+use crate::adapter::Adapter;
+use crate::checkpoint::{self, Contents, Saved, TrainingState};
+use crate::options::{AdapterChoice, OutputOptions};
 use crate::report::{DoneEvent, Event, WireErrors};
 use crate::setup::Prepared;
 use crate::wire::host_to_tensor;
 use offshoot_adapters::{AdapterSet, peft};
+use std::path::PathBuf;
 use tch::Tensor;
+
+/// The PEFT directory of a run that came to its end.
+const ADAPTER: &str = "adapter";
 
 impl Run {
     /// The trunk's tensors under PEFT's names.
@@ -35,12 +41,13 @@ impl Run {
     pub(super) async fn save(&mut self) -> Result<(), TrainError> {
         let snapshot = self.session.snapshot_keeping(self.snapshots_in_use()?).await?;
         let tensors = self.tensors().await?;
-        let Prepared { split, order, settings, config, .. } = &self.prepared;
+        let Prepared { split, plan, settings, config, .. } = &self.prepared;
         let names = (self.session.id().to_string(), snapshot.snapshot_id);
         let state = TrainingState {
             eval_loss: self.eval_loss,
             best: self.best,
-            ..TrainingState::new(self.step, order.place(self.step), names, settings.clone())
+            evaluations: self.evaluations.clone(),
+            ..TrainingState::new(self.step, plan.place(self.step), names, settings.clone())
         };
         let contents = Contents {
             state: &state,
@@ -49,38 +56,107 @@ impl Run {
             client: &split.to_state(),
             tensors,
         };
-        let path = checkpoint::write(&self.options.output.dir, &contents)?;
-        checkpoint::prune(&self.options.output.dir)?;
+        let OutputOptions { dir, keep_last, .. } = &self.options.output;
+        let path = checkpoint::write(dir, &contents)?;
+        checkpoint::prune(dir, *keep_last)?;
+        // Of an earlier end of this run: older than what it would be taken for.
+        let exported = dir.join(ADAPTER);
+        if exported.exists() {
+            std::fs::remove_dir_all(&exported).map_err(TrainError::io(&exported))?;
+        }
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         self.saved = Some((self.step, path));
-        self.report.event(&Event::Checkpoint { step: self.step, name })
+        self.report.event(&Event::Checkpoint { step: self.step, name })?;
+        self.compare_snapshots().await
+    }
+
+    /// Says once if the server keeps fewer snapshots than there are checkpoints here.
+    async fn compare_snapshots(&mut self) -> Result<(), TrainError> {
+        let own = self.own_checkpoints()?;
+        if own.len() <= self.n_compared {
+            return Ok(());
+        }
+        self.n_compared = own.len();
+        let sessions = self.prepared.client.list_sessions().await?;
+        let Some(session) = sessions.iter().find(|session| session.id == *self.session.id()) else {
+            return Ok(());
+        };
+        let has = |id: &str| session.snapshots.iter().any(|snapshot| snapshot.snapshot_id == id);
+        let gone: Vec<String> = own
+            .iter()
+            .filter(|saved| saved.state.snapshot_id.as_deref().is_some_and(|id| !has(id)))
+            .map(|saved| format!("checkpoint_step_{}", saved.state.step))
+            .collect();
+        if !gone.is_empty() {
+            self.n_compared = usize::MAX;
+            self.report.line(&format!(
+                "the server no longer has the snapshot of {}: it keeps fewer than the {} checkpoints of --keep-last. Such a checkpoint can be exported, and a new run can begin with its adapter (--init-adapter), but --resume needs the snapshot; start the server with a higher --snapshots-kept, or lower --keep-last",
+                gone.join(", "),
+                self.options.output.keep_last,
+            ));
+        }
+        Ok(())
     }
 
     /// What the checkpoints of this run name, the most important first: the best one may be older
     /// than what the server keeps by itself.
     fn snapshots_in_use(&self) -> Result<Vec<String>, TrainError> {
-        let own = self.session.id().to_string();
-        let mut saved = checkpoint::list(&self.options.output.dir)?;
-        saved.extend(self.resumed.clone());
-        saved.retain(|saved| saved.state.session_id == own);
+        let saved = self.own_checkpoints()?;
         let best = checkpoint::best(&saved);
         let in_use = best.into_iter().chain(saved.iter().rev());
-        Ok(in_use.map(|saved| saved.state.snapshot_id.clone()).collect())
+        Ok(in_use.filter_map(|saved| saved.state.snapshot_id.clone()).collect())
+    }
+
+    /// The checkpoints of this run's session, oldest first, with the one that it was resumed from.
+    fn own_checkpoints(&self) -> Result<Vec<Saved>, TrainError> {
+        let own = self.session.id().to_string();
+        let mut saved = checkpoint::list(&self.options.output.dir)?;
+        if let Some(resumed) = &self.resumed
+            && saved.iter().all(|saved| saved.state.step != resumed.state.step)
+        {
+            saved.insert(0, resumed.clone());
+        }
+        saved.retain(|saved| saved.state.session_id.as_deref() == Some(own.as_str()));
+        Ok(saved)
+    }
+
+    /// Writes the PEFT directory for the uncut model. Gives it and the step that it is of.
+    async fn export(&mut self) -> Result<(PathBuf, u64), TrainError> {
+        let mut step = self.step;
+        let mut tensors = None;
+        if self.options.output.adapter == AdapterChoice::Best {
+            match checkpoint::best(&self.own_checkpoints()?) {
+                Some(best) if best.state.step != step => {
+                    step = best.state.step;
+                    tensors = Some(Adapter::read(&best.path)?.tensors);
+                }
+                Some(_) => {}
+                None => self.report.line(
+                    "no checkpoint has a finite evaluation loss; the adapter is the last step's",
+                ),
+            }
+        }
+        let tensors = match tensors {
+            Some(tensors) => tensors,
+            None => self.tensors().await?.into_iter().flatten().collect(),
+        };
+        let dir = self.options.output.dir.join(ADAPTER);
+        let fan_in_fan_out = self.prepared.config.family.fan_in_fan_out();
+        let config = checkpoint::peft_config(&self.prepared.settings, fan_in_fan_out);
+        peft::write_dir(&dir, &config, &tensors)?;
+        Ok((dir, step))
     }
 
     /// Exports, says where everything is, and leaves the session.
     pub(super) async fn end(mut self) -> Result<Summary, TrainError> {
-        let interrupted = self.step < self.prepared.settings.n_steps;
+        let before_end = self.step < self.prepared.settings.n_steps;
+        let stopped_early = before_end && self.stops_early();
+        let interrupted = before_end && !stopped_early;
         let (_, saved) = self.saved.clone().expect("a run ends with a checkpoint");
-        let mut adapter = None;
+        let mut exported = None;
         if !interrupted {
             self.sample().await?;
-            let dir = self.options.output.dir.join("adapter");
-            let tensors: Vec<_> = self.tensors().await?.into_iter().flatten().collect();
-            let fan_in_fan_out = self.prepared.config.family.fan_in_fan_out();
-            let config = checkpoint::peft_config(&self.prepared.settings, fan_in_fan_out);
-            peft::write_dir(&dir, &config, &tensors)?;
-            adapter = Some(dir);
+            exported = Some(self.export().await?);
         }
         let wire_error = WireErrors::of(&self.session, &self.prepared.client).await?;
         let wire_dtype = self.session.wire_dtype().name();
@@ -95,18 +171,21 @@ impl Run {
             best: self.best,
             wire_error,
         }))?;
-        self.conclude(adapter.as_deref(), &saved);
+        self.conclude(exported.as_ref(), &saved);
         let session = self.session.id().clone();
         // Gives the device's memory back; the session can be restored.
         self.session.close(false).await?;
+        let n_before = self.resumed.map_or(0, |saved| saved.state.evaluations.len());
         Ok(Summary {
             step: self.step,
             interrupted,
+            stopped_early,
             losses: self.losses.into_iter().map(|(_, loss)| loss).collect(),
-            evaluations: self.evaluations,
+            evaluations: self.evaluations.split_off(n_before.min(self.evaluations.len())),
             best: self.best,
             checkpoint: saved,
-            adapter,
+            adapter_step: exported.as_ref().map(|(_, step)| *step),
+            adapter: exported.map(|(dir, _)| dir),
             session,
         })
     }

@@ -11,10 +11,10 @@ impl Run {
     pub(super) async fn train_step(&mut self) -> Result<(), TrainError> {
         let began = Instant::now();
         let in_flight = self.n_in_flight();
-        let Prepared { split, data, order, schedule, server, losses, .. } = &mut self.prepared;
-        let samples = order.samples(self.step);
-        let max_tokens = server.limits.max_tokens_per_microbatch as usize;
-        let batches = data.batches(&samples, self.options.steps.batch_size, max_tokens);
+        let Prepared { split, data, plan, schedule, losses, .. } = &mut self.prepared;
+        let batches: Vec<Batch> =
+            plan.microbatches(self.step).iter().map(|samples| data.batch(samples)).collect();
+        let n_samples: usize = batches.iter().map(|batch| batch.samples.len()).sum();
         let weight: f64 = batches.iter().map(|batch| losses.train.weight(batch)).sum();
         let tokens: usize = batches.iter().map(Batch::n_tokens).sum();
         let scale = 1.0 / weight;
@@ -54,7 +54,7 @@ impl Run {
             steps_per_second: 1.0 / seconds,
             tokens_per_second: tokens as f64 / seconds,
             wait_seconds: done.waited.as_secs_f64(),
-            samples: samples.len() as u64,
+            samples: n_samples as u64,
             tokens: tokens as u64,
             tape_bytes: tape_bytes.unwrap_or_default(),
             extra,
@@ -63,8 +63,8 @@ impl Run {
 
     /// How often all samples have been seen.
     pub(super) fn epoch(&self) -> f64 {
-        let Prepared { order, data, .. } = &self.prepared;
-        let place = order.place(self.step);
-        place.epoch as f64 + place.sample as f64 / data.samples.len() as f64
+        let Prepared { plan, data, .. } = &self.prepared;
+        let place = plan.place(self.step);
+        place.epoch as f64 + place.sample as f64 / data.n_units() as f64
     }
 }
