@@ -19,6 +19,8 @@ pub(crate) type Rpc = TrunkServiceClient<ClientTransport<Channel>>;
 const MARGIN_BYTES: usize = 1 << 20;
 /// For descriptions and lists.
 const CONTROL_BYTES: usize = 16 << 20;
+/// Of any message that protobuf's libraries can take.
+const MOST_MESSAGE_BYTES: u64 = (2 << 30) - CONTROL_BYTES as u64;
 /// What the server may send of one message before it is told that it was read. HTTP/2's own 64 KiB
 /// would make every microbatch wait for many round trips; this much is 2 Gbit/s at 64 ms. It is set
 /// when the connection is made, before the server has told its limits.
@@ -180,6 +182,12 @@ impl Client {
         let ask = |mut rpc: Rpc, request| async move { rpc.list_sessions(request).await };
         let answer = self.unary(self.call("ListSessions"), v1::ListSessionsRequest {}, ask).await?;
         Ok(answer.sessions.into_iter().map(SessionInfo::from_proto).collect())
+    }
+
+    /// A session's adapter, whoever uses it; a parked one's is that of its newest snapshot.
+    pub async fn export_session(&self, id: &SessionId) -> Result<ExportedAdapter, ClientError> {
+        // How many values it has is not known here; protobuf's own limit is.
+        self.export(id, MOST_MESSAGE_BYTES / 4, false).await
     }
 
     /// Parks a session, whoever uses it: it is made durable and leaves the device. With `forget` it

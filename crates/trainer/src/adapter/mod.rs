@@ -1,11 +1,15 @@
 //! Adapters as files: read from wherever they lie, stitched to one for the whole model, checked
 //! against the model that they are to change.
 
+mod export;
 mod fitting;
+mod import;
 mod read;
 mod stitch;
 mod visit;
 
+pub use export::ExportOptions;
+pub use import::ImportOptions;
 pub use read::Step;
 pub use visit::{Visit, VisitOptions};
 

@@ -54,6 +54,15 @@ pub(super) fn read(path: &Path) -> Result<Adapter, TrainError> {
 }
 
 pub(super) fn read_step(run: &Path, step: Step) -> Result<Adapter, TrainError> {
+    stitch::read(&step_dir(run, step)?)
+}
+
+/// The checkpoint itself, or the one of a run.
+pub(super) fn checkpoint_dir(source: &Path, step: Step) -> Result<PathBuf, TrainError> {
+    if stitch::is_checkpoint(source) { Ok(source.into()) } else { step_dir(source, step) }
+}
+
+fn step_dir(run: &Path, step: Step) -> Result<PathBuf, TrainError> {
     let mut known = checkpoints(run)?;
     let wrong = |problem: String| TrainError::Checkpoint { path: run.into(), problem };
     let found = match step {
@@ -80,10 +89,7 @@ pub(super) fn read_step(run: &Path, step: Step) -> Result<Adapter, TrainError> {
             best.map(|best| (best.state.step, best.path.clone()))
         }
     };
-    match found {
-        Some((_, path)) => stitch::read(&path),
-        None => Err(nothing(run)),
-    }
+    found.map(|(_, path)| path).ok_or_else(|| nothing(run))
 }
 
 /// The checkpoints in a directory, lowest step first.

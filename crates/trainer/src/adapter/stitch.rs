@@ -25,24 +25,42 @@ pub(super) fn is_checkpoint(path: &Path) -> bool {
 
 /// One adapter of the parts in a checkpoint's directory.
 pub(super) fn read(path: &Path) -> Result<Adapter, TrainError> {
-    let mut parts: Vec<(&str, PeftAdapter)> = Vec::new();
-    for part in PARTS {
+    let trunk = path.join("trunk").join(ADAPTERS);
+    if !trunk.is_dir() && !has_no_lora(&path.join("trunk")) {
+        return Err(does_not_fit(
+            path,
+            "it has no trunk/lora_adapters, so the middle layers' part of the adapter is not here (SplitLearn never saves it). Take a checkpoint of offshoot train, or a whole PEFT adapter".into(),
+        ));
+    }
+    stitch(path, parts(path, &PARTS)?)
+}
+
+/// Bottom and top of a checkpoint.
+pub(super) fn client_parts(path: &Path) -> Result<Vec<Part>, TrainError> {
+    parts(path, &["bottom", "top"])
+}
+
+/// A part's name and its adapter.
+type Part = (&'static str, PeftAdapter);
+
+fn parts(path: &Path, names: &[&'static str]) -> Result<Vec<Part>, TrainError> {
+    let mut parts = Vec::new();
+    for part in names {
         let dir = path.join(part).join(ADAPTERS);
         if dir.is_dir() {
-            parts.push((part, peft::read_dir(&dir)?));
-        } else if part == "trunk" && !has_no_lora(&path.join(part)) {
-            return Err(does_not_fit(
-                path,
-                "it has no trunk/lora_adapters, so the middle layers' part of the adapter is not here (SplitLearn never saves it). Take a checkpoint of offshoot train, or a whole PEFT adapter".into(),
-            ));
+            parts.push((*part, peft::read_dir(&dir)?));
         }
     }
+    Ok(parts)
+}
+
+/// One adapter of parts, lowest layers first where they count from 0.
+pub(super) fn stitch(path: &Path, parts: Vec<Part>) -> Result<Adapter, TrainError> {
     let mut first_layer = 0;
     let mut whole: Option<Adapter> = None;
     for (part, mut adapter) in parts {
         if is_local(&adapter) {
-            let n_layers = renumber(&mut adapter, first_layer);
-            first_layer += n_layers;
+            first_layer += renumber(&mut adapter, first_layer);
         }
         match &mut whole {
             None => whole = Some(Adapter::from_peft(adapter, path)),

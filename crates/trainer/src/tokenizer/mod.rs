@@ -118,6 +118,14 @@ impl Tokenizer {
         self.bos_id
     }
 
+    /// Writes a `tokenizer.json`.
+    pub(crate) fn save(&self, path: &Path) -> Result<(), TrainError> {
+        self.inner.save(path, true).map_err(|e| TrainError::Tokenizer {
+            origin: self.origin.clone(),
+            problem: format!("{} cannot be written: {e}", path.display()),
+        })
+    }
+
     /// Ends a text, and ends generation.
     pub fn eos_id(&self) -> Option<u32> {
         self.eos_id
