@@ -13,16 +13,15 @@ pub(super) type CacheKey = (LaneId, u64);
 
 /// A cache grows by so many tokens.
 const GROWTH_TOKENS: u64 = 256;
-/// A cache that was not used for so long may be dropped if others need its room: its client sends the
-/// sequence again. As long as a session's turn on the device by default.
-const IDLE: Duration = Duration::from_secs(1);
-
 /// What one session may have.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct CacheLimits {
     pub max_open: usize,
     /// Of one cache.
     pub max_tokens: usize,
+    /// A cache that was not used for so long may be dropped if others need its room: its client sends
+    /// the sequence again.
+    pub idle: Duration,
 }
 
 /// Who wants room.
@@ -147,7 +146,7 @@ impl Caches {
         let may_go = |key: &CacheKey, open: &OpenCache| match asks {
             Asks::Forward(lane) if key.0 == lane => true,
             Asks::Extend(its_own) if *key == its_own => false,
-            _ => now.saturating_duration_since(open.used) >= IDLE,
+            _ => now.saturating_duration_since(open.used) >= self.limits.idle,
         };
         let may_go = self.open.iter().filter(|(key, open)| may_go(key, open));
         let Some(key) = may_go.min_by_key(|(_, open)| open.used).map(|(key, _)| *key) else {

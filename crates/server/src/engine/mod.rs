@@ -36,8 +36,14 @@ use offshoot_adapters::AdapterState;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 use tokio::sync::oneshot;
 use worker::{Worker, WorkerLimits};
+
+/// After so long a cache may make room for others: as a session keeps its place on the device for a
+/// while (`session.turn_seconds`), so that two who decode in turn do not take it from each other with
+/// each token.
+const IDLE_CACHE: Duration = Duration::from_secs(1);
 
 /// The engine as its one owner, the server, sees it.
 pub struct Engine {
@@ -101,6 +107,7 @@ impl Engine {
             let caches = CacheLimits {
                 max_open: limits.max_open_caches,
                 max_tokens: limits.max_cache_tokens,
+                idle: IDLE_CACHE,
             };
             let limits = WorkerLimits { admission_wait: limits.admission_wait(), caches };
             Worker::new(part, ledger, counted, limits).run(&queue, budget);

@@ -13,6 +13,11 @@ use std::path::Path;
 use tch::{Device, Kind as DType};
 use tokio::sync::oneshot;
 
+#[path = "caches_tests.rs"]
+mod caches;
+
+/// Never over but where a test says so.
+const IDLE: Duration = Duration::from_secs(3600);
 const BUDGET: Budget = Budget { n_tokens: 1000, wait: Duration::ZERO };
 
 struct Rig {
@@ -33,7 +38,7 @@ fn rig(budget: Option<u64>) -> Rig {
     let spec = PartSpec { layers: 1..3, embed: false, head: false };
     let part = Part::load(&checkpoint, &config, spec, DType::Float, Device::Cpu).unwrap();
     let ledger = Ledger::new(budget);
-    let caches = CacheLimits { max_open: 2, max_tokens: 600 };
+    let caches = CacheLimits { max_open: 2, max_tokens: 600, idle: IDLE };
     let limits = WorkerLimits { admission_wait: Duration::from_secs(3600), caches };
     let worker = Worker::new(part, ledger, Arc::default(), limits);
     let hidden_size = config.hidden_size as usize;
