@@ -1,3 +1,4 @@
+use crate::data::source::DataSetError;
 use offshoot_adapters::AdapterError;
 use std::path::{Path, PathBuf};
 
@@ -10,6 +11,9 @@ pub enum TrainError {
     /// The files were read and nothing is left to learn.
     #[error("no sample to train on in {files}: {problem}")]
     NoSamples { files: String, problem: String },
+    /// A data set of the hub that cannot be had.
+    #[error(transparent)]
+    DataSet(#[from] DataSetError),
     /// A tokenizer's file or metadata, or a text that it cannot take.
     #[error("tokenizer {origin}: {problem}")]
     Tokenizer { origin: String, problem: String },
@@ -30,6 +34,9 @@ pub enum TrainError {
     /// A directory that is no checkpoint, not of this run, or without its snapshot.
     #[error("checkpoint {}: {problem}", path.display())]
     Checkpoint { path: PathBuf, problem: String },
+    /// A run's metrics that are not there, or from which nothing can be drawn.
+    #[error("{}: {problem}", path.display())]
+    Metrics { path: PathBuf, problem: String },
     /// A file operation failed.
     #[error("{}: {source}", path.display())]
     Io { path: PathBuf, source: std::io::Error },
@@ -41,6 +48,14 @@ pub enum TrainError {
         "the {what} is {value}: training has diverged. Lower --learning-rate, or lengthen --warmup-steps, and go on from the last checkpoint with --resume latest"
     )]
     Diverged { what: &'static str, value: f64 },
+    /// What a model is to go on from.
+    #[error("the prompt cannot be used: {problem}")]
+    Prompt { problem: String },
+    /// A model, or an adapter, that gives no numbers.
+    #[error(
+        "the scores of the next token are no numbers (NaN): has the training of this adapter diverged? Generate without it, or from an earlier checkpoint"
+    )]
+    NoScores,
     /// LoRA settings or adapter files.
     #[error(transparent)]
     Adapter(#[from] AdapterError),

@@ -30,8 +30,10 @@
 //!
 //! `examples/custom_source.rs` trains on such a source.
 
+mod held_out;
 mod spec;
 
+pub use super::hub::DataSetError;
 pub use super::read::Columns;
 pub use spec::{DataSpec, Sources};
 

@@ -1,11 +1,15 @@
-use super::super::read;
+use super::held_out::HeldOut;
 use super::{Columns, DataSource};
 use crate::TrainError;
+use crate::data::hub;
+use crate::data::read::{self, FileSource, Folder, Splits};
+use offshoot_model::weights::HubSettings;
 use serde::{Deserialize, Serialize};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// What the command line says about a run's data: files and folders, or a data set of the hub.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct DataSpec {
     /// A file or folder if there is one of this name, otherwise a data set of the hub.
     pub dataset_name: Option<String>,
@@ -49,12 +53,21 @@ impl Default for DataSpec {
     }
 }
 
-/// What a [`DataSpec`] opens.
+/// What a run reads.
 pub struct Sources {
     /// To train on, in order.
     pub train: Vec<Box<dyn DataSource>>,
     /// To evaluate on; may be empty.
     pub eval: Vec<Box<dyn DataSource>>,
+}
+
+impl Sources {
+    /// Takes a part of the training records out of training, to evaluate on: about `fraction` of
+    /// them. Which ones depends on `seed` and on what is in them, so equal records stay together.
+    pub fn hold_out(self, fraction: f64, seed: u64) -> Sources {
+        let (train, eval) = HeldOut::split(self.train, fraction, seed);
+        Sources { train: vec![Box::new(train)], eval: vec![Box::new(eval)] }
+    }
 }
 
 impl DataSpec {
@@ -63,11 +76,184 @@ impl DataSpec {
         DataSpec { train_files, ..DataSpec::default() }
     }
 
-    /// Finds the files, fetching those of a hub data set; records are read only when asked for.
+    /// The first thing that no run can have; no file is looked at.
+    pub fn validate(&self) -> Result<(), TrainError> {
+        let wrong = |option, value: &str, problem: &str| {
+            Err(TrainError::Option { option, value: value.into(), problem: problem.into() })
+        };
+        match (&self.dataset_name, self.train_files.is_empty()) {
+            (None, true) => {
+                return wrong(
+                    "train-file",
+                    "(none)",
+                    "name what to train on: a file or folder with --train-file, or a data set of the hub with --dataset-name",
+                );
+            }
+            (Some(name), false) => {
+                return wrong(
+                    "dataset-name",
+                    name,
+                    "leave it or --train-file out: a run trains on one of them",
+                );
+            }
+            _ => {}
+        }
+        if self.dataset_name.is_none() {
+            let of_dataset = [
+                ("dataset-config", self.dataset_config.as_deref()),
+                ("eval-split", self.eval_split.as_deref()),
+                ("train-split", Some(self.train_split.as_str()).filter(|split| *split != "train")),
+            ];
+            if let Some((option, Some(value))) = of_dataset.into_iter().find(|(_, v)| v.is_some()) {
+                return wrong(
+                    option,
+                    value,
+                    "only a data set (--dataset-name) has configs and splits",
+                );
+            }
+        }
+        let fraction = self.eval_fraction.to_string();
+        if !(0.0..1.0).contains(&self.eval_fraction) {
+            return wrong("eval-fraction", &fraction, "expected 0 to below 1, such as 0.05");
+        }
+        if self.eval_fraction > 0.0 && (!self.eval_files.is_empty() || self.eval_split.is_some()) {
+            return wrong(
+                "eval-fraction",
+                &fraction,
+                "leave it out, or --eval-file and --eval-split: a run evaluates on one of them",
+            );
+        }
+        if self.eval_split.is_some() && !self.eval_files.is_empty() {
+            return wrong(
+                "eval-split",
+                self.eval_split.as_deref().unwrap_or_default(),
+                "leave it or --eval-file out: a run evaluates on one of them",
+            );
+        }
+        if let Some((option, other)) = self.columns.conflict() {
+            let problem =
+                format!("leave it or --{other} out: they stand for different kinds of records");
+            return wrong(option, "(column)", &problem);
+        }
+        for (option, n) in [
+            ("max-train-samples", self.max_train_samples),
+            ("max-eval-samples", self.max_eval_samples),
+        ] {
+            if n == Some(0) {
+                return wrong(option, "0", "expected at least 1");
+            }
+        }
+        Ok(())
+    }
+
+    /// Finds the files, fetching those of a hub data set as the environment says
+    /// ([`HubSettings::from_env`]); records are read only when they are asked for.
     pub fn open(&self) -> Result<Sources, TrainError> {
-        Ok(Sources {
-            train: read::sources(&self.train_files)?,
-            eval: read::sources(&self.eval_files)?,
+        self.open_with(&HubSettings::from_env())
+    }
+
+    /// The same with a hub of your own.
+    pub fn open_with(&self, hub: &HubSettings) -> Result<Sources, TrainError> {
+        self.validate()?;
+        let mut sources = match &self.dataset_name {
+            None => Sources { train: self.local(&self.train_files)?, eval: Vec::new() },
+            Some(name) => self.dataset(name, hub)?,
+        };
+        if !self.eval_files.is_empty() {
+            sources.eval = self.local(&self.eval_files)?;
+        }
+        Ok(match self.eval_fraction > 0.0 {
+            true => sources.hold_out(self.eval_fraction, self.seed),
+            false => sources,
         })
+    }
+
+    /// Files as they are; a folder stands for the data files in it.
+    fn local(&self, paths: &[PathBuf]) -> Result<Vec<Box<dyn DataSource>>, TrainError> {
+        let mut sources = Vec::new();
+        for path in paths {
+            let wrong =
+                |problem: String| Err(TrainError::Data { path: path.clone(), line: None, problem });
+            if path.is_file() {
+                sources.push(FileSource::local(path.clone(), &self.columns));
+                continue;
+            }
+            if !path.exists() {
+                return wrong("there is no such file or folder".into());
+            }
+            let inside = read::folder_files(path)?;
+            if inside.is_empty() {
+                return wrong(format!(
+                    "no data file in this folder; expected names ending with {}",
+                    read::Format::endings()
+                ));
+            }
+            sources.extend(inside.into_iter().map(|file| FileSource::local(file, &self.columns)));
+        }
+        Ok(sources)
+    }
+
+    fn dataset(&self, name: &str, settings: &HubSettings) -> Result<Sources, TrainError> {
+        let path = Path::new(name);
+        if path.is_file() {
+            return Ok(Sources { train: self.local(&[path.into()])?, eval: Vec::new() });
+        }
+        if !path.is_dir() {
+            return self.hub(name, settings);
+        }
+        let files = read::files_below(path)?;
+        let card = std::fs::read_to_string(path.join("README.md")).ok();
+        let folder = Folder { files, card, converted: false };
+        let wrong = |problem| TrainError::Data { path: path.into(), line: None, problem };
+        let splits = folder.splits(self.dataset_config.as_deref()).map_err(wrong)?;
+        if splits.is_empty() {
+            return Err(wrong(format!(
+                "no data file in this folder; expected names ending with {}",
+                read::Format::endings()
+            )));
+        }
+        let source = |file: &String| FileSource::local(path.join(file), &self.columns);
+        let (train, eval) = self.choose(&splits).map_err(wrong)?;
+        Ok(Sources {
+            train: train.iter().map(source).collect(),
+            eval: eval.iter().map(source).collect(),
+        })
+    }
+
+    fn hub(&self, name: &str, settings: &HubSettings) -> Result<Sources, TrainError> {
+        let request = hub::Request {
+            name,
+            config: self.dataset_config.as_deref(),
+            wanted: &|splits| {
+                let (train, eval) = self.choose(splits)?;
+                Ok([train, eval].concat())
+            },
+        };
+        let fetched = hub::fetch(&request, settings)?;
+        let named = |problem| TrainError::Data { path: name.into(), line: None, problem };
+        let (train, eval) = self.choose(&fetched.splits).map_err(named)?;
+        let source = |file: &String| {
+            FileSource::named(fetched.dir.join(file), format!("{name}/{file}"), &self.columns)
+        };
+        Ok(Sources {
+            train: train.iter().map(source).collect(),
+            eval: eval.iter().map(source).collect(),
+        })
+    }
+
+    /// The files to train on, and those to evaluate on.
+    fn choose<'a>(&self, splits: &'a Splits) -> Result<(&'a [String], &'a [String]), String> {
+        let train = splits.files(&self.train_split)?;
+        let elsewhere = self.eval_fraction > 0.0 || !self.eval_files.is_empty();
+        let eval = match &self.eval_split {
+            Some(split) => splits.files(split)?,
+            None if elsewhere => &[],
+            None => match splits.evaluation() {
+                Some(split) => splits.files(split)?,
+                None => &[],
+            },
+        };
+        // A run that trains on the split that would be evaluated on has nothing to evaluate on.
+        Ok((train, if eval == train && self.eval_split.is_none() { &[] } else { eval }))
     }
 }
