@@ -10,7 +10,7 @@ fn mismatch<T>(problem: String) -> Result<T, TrainError> {
 }
 
 /// Split points that somebody asked for are the server's. `address` names the server in errors.
-pub(crate) fn split_points(
+pub fn split_points(
     address: &str,
     server: &ServerDescription,
     wanted: [Option<usize>; 2],
@@ -30,7 +30,7 @@ pub(crate) fn split_points(
 }
 
 /// The server speaks the wire dtype.
-pub(crate) fn wire_dtype(server: &ServerDescription, wanted: WireDType) -> Result<(), TrainError> {
+pub fn wire_dtype(server: &ServerDescription, wanted: WireDType) -> Result<(), TrainError> {
     if server.wire_dtypes.contains(&wanted) {
         return Ok(());
     }
@@ -39,7 +39,7 @@ pub(crate) fn wire_dtype(server: &ServerDescription, wanted: WireDType) -> Resul
 }
 
 /// A family that somebody asked for is the model's.
-pub(crate) fn model_type(
+pub fn model_type(
     model_name: &str,
     config: &ModelConfig,
     wanted: Option<&str>,
@@ -58,7 +58,7 @@ pub(crate) fn model_type(
 }
 
 /// The server holds the model that was loaded here as `model_name`, by its fingerprint.
-pub(crate) fn fingerprint(
+pub fn fingerprint(
     server: &ServerDescription,
     model_name: &str,
     config: &ModelConfig,
@@ -79,7 +79,7 @@ pub(crate) fn fingerprint(
 }
 
 /// The highest token id of a text is one of the model's.
-pub(crate) fn vocabulary(
+pub fn vocabulary(
     highest: i64,
     tokenizer: &Tokenizer,
     config: &ModelConfig,

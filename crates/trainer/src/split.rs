@@ -1,10 +1,13 @@
 //! The client's half of a model: bottom and top around a session that stands for the trunk.
 
+mod decode;
 mod devices;
 mod evaluate;
 mod flight;
 mod replica;
 
+pub use decode::Traffic;
+pub(crate) use decode::{Next, SplitCaches, embed, go_on};
 pub use flight::{Accumulated, MicrobatchResult, Microbatches};
 
 use crate::TrainError;
