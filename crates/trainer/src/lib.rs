@@ -29,6 +29,7 @@ mod in_flight;
 pub mod merge;
 pub mod options;
 mod origin;
+pub mod metrics;
 mod report;
 mod resume;
 pub mod sample;

@@ -46,6 +46,8 @@ pub struct StartEvent {
     pub split_point_1: usize,
     /// First layer behind the trunk.
     pub split_point_2: usize,
+    /// The name of the loss that is minimised.
+    pub loss: String,
     /// LoRA rank.
     pub lora_rank: usize,
     /// Samples to train on.

@@ -135,11 +135,12 @@ fn text(tag: String, markdown: String) -> Value {
 
 fn describe(start: &StartEvent) -> String {
     format!(
-        "| | |\n|---|---|\n| model | {} |\n| trunk | layers [{}, {}) |\n| LoRA rank | {} |\n| \
-         steps | {} |\n| samples | {}, and {} for evaluation |\n| session | {} |\n| offshoot | {} |",
+        "| | |\n|---|---|\n| model | {} |\n| trunk | layers [{}, {}) |\n| loss | {} |\n| LoRA \
+         rank | {} |\n| steps | {} |\n| samples | {}, and {} for evaluation |\n| session | {} |\n| offshoot | {} |",
         start.model,
         start.split_point_1,
         start.split_point_2,
+        start.loss,
         start.lora_rank,
         start.n_steps,
         start.samples,
