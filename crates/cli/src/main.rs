@@ -2,15 +2,24 @@
 
 mod accelerator;
 mod bench;
+mod export;
+mod import;
+mod generate;
 mod legacy;
+mod merge;
 mod openmp;
 mod own_server;
+mod plot;
+mod run_config;
 mod serve;
 mod serve_config;
+mod server_args;
 mod train;
 mod verify;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use run_config::Resolved;
+use std::ffi::OsString;
 use std::io::IsTerminal;
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
@@ -36,15 +45,35 @@ struct Cli {
 enum Command {
     Serve(serve::ServeArgs),
     Train(train::TrainArgs),
+    Plot(plot::PlotArgs),
+    Generate(Box<generate::GenerateArgs>),
     Verify(verify::VerifyArgs),
+    Export(export::ExportArgs),
+    Import(import::ImportArgs),
+    Merge(merge::MergeArgs),
     Bench(bench::BenchArgs),
+}
+
+impl Cli {
+    /// A command line, and what the file of its `--config` adds to it.
+    fn read(args: Vec<OsString>) -> anyhow::Result<Cli> {
+        let args = run_config::expand::<Cli>(args, "train")?;
+        let matches = Cli::command().try_get_matches_from(args)?;
+        let mut cli = Cli::from_arg_matches(&matches)?;
+        if let Command::Train(train) = &mut cli.command
+            && let Some(given) = matches.subcommand_matches("train")
+        {
+            train.resolved = Some(Resolved::new(Cli::command(), "train", given));
+        }
+        Ok(cli)
+    }
 }
 
 impl Command {
     fn default_log(&self) -> &'static str {
         match self {
             Command::Serve(_) => "info",
-            Command::Train(_) | Command::Verify(_) | Command::Bench(_) => "warn",
+            _ => "warn",
         }
     }
 
@@ -52,7 +81,12 @@ impl Command {
         match self {
             Command::Serve(args) => serve::run(args),
             Command::Train(args) => train::run(args),
+            Command::Plot(args) => plot::run(args),
+            Command::Generate(args) => generate::run(*args),
             Command::Verify(args) => verify::run(args),
+            Command::Export(args) => export::run(args),
+            Command::Import(args) => import::run(args),
+            Command::Merge(args) => merge::run(args),
             Command::Bench(args) => bench::run(args),
         }
     }
@@ -60,7 +94,16 @@ impl Command {
 
 fn main() -> ExitCode {
     offshoot_model::allocator::keep_freed_memory();
-    let cli = Cli::parse();
+    let cli = match Cli::read(std::env::args_os().collect()) {
+        Ok(cli) => cli,
+        Err(error) => match error.downcast::<clap::Error>() {
+            Ok(error) => error.exit(),
+            Err(error) => {
+                eprintln!("error: {error:#}");
+                return ExitCode::from(2);
+            }
+        },
+    };
     let error = match openmp::share_cores().and_then(|()| {
         let filter = match &cli.log {
             Some(filter) => EnvFilter::try_new(filter)?,
@@ -84,7 +127,6 @@ fn main() -> ExitCode {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn the_options_are_consistent() {

@@ -47,6 +47,6 @@ pub use origin::resolve_lora;
 pub use report::{DoneEvent, EvalEvent, Event, StartEvent, StepEvent, WireErrors};
 pub use schedule::{Schedule, Scheduler, Warmup};
 pub use split::{
-    Accumulated, ClientState, MicrobatchResult, Microbatches, SplitModel, SplitOptions, clip_factor,
+    Accumulated, Checkpointing, ClientState, MicrobatchResult, Microbatches, SplitModel, SplitOptions, clip_factor,
 };
 pub use train::{Summary, train};

@@ -52,6 +52,14 @@ impl Adapter {
         read::read_step(run, step)
     }
 
+    /// [`Adapter::read_step`] if a step is asked for, else [`Adapter::read`].
+    pub fn find(path: &Path, step: Option<Step>) -> Result<Self, TrainError> {
+        match step {
+            Some(step) => Adapter::read_step(path, step),
+            None => Adapter::read(path),
+        }
+    }
+
     /// Checks that every linear layer that the settings mean has its A and B, of the right shapes,
     /// and that there is nothing else; then `target_modules` are the shortest that mean the same.
     pub fn fit(self, config: &ModelConfig) -> Result<Self, TrainError> {

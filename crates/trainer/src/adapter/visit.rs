@@ -2,7 +2,7 @@
 //! generation, that leaves nothing behind.
 
 use super::{Adapter, lora_config};
-use crate::split::{SplitModel, SplitOptions};
+use crate::split::{Checkpointing, SplitModel, SplitOptions};
 use crate::{TrainError, fit};
 use offshoot_adapters::{AdamW, LoraSpec};
 use offshoot_client::{ADAMW_DEFAULTS, Client, OpenSession, Session, WireDType};
@@ -56,6 +56,7 @@ impl Visit {
                 adamw: AdamW::default(),
                 seed: 0,
                 kind: options.kind,
+                checkpointing: Checkpointing::Auto,
                 devices: vec![options.device],
             },
         )?;

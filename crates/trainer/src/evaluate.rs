@@ -1,0 +1,128 @@
+//! Loss and perplexity of a model, with and without an adapter, on a data set: uncut in this
+//! process, or through the split.
+
+use crate::TrainError;
+use crate::adapter::{Adapter, Visit, VisitOptions};
+use crate::data::Batch;
+use crate::loss::{CrossEntropy, Loss, LossInput};
+use offshoot_adapters::AdapterSet;
+use offshoot_client::{Client, WireDType};
+use offshoot_model::weights::Checkpoint;
+use offshoot_model::{ModelConfig, Part, PartSpec, Rows, Segment};
+use tch::{Device, Kind, Tensor};
+
+/// A model, and where and how it is computed.
+pub struct Subject<'a> {
+    pub checkpoint: &'a Checkpoint,
+    pub config: &'a ModelConfig,
+    /// dtype of this side's layers.
+    pub kind: Kind,
+    pub device: Device,
+}
+
+/// What came of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Evaluation {
+    /// Mean cross-entropy of the predicted tokens, in nats.
+    pub loss: f64,
+    /// Tokens that were predicted.
+    pub predicted: usize,
+    /// Tokens of all samples.
+    pub tokens: usize,
+    pub samples: usize,
+}
+
+impl Evaluation {
+    /// Of the predicted tokens.
+    pub fn perplexity(&self) -> f64 {
+        self.loss.exp()
+    }
+
+    fn new(batches: &[Batch], loss_sum: f64) -> Self {
+        let sum = |of: fn(&Batch) -> usize| batches.iter().map(of).sum();
+        let predicted: usize = sum(Batch::n_predicted);
+        Evaluation {
+            loss: loss_sum / predicted as f64,
+            predicted,
+            tokens: sum(Batch::n_tokens),
+            samples: sum(|batch| batch.seq_lens.len()),
+        }
+    }
+}
+
+/// The loss of language models, without smoothing: what perplexity is made of.
+const LOSS: CrossEntropy = CrossEntropy { label_smoothing: 0.0 };
+
+/// A whole model in this process.
+pub struct Uncut {
+    part: Part,
+}
+
+impl Uncut {
+    /// Loads all layers.
+    pub fn load(subject: &Subject<'_>) -> Result<Self, TrainError> {
+        let Subject { checkpoint, config, kind, device } = *subject;
+        let part = Part::load(checkpoint, config, PartSpec::whole(config), kind, device)?;
+        Ok(Uncut { part })
+    }
+
+    /// Evaluates the base model, or the one with an adapter; see [`Adapter::fit`].
+    pub fn evaluate(
+        &self,
+        adapter: Option<&Adapter>,
+        batches: &[Batch],
+    ) -> Result<Evaluation, TrainError> {
+        let _guard = tch::no_grad_guard();
+        let device = self.part.device();
+        let set = match adapter {
+            Some(adapter) => Some(self.adapter_set(adapter)?),
+            None => None,
+        };
+        let mut loss_sum = 0.0;
+        for batch in batches {
+            let rows = Rows::new(&batch.seq_lens, None, device);
+            let ids = Tensor::from_slice(&batch.ids).to_device(device);
+            let labels = Tensor::from_slice(&batch.labels).to_device(device);
+            let segment =
+                Segment { rows: 0..rows.n_tokens(), adapter: set.as_ref(), dropout: None };
+            let hidden = self.part.embed(&ids, &rows);
+            let (hidden, _) = self.part.forward(&hidden, &rows, &[segment], &[None]);
+            let input = LossInput { top: &self.part, hidden: &hidden, labels: &labels, batch };
+            loss_sum += LOSS.evaluate(&input).sum;
+        }
+        Ok(Evaluation::new(batches, loss_sum))
+    }
+
+    fn adapter_set(&self, adapter: &Adapter) -> Result<AdapterSet, TrainError> {
+        let sites = self.part.sites(&adapter.spec.target_modules)?;
+        let mut set = AdapterSet::init(adapter.spec.clone(), sites, 0, self.part.device())?;
+        set.load_named(&adapter.tensors)?;
+        Ok(set)
+    }
+}
+
+/// Evaluates through a server's trunk, in a session that is forgotten afterwards.
+pub async fn split(
+    subject: &Subject<'_>,
+    client: &Client,
+    wire_dtype: WireDType,
+    adapter: Option<&Adapter>,
+    batches: &[Batch],
+) -> Result<Evaluation, TrainError> {
+    let Subject { checkpoint, config, kind, device } = *subject;
+    let visit = Visit::begin(VisitOptions {
+        client,
+        checkpoint,
+        config,
+        adapter,
+        name: "eval",
+        wire_dtype,
+        kind,
+        device,
+    });
+    let visit = visit.await?;
+    let in_flight = visit.session.limits().max_frames_in_flight.clamp(1, 2) as usize;
+    let loss_sum = visit.model.evaluate(&visit.session, &LOSS, batches, in_flight).await;
+    let (loss_sum, _) = visit.end(loss_sum).await?;
+    Ok(Evaluation::new(batches, loss_sum.sum))
+}
