@@ -49,7 +49,7 @@ impl ModelArgs {
 }
 
 /// An IPv6 address needs brackets before a port.
-fn address(host: &str, port: u16) -> String {
+pub fn address(host: &str, port: u16) -> String {
     if host.contains(':') && !host.starts_with('[') {
         format!("http://[{host}]:{port}")
     } else {
