@@ -1,12 +1,8 @@
-//! What people read of a run at its beginning and at its end.
+//! What people read of a run at its beginning, and of what changes on its way.
 
 use crate::report::StartEvent;
 use crate::setup::Prepared;
 use crate::train::Run;
-use std::path::{Path, PathBuf};
-
-/// Share of a run's steps spent waiting that is worth a hint.
-const MUCH_WAITING: f64 = 0.2;
 
 impl Run {
     /// Microbatches that the next step may have on their way at once.
@@ -30,7 +26,7 @@ impl Run {
 
     /// What is going to be trained, on what.
     pub fn describe(&self) {
-        let Prepared { server, settings, data, eval, split, schedule, .. } = &self.prepared;
+        let Prepared { server, settings, data, eval, split, schedule, plan, .. } = &self.prepared;
         let lora = &settings.lora;
         self.report.line(&format!(
             "model {} ({}), bottom [0, {}), trunk [{}, {}) at {}, top [{}, {})",
@@ -53,13 +49,18 @@ impl Run {
             self.session.adapter_parameters(),
         ));
         self.report.line(&format!(
-            "{} samples of {} tokens, {} passed over; {} for evaluation; {} steps, {} of warm-up",
-            data.len(),
-            data.n_tokens(),
-            data.stats.n_skipped,
+            "{}{}; {} samples for evaluation",
+            data.stats,
+            if data.cached { " (tokens from the cache)" } else { "" },
             eval.as_ref().map_or(0, |data| data.len()),
+        ));
+        self.report.line(&format!(
+            "{} steps, {} of warm-up{}",
             settings.n_steps,
             schedule.n_warmup,
+            plan.fill().map_or(String::new(), |fill| {
+                format!("; microbatches are {:.0}% full", 100.0 * fill)
+            }),
         ));
         let (asked, allowed) = (self.in_flight.asked(), self.most_in_flight());
         if allowed < asked {
@@ -73,13 +74,14 @@ impl Run {
 
     /// The same for programs; `step` steps were taken before.
     pub fn start_event(&self, step: u64) -> StartEvent {
-        let Prepared { settings, data, eval, .. } = &self.prepared;
+        let Prepared { settings, data, eval, losses, .. } = &self.prepared;
         StartEvent {
             step,
             n_steps: settings.n_steps,
             model: settings.model_name.clone(),
             split_point_1: settings.split_point_1,
             split_point_2: settings.split_point_2,
+            loss: losses.train.name().into(),
             lora_rank: settings.lora.r,
             samples: data.len() as u64,
             eval_samples: eval.as_ref().map_or(0, |data| data.len()) as u64,
@@ -88,7 +90,8 @@ impl Run {
         }
     }
 
-    fn tell_of_early_stop(&self) {
+    /// Why it ended before its last step, if it did by itself.
+    pub fn tell_of_early_stop(&self) {
         let evaluation = &self.options.evaluation;
         let (Some(patience), true) = (evaluation.patience, self.stops_early()) else { return };
         if self.step == self.prepared.settings.n_steps {
@@ -102,42 +105,5 @@ impl Run {
             "stopped early at step {} of {}: {patience} evaluations in a row brought no improvement{least}; to go on, --resume latest with a higher --early-stopping-patience, or without it",
             self.step, self.prepared.settings.n_steps,
         ));
-    }
-
-    /// Where the results are and where the time went.
-    pub fn conclude(&self, adapter: Option<&(PathBuf, u64)>, checkpoint: &Path) {
-        self.tell_of_early_stop();
-        match adapter {
-            Some((dir, step)) => self.report.line(&format!(
-                "done: step {}; the adapter for the whole model, of step {step}, is in {}; PEFT loads it with PeftModel.from_pretrained(model, {:?})",
-                self.step,
-                dir.display(),
-                dir.display().to_string(),
-            )),
-            None => self.report.line(&format!(
-                "stopped at step {} of {}; go on with the same command and --resume latest (checkpoint {})",
-                self.step,
-                self.prepared.settings.n_steps,
-                checkpoint.display()
-            )),
-        }
-        let (training, waited) =
-            (self.spent.training.as_secs_f64(), self.spent.waited.as_secs_f64());
-        if training == 0.0 {
-            return;
-        }
-        let share = waited / training;
-        self.report.line(&format!(
-            "{training:.1} s of training steps, {waited:.1} s of them ({:.0}%) waiting for the server, with up to {} of {} microbatches of a step in flight",
-            100.0 * share,
-            self.n_in_flight().min(self.spent.microbatches),
-            self.spent.microbatches,
-        ));
-        if share > MUCH_WAITING && self.spent.microbatches == 1 && self.options.steps.most_samples() != Some(1)
-        {
-            self.report.line(
-                "a step of one microbatch has nothing to do meanwhile: half the --batch-size with twice the --gradient-accumulation-steps takes the same samples into a step and waits less",
-            );
-        }
     }
 }

@@ -1,3 +1,4 @@
+mod conclude;
 mod evaluate;
 mod save;
 mod step;
@@ -135,6 +136,10 @@ impl Run {
         resume::check_output_dir(&options, resumed.as_ref())?;
         let prepared = setup::prepare(&options, origin).await?;
         std::fs::create_dir_all(dir).map_err(TrainError::io(dir))?;
+        if let Some(text) = &options.output.config {
+            let file = dir.join("config.toml");
+            std::fs::write(&file, text).map_err(TrainError::io(&file))?;
+        }
         let (step, n_steps) =
             (resumed.as_ref().map_or(0, |s| s.state.step), prepared.settings.n_steps);
         let report = Reporter::new(&ReportOptions {
@@ -195,6 +200,7 @@ impl Run {
 
     /// Trains to the last step, to an early stop, or until it is asked to end.
     async fn go_on(&mut self, cancel: &CancelToken) -> Result<(), TrainError> {
+        self.set_references().await?;
         // Not again after a resumption: every frame counts in the numbers of those after it, and
         // dropout masks depend on the numbers.
         if self.step == 0 && self.saved.is_none() {

@@ -165,7 +165,7 @@ fn seconds_of(seconds: f64) -> Duration {
 }
 
 /// Such as `45s`, `12m05s`, `3h07m` or `2d03h`.
-fn duration(duration: Duration) -> String {
+pub(crate) fn duration(duration: Duration) -> String {
     let seconds = (duration.as_secs_f64()).round() as u64;
     let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86400);
     match seconds {

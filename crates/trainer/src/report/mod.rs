@@ -5,6 +5,7 @@ mod console;
 mod event;
 mod tensorboard;
 
+pub(crate) use console::duration;
 pub use event::{DoneEvent, EvalEvent, Event, StartEvent, StepEvent, WireErrors};
 
 use crate::TrainError;
