@@ -11,7 +11,9 @@ use offshoot_tests::run::open_request;
 use offshoot_tests::{TestServer, fixture};
 use offshoot_trainer::data::{Batch, Sample};
 use offshoot_trainer::loss::{CrossEntropy, Loss};
-use offshoot_trainer::{Microbatches, SplitModel, SplitOptions, Summary, TrainOptions};
+use offshoot_trainer::{
+    Checkpointing, Microbatches, SplitModel, SplitOptions, Summary, TrainOptions,
+};
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
@@ -21,7 +23,7 @@ use tch::{Device, Kind};
 /// Five steps of four microbatches, and evaluations of two.
 fn options(place: &Place, server: &TestServer, output: &str, in_flight: usize) -> TrainOptions {
     let mut options = place.options(server, output);
-    (options.steps.batch_size, options.steps.gradient_accumulation_steps) = (2, 4);
+    (options.steps.batch_size, options.steps.gradient_accumulation_steps) = (Some(2), 4);
     options.steps.max_steps = Some(5);
     options.evaluation.interval = 2;
     options.steps.microbatches_in_flight = in_flight;
@@ -101,7 +103,7 @@ async fn cut_with_several_in_flight_goes_on() {
     // whatever it is.
     proxy.cut_after((0..60).map(|n: i64| 30_000 + n * n * 7919 % 9973));
     let mut cut = options(&place, &server, "cut", 3);
-    cut.server = proxy.endpoint();
+    cut.model.server = proxy.endpoint();
     assert_same_runs(&run(cut).await, &straight);
     println!("{} connections, {} cuts left", proxy.connections(), proxy.cuts_left());
     assert!(proxy.connections() > 10, "the cuts did not take place");
@@ -118,6 +120,7 @@ fn bottom_and_top() -> SplitModel {
         adamw: AdamW::default(),
         seed: 1,
         kind: Kind::Float,
+        checkpointing: Checkpointing::Auto,
         devices: vec![Device::Cpu],
     };
     SplitModel::load(&checkpoint, &config, &options).unwrap()

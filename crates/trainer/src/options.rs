@@ -1,5 +1,6 @@
 use crate::TrainError;
 pub use crate::loss::LossOptions;
+pub use crate::split::Checkpointing;
 use crate::data::{DataOptions, MicrobatchSize};
 use crate::sample::SampleOptions;
 use crate::schedule::{Scheduler, Warmup};
@@ -168,6 +169,8 @@ pub enum AdapterChoice {
 /// Where and in which types is computed.
 #[derive(Clone, Debug)]
 pub struct ComputeOptions {
+    /// Whether the client's layers are computed again in the backward, to save memory.
+    pub checkpointing: Checkpointing,
     /// Of the client's layers: a copy on each. The first one leads; microbatches of a step are dealt
     /// to all.
     pub devices: Vec<Device>,
@@ -239,8 +242,8 @@ impl Default for EvaluationOptions {
 
 impl Default for ComputeOptions {
     fn default() -> Self {
-        let devices = vec![Device::Cpu];
-        ComputeOptions { devices, kind: Kind::Float, wire_dtype: WireDType::Bf16 }
+        let (devices, checkpointing) = (vec![Device::Cpu], Checkpointing::Auto);
+        ComputeOptions { devices, checkpointing, kind: Kind::Float, wire_dtype: WireDType::Bf16 }
     }
 }
 

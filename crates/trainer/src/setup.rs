@@ -57,10 +57,11 @@ pub(crate) async fn prepare(
     let template = options.data.chat_template.as_deref();
     let tokenizer = Tokenizer::load_with(&checkpoint, template)?;
     check_lengths(options, &server, &config)?;
-    let sources = DataSpec {
+    let mut sources = DataSpec {
         eval_files: options.sources.eval_files.clone(),
         ..DataSpec::files(options.sources.train_files.clone())
     };
+    sources.columns.preferences = options.loss.wants_pairs();
     let sources = sources.open()?;
     let data = DataSet::load(&sources.train, &options.data, &tokenizer)?;
     fit::vocabulary(data.highest_id(), &tokenizer, &config)?;
@@ -72,6 +73,8 @@ pub(crate) async fn prepare(
         fit::vocabulary(eval.highest_id(), &tokenizer, &config)?;
         Some(eval)
     };
+
+    options.loss.check_data([Some(&data), eval.as_ref()])?;
 
     let plan = PlanOptions {
         size: options.steps.microbatch_size(),
@@ -95,6 +98,7 @@ pub(crate) async fn prepare(
             adamw: options.optimizer.adamw.clone(),
             seed: options.seed,
             kind: options.compute.kind,
+            checkpointing: options.compute.checkpointing,
             devices: options.compute.devices.clone(),
         },
     )?;
@@ -238,5 +242,6 @@ fn settings(
             other => format!("{other:?}"),
         },
         wire_dtype: options.compute.wire_dtype.name().into(),
+        loss: options.loss.to_string(),
     }
 }

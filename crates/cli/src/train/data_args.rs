@@ -1,7 +1,8 @@
+use super::samples_args::SamplesArgs;
 use crate::legacy::LegacyTrain;
 use anyhow::bail;
-use clap::{Args, ValueEnum};
-use offshoot_trainer::data::{DataOptions, PromptFormat};
+use clap::Args;
+use offshoot_trainer::data::DataOptions;
 use offshoot_trainer::options::SourceOptions;
 use std::path::{Path, PathBuf};
 
@@ -17,24 +18,11 @@ pub struct DataArgs {
     /// The same for evaluation; without it nothing is evaluated.
     #[arg(long, value_name = "PATH")]
     eval_file: Vec<PathBuf>,
-    /// Longest sample in tokens. Longer texts become several samples; longer prompts with
-    /// completions, and conversations, are cut off.
-    #[arg(long, value_name = "TOKENS", default_value_t = 512)]
-    max_seq_length: usize,
     /// Train on the first so many samples only.
     #[arg(long, value_name = "N")]
     max_train_samples: Option<usize>,
-    /// What a prompt with its completion, and a sample prompt, become.
-    #[arg(long, value_enum, default_value_t = Format::Plain)]
-    prompt_format: Format,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum Format {
-    /// The prompt, a line break unless there is white space already, the completion.
-    Plain,
-    /// One user message and one answer through the model's chat template, for Instruct models.
-    Chat,
+    #[command(flatten)]
+    samples: SamplesArgs,
 }
 
 impl DataArgs {
@@ -45,14 +33,8 @@ impl DataArgs {
     ) -> anyhow::Result<(SourceOptions, DataOptions)> {
         let train_files = train_files(self.train_file, legacy)?;
         let sources = SourceOptions { train_files, eval_files: self.eval_file };
-        let data = DataOptions {
-            max_seq_length: self.max_seq_length,
-            max_samples: self.max_train_samples,
-            prompt_format: match self.prompt_format {
-                Format::Plain => PromptFormat::Plain,
-                Format::Chat => PromptFormat::Chat,
-            },
-        };
+        let data =
+            DataOptions { max_samples: self.max_train_samples, ..self.samples.into_options() };
         Ok((sources, data))
     }
 }

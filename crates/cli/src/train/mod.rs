@@ -1,12 +1,14 @@
-mod compute_args;
+pub mod compute_args;
 mod data_args;
 mod lora_args;
 mod loss_args;
-mod model_args;
+pub mod model_args;
 mod output_args;
+pub mod samples_args;
 mod training_args;
 
 use crate::legacy::LegacyTrain;
+use crate::run_config::{ConfigArgs, Resolved};
 use anyhow::Context;
 use clap::Args;
 use compute_args::ComputeArgs;
@@ -14,7 +16,7 @@ use data_args::DataArgs;
 use lora_args::LoraArgs;
 use loss_args::LossArgs;
 use model_args::ModelArgs;
-use offshoot_trainer::{CancelToken, TrainOptions, train};
+use offshoot_trainer::{CancelToken, TrainOptions, resolve_lora, train};
 use output_args::OutputArgs;
 use std::process::ExitCode;
 use training_args::TrainingArgs;
@@ -42,7 +44,12 @@ pub struct TrainArgs {
     #[command(flatten)]
     compute: ComputeArgs,
     #[command(flatten)]
+    config: ConfigArgs,
+    #[command(flatten)]
     legacy: LegacyTrain,
+    /// All of these as they came together.
+    #[arg(skip)]
+    pub resolved: Option<Resolved>,
 }
 
 const EXAMPLES: &str = "\
@@ -50,11 +57,32 @@ Examples:
   offshoot train --model-name Qwen/Qwen2-0.5B --train-file texts.jsonl --output-dir run
   offshoot train --model-name ./gpt2 --server-host trunk.local --train-file corpus/ \\
       --eval-file held-out.txt --lora-rank 16 --lora-alpha 32 --max-steps 2000
-  offshoot train ... --resume latest";
+  offshoot train ... --resume latest
+  offshoot train --config run/config.toml --output-dir run-2 --learning-rate 2e-4
+
+A file for --config:
+  [model]
+  model_name = \"Qwen/Qwen2-0.5B\"
+  [data]
+  train_file = [\"texts.jsonl\"]
+  [training]
+  learning_rate = 2e-4
+  num_epochs = 1";
 
 /// Runs the subcommand. Exit status 130 if it was stopped by Ctrl-C.
-pub fn run(args: TrainArgs) -> anyhow::Result<ExitCode> {
-    let options = args.into_options()?;
+pub fn run(mut args: TrainArgs) -> anyhow::Result<ExitCode> {
+    let resolved = args.resolved.take();
+    let print_config = args.config.print_config;
+    let mut options = args.into_options()?;
+    resolve_lora(&mut options)?;
+    if let Some(mut resolved) = resolved {
+        lora_args::fill(&mut resolved, &options.lora);
+        options.output.config = Some(resolved.to_string());
+    }
+    if print_config {
+        print!("{}", options.output.config.unwrap_or_default());
+        return Ok(ExitCode::SUCCESS);
+    }
     let cancel = CancelToken::default();
     // The trainer computes on this thread; the connection lives on the runtime's.
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -87,8 +115,9 @@ async fn stop_on_ctrl_c(cancel: CancelToken) {
 }
 
 impl TrainArgs {
-    fn into_options(self) -> anyhow::Result<TrainOptions> {
-        let TrainArgs { model, data, lora, training, loss, output, compute, legacy } = self;
+    /// What the trainer takes.
+    pub fn into_options(self) -> anyhow::Result<TrainOptions> {
+        let TrainArgs { model, data, lora, training, loss, output, compute, legacy, .. } = self;
         let (sources, data) = data.into_options(&legacy)?;
         Ok(TrainOptions {
             model: model.into_options(&output.output_dir),
@@ -123,10 +152,13 @@ mod tests {
 
     #[test]
     fn defaults_are_those_of_the_library_and_of_the_predecessor() {
-        let options = parse("--model-name m --train-file t").unwrap();
+        let mut options = parse("--model-name m --train-file t").unwrap();
         let server = "http://localhost:50051";
         let mut expected = TrainOptions::new("m", server, "t".into(), "./checkpoints".into());
         expected.model.session_name = "checkpoints".into();
+        resolve_lora(&mut options).unwrap();
+        resolve_lora(&mut expected).unwrap();
+        expected.data.cache_dir = offshoot_trainer::data::default_cache_dir();
         assert_eq!(format!("{options:?}"), format!("{expected:?}"));
     }
 
@@ -162,7 +194,7 @@ mod tests {
         let line = "--model-name m --train-file a --train-file b --target-modules q_proj,v_proj";
         let options = parse(&format!("{line} --server http://h:7")).unwrap();
         assert_eq!(options.model.server, "http://h:7");
-        assert_eq!(options.lora.spec.target_modules, ["q_proj", "v_proj"]);
+        assert_eq!(options.lora.target_modules, ["q_proj", "v_proj"]);
         assert_eq!(options.sources.train_files.len(), 2);
         assert_eq!(
             parse(&format!("{line} --server-host ::1")).unwrap().model.server,

@@ -6,9 +6,15 @@ use offshoot_trainer::{Scheduler, Warmup};
 #[derive(Args)]
 #[command(next_help_heading = "Training")]
 pub struct TrainingArgs {
-    /// Samples in a microbatch.
-    #[arg(long, value_name = "N", default_value_t = 4)]
-    batch_size: usize,
+    /// Samples (pairs, for preferences) in a microbatch [default: 4; with --max-tokens-per-batch as
+    /// many as fit].
+    #[arg(long, value_name = "N")]
+    batch_size: Option<usize>,
+    /// Fill each microbatch with as many samples as fit into so many tokens, instead of a fixed number
+    /// of samples; nothing is padded. At least the longest sample. With --batch-size, no more than so
+    /// many samples.
+    #[arg(long, value_name = "TOKENS")]
+    max_tokens_per_batch: Option<usize>,
     /// Microbatches in an optimizer step; the loss is the mean over all predicted tokens of them.
     #[arg(long, value_name = "N", default_value_t = 1)]
     gradient_accumulation_steps: usize,
@@ -65,6 +71,7 @@ impl TrainingArgs {
     pub fn steps(&self) -> StepOptions {
         StepOptions {
             batch_size: self.batch_size,
+            max_tokens_per_batch: self.max_tokens_per_batch,
             gradient_accumulation_steps: self.gradient_accumulation_steps,
             microbatches_in_flight: self.microbatches_in_flight,
             num_epochs: self.num_epochs,

@@ -1,3 +1,4 @@
+use crate::loss::LossOptions;
 use crate::data::Place;
 use crate::schedule::Scheduler;
 use offshoot_adapters::LoraSpec;
@@ -105,11 +106,18 @@ pub struct RunSettings {
     pub dtype: String,
     /// dtype of hidden states and gradients between the two sides.
     pub wire_dtype: String,
+    /// What is minimised.
+    #[serde(default = "plain_loss")]
+    pub loss: String,
 }
 
 /// What checkpoints that do not say it were made with.
 fn one_in_flight() -> usize {
     1
+}
+
+fn plain_loss() -> String {
+    LossOptions::default().to_string()
 }
 
 impl RunSettings {

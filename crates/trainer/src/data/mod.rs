@@ -2,31 +2,44 @@
 //!
 //! # What is a sample
 //!
-//! - Text file: a paragraph, that is, lines up to a blank line. `eos` ends it. A paragraph longer
-//!   than the limit becomes several samples, one after the other.
-//! - JSONL, `{"text": ...}`: the text, in the same way.
-//! - JSONL, `{"prompt": ..., "completion": ...}`: both, one after the other, `eos` at the end; the
-//!   loss is on the completion only. See [`PromptFormat`] for what stands between.
-//! - JSONL, `{"messages": [{"role": ..., "content": ...}, ...]}`: the conversation through the
-//!   model's chat template; the loss is on the assistant's turns only.
+//! - Text: the text of a record (a paragraph of a text file, `text` of JSONL and tables). `eos` ends
+//!   it. A text longer than the limit becomes several samples, one after the other.
+//! - Prompt and completion: both, one after the other, `eos` at the end; the loss is on the
+//!   completion only. See [`PromptFormat`] for what stands between.
+//! - Messages: the conversation through the model's chat template; the loss is on the assistant's
+//!   turns only.
+//! - Preference: two samples, the prompt with the chosen answer and with the rejected one; the loss
+//!   is on the answers only.
 //!
-//! Prompts with completions, and conversations, are cut off at the limit. A sample in which nothing
-//! is left to predict is passed over and counted.
+//! [`LossOn`] and [`LongSamples`] are what can be chosen about it. A record of which nothing is left
+//! to predict is passed over and counted.
+//!
+//! # The way
+//!
+//! [`source`] gives records, [`DataSet::load`] makes them to samples on all cores, or finds the
+//! samples of an earlier run; [`Plan`] says which of them are in which microbatch of which step, and
+//! [`DataSet::batch`] packs one.
 
+mod cache;
+mod hub;
+mod make;
 mod order;
+mod pack;
 mod read;
+mod sample;
 pub mod source;
+mod tokenise;
 
-pub use order::{Order, Place};
+pub use cache::default_cache_dir;
+pub use order::{MicrobatchSize, Place, Plan, PlanOptions};
+pub use sample::{Batch, DataSet, LoadStats, NOT_PREDICTED, Sample};
 
 use crate::TrainError;
 use crate::tokenizer::Tokenizer;
+use cache::Cached;
 use serde::{Deserialize, Serialize};
-use source::Record;
+use source::DataSource;
 use std::path::PathBuf;
-
-/// The label of a position whose next token is not to be predicted, as in PyTorch.
-pub const NOT_PREDICTED: i64 = -100;
 
 /// How a prompt and its completion become one text.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,235 +53,99 @@ pub enum PromptFormat {
     Chat,
 }
 
-/// How files become samples.
-#[derive(Clone, Debug)]
+/// What becomes of a record that is longer than the limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LongSamples {
+    /// One sample, without what is too much. Where the answer (of a conversation, the first one)
+    /// would lose words, the prompt loses its beginning first, down to a quarter of the limit: its
+    /// end is mostly what is asked. Then the end goes.
+    Truncate,
+    /// Several samples, one after the other.
+    Split,
+}
+
+/// Of which tokens the loss is. Of plain texts it is of all, of preference pairs of the answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LossOn {
+    /// The completion; of a conversation, the assistant's last turn.
+    Completion,
+    /// The completion; of a conversation, all turns of the assistant.
+    Assistant,
+    /// Everything, prompts and other people's turns too.
+    All,
+}
+
+/// How records become samples.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DataOptions {
     /// No sample has more tokens.
     pub max_seq_length: usize,
-    /// Reading stops after so many samples.
+    /// Reading stops after so many samples (pairs, for preferences).
     pub max_samples: Option<usize>,
     /// For `prompt` and `completion`.
     pub prompt_format: PromptFormat,
+    /// None: texts are split, all others truncated.
+    pub long_samples: Option<LongSamples>,
+    /// None: completions, and the assistant's turns.
+    pub loss_on: Option<LossOn>,
+    /// Another chat template than the model's default one: the name of one of its own, or a file.
+    pub chat_template: Option<String>,
+    /// Samples are kept there for the next run, see [`default_cache_dir`]. None: they are not.
+    pub cache_dir: Option<PathBuf>,
 }
 
-/// One sequence to learn from.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Sample {
-    /// Token ids.
-    pub ids: Vec<i64>,
-    /// For each token, whether it is to be predicted from those before it. The first never is.
-    pub learn: Vec<bool>,
-}
-
-impl Sample {
-    /// Labels of the packed rows: the token after each position, or [`NOT_PREDICTED`].
-    fn labels(&self) -> impl Iterator<Item = i64> {
-        let next = self.ids.iter().zip(&self.learn).skip(1);
-        next.map(|(&id, &learn)| if learn { id } else { NOT_PREDICTED }).chain([NOT_PREDICTED])
+impl Default for DataOptions {
+    fn default() -> Self {
+        DataOptions {
+            max_seq_length: 512,
+            max_samples: None,
+            prompt_format: PromptFormat::Plain,
+            long_samples: None,
+            loss_on: None,
+            chat_template: None,
+            cache_dir: None,
+        }
     }
-
-    fn n_predicted(&self) -> usize {
-        self.learn.iter().skip(1).filter(|&&learn| learn).count()
-    }
-}
-
-/// All samples of a run, in the order of the files.
-#[derive(Debug)]
-pub struct DataSet {
-    /// In the order of the files.
-    pub samples: Vec<Sample>,
-    /// Records in which nothing was left to predict.
-    pub n_skipped: usize,
 }
 
 impl DataSet {
-    /// Reads files, and the data files of folders, in the order given.
+    /// All samples of these sources, in their order. They are read in pieces and tokenised on all
+    /// cores; or taken from the cache, if the same records were made to samples in the same way.
+    ///
+    /// # Errors
+    /// Of the first record that cannot be read, or that the chat template refuses; and if there is no
+    /// sample at all.
     pub fn load(
-        paths: &[PathBuf],
+        sources: &[Box<dyn DataSource>],
         options: &DataOptions,
         tokenizer: &Tokenizer,
     ) -> Result<Self, TrainError> {
-        let mut data = DataSet { samples: Vec::new(), n_skipped: 0 };
-        for source in read::sources(paths)? {
-            for located in source.records()? {
-                let (place, record) = located?;
-                if options.max_samples.is_some_and(|n| data.samples.len() >= n) {
-                    return Ok(data);
-                }
-                data.add(record, &place, options, tokenizer)?;
-            }
+        let cached = match &options.cache_dir {
+            Some(dir) => Some(Cached::find(dir, sources, options, tokenizer)?),
+            None => None,
+        };
+        if let Some(data) = cached.as_ref().and_then(Cached::read) {
+            return Ok(data);
         }
-        if let Some(n) = options.max_samples {
-            data.samples.truncate(n);
+        let data = tokenise::samples_of(sources, options, tokenizer)?;
+        if data.is_empty() {
+            let names: Vec<String> = sources.iter().map(|source| source.name()).collect();
+            let problem = match data.stats.n_records {
+                0 => "there is no record".into(),
+                n => format!(
+                    "in each of the {n} records nothing is left to predict after cutting to {} tokens; raise --max-seq-length, or look for empty completions",
+                    options.max_seq_length
+                ),
+            };
+            return Err(TrainError::NoSamples { files: names.join(", "), problem });
         }
-        if data.samples.is_empty() {
-            return Err(TrainError::NoSamples {
-                files: paths.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(", "),
-                problem: match data.n_skipped {
-                    0 => "the files hold no text".into(),
-                    n => format!(
-                        "in each of the {n} records nothing is left to predict after cutting to {} tokens; raise --max-seq-length, or look for empty completions",
-                        options.max_seq_length
-                    ),
-                },
-            });
+        if let Some(cached) = cached {
+            cached.write(&data);
         }
         Ok(data)
     }
-
-    fn add(
-        &mut self,
-        record: Record,
-        place: &source::Place,
-        options: &DataOptions,
-        tokenizer: &Tokenizer,
-    ) -> Result<(), TrainError> {
-        let limit = options.max_seq_length;
-        let before = self.samples.len();
-        let samples = match record {
-            Record::Text(text) => split_text(&text, limit, tokenizer)?,
-            Record::Completion { prompt, completion } => {
-                vec![match options.prompt_format {
-                    PromptFormat::Plain => plain_completion(&prompt, &completion, tokenizer)?,
-                    PromptFormat::Chat => conversation(
-                        &[
-                            serde_json::json!({ "role": "user", "content": prompt }),
-                            serde_json::json!({ "role": "assistant", "content": completion }),
-                        ],
-                        tokenizer,
-                    )
-                    .map_err(|e| place.explain(e))?,
-                }]
-            }
-            Record::Chat { messages, .. } => {
-                vec![conversation(&messages, tokenizer).map_err(|e| place.explain(e))?]
-            }
-            Record::Preference { .. } => {
-                return Err(place.wrong("a preference pair: not learned from yet"));
-            }
-        };
-        for mut sample in samples {
-            sample.ids.truncate(limit);
-            sample.learn.truncate(limit);
-            if sample.n_predicted() > 0 {
-                self.samples.push(sample);
-            }
-        }
-        self.n_skipped += usize::from(self.samples.len() == before);
-        Ok(())
-    }
-
-    /// Tokens of all samples.
-    pub fn n_tokens(&self) -> usize {
-        self.samples.iter().map(|s| s.ids.len()).sum()
-    }
-
-    /// Equal for equal samples in equal order; a resumed run must see the same.
-    pub fn fingerprint(&self) -> String {
-        let mut hasher = blake3::Hasher::new();
-        for sample in &self.samples {
-            hasher.update(&(sample.ids.len() as u64).to_le_bytes());
-            for (id, learn) in sample.ids.iter().zip(&sample.learn) {
-                hasher.update(&id.to_le_bytes()).update(&[u8::from(*learn)]);
-            }
-        }
-        hasher.finalize().to_hex()[..32].to_string()
-    }
-
-    /// Packs samples into microbatches of at most `batch_size` sequences and `max_tokens` tokens.
-    pub fn batches(&self, samples: &[usize], batch_size: usize, max_tokens: usize) -> Vec<Batch> {
-        let mut batches: Vec<Batch> = Vec::new();
-        for of_batch in samples.chunks(batch_size) {
-            // Neighbours of one length are cheaper for attention; the sum over them is the same.
-            let mut of_batch = of_batch.to_vec();
-            of_batch.sort_by_key(|&i| std::cmp::Reverse(self.samples[i].ids.len()));
-            let mut open = Batch::default();
-            for i in of_batch {
-                let sample = &self.samples[i];
-                if open.n_tokens() > 0 && open.n_tokens() + sample.ids.len() > max_tokens {
-                    batches.push(std::mem::take(&mut open));
-                }
-                open.push(sample);
-            }
-            batches.push(open);
-        }
-        batches
-    }
-}
-
-/// Sequences packed one after the other, without padding: what one microbatch runs on.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Batch {
-    /// `[N]` token ids.
-    pub ids: Vec<i64>,
-    /// Tokens of each sequence; they sum to N.
-    pub seq_lens: Vec<usize>,
-    /// `[N]`, the token after each position, or [`NOT_PREDICTED`].
-    pub labels: Vec<i64>,
-    /// For each sequence, which sample of its [`DataSet`] it is; counted from 0 where there is none.
-    pub samples: Vec<usize>,
-}
-
-impl Batch {
-    /// Adds a sequence at the end.
-    pub fn push(&mut self, sample: &Sample) {
-        self.ids.extend(&sample.ids);
-        self.labels.extend(sample.labels());
-        self.samples.push(self.seq_lens.len());
-        self.seq_lens.push(sample.ids.len());
-    }
-
-    /// N.
-    pub fn n_tokens(&self) -> usize {
-        self.ids.len()
-    }
-
-    /// Positions that count in the loss.
-    pub fn n_predicted(&self) -> usize {
-        self.labels.iter().filter(|&&label| label != NOT_PREDICTED).count()
-    }
-}
-
-fn widen(ids: &[u32]) -> impl Iterator<Item = i64> {
-    ids.iter().map(|&id| i64::from(id))
-}
-
-fn with_eos(mut ids: Vec<u32>, tokenizer: &Tokenizer) -> Vec<u32> {
-    if let Some(eos) = tokenizer.eos_id().filter(|eos| ids.last() != Some(eos)) {
-        ids.push(eos);
-    }
-    ids
-}
-
-/// A text in pieces of `limit` tokens.
-fn split_text(text: &str, limit: usize, tokenizer: &Tokenizer) -> Result<Vec<Sample>, TrainError> {
-    let ids = with_eos(tokenizer.encode(text)?, tokenizer);
-    let piece = |ids: &[u32]| Sample { ids: widen(ids).collect(), learn: vec![true; ids.len()] };
-    Ok(ids.chunks(limit).map(piece).collect())
-}
-
-fn plain_completion(
-    prompt: &str,
-    completion: &str,
-    tokenizer: &Tokenizer,
-) -> Result<Sample, TrainError> {
-    let apart =
-        prompt.ends_with(char::is_whitespace) || completion.starts_with(char::is_whitespace);
-    let prompt = if apart { prompt.to_string() } else { format!("{prompt}\n") };
-    // Each for itself, so that the prompt's tokens are those that generation will begin with.
-    let prompt = tokenizer.encode(&prompt)?;
-    let completion = with_eos(tokenizer.encode_continuation(completion)?, tokenizer);
-    let mut learn = vec![false; prompt.len()];
-    learn.resize(prompt.len() + completion.len(), true);
-    Ok(Sample { ids: widen(&prompt).chain(widen(&completion)).collect(), learn })
-}
-
-fn conversation(
-    messages: &[serde_json::Value],
-    tokenizer: &Tokenizer,
-) -> Result<Sample, TrainError> {
-    let tokens = tokenizer.encode_chat(crate::tokenizer::Conversation::new(messages), 0)?;
-    Ok(Sample { ids: widen(&tokens.ids).collect(), learn: tokens.from_assistant })
 }
 
 #[cfg(test)]
