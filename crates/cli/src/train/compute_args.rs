@@ -1,7 +1,7 @@
 use crate::accelerator;
 use clap::{Args, ValueEnum};
 use offshoot_client::WireDType;
-use offshoot_trainer::options::ComputeOptions;
+use offshoot_trainer::options::{Checkpointing, ComputeOptions};
 use tch::Kind;
 
 #[derive(Args)]
@@ -14,6 +14,11 @@ pub struct ComputeArgs {
     /// layers, and the microbatches of a step are dealt to them. Numbers are those of one device.
     #[arg(long, value_name = "DEVICES", value_delimiter = ',', conflicts_with = "device")]
     devices: Vec<String>,
+    /// Whether this side's layers are computed again in the backward, which takes less memory and
+    /// more time and changes no number. auto: on the CPU, where one microbatch would take more than
+    /// 512 MiB.
+    #[arg(long, value_enum, default_value_t = GradientCheckpointing::Auto)]
+    gradient_checkpointing: GradientCheckpointing,
     /// Type of this side's layers; adapters and optimizer are always f32.
     #[arg(long, value_enum, default_value_t = DType::F32)]
     dtype: DType,
@@ -26,8 +31,9 @@ pub struct ComputeArgs {
     wire_dtype: Wire,
 }
 
+/// dtypes of what travels.
 #[derive(Clone, Copy, PartialEq, Debug, ValueEnum)]
-enum Wire {
+pub enum Wire {
     /// 4 bytes a value, nothing is rounded: to compare with an uncut run
     F32,
     /// 2 bytes, error 0.2%: for most runs
@@ -49,10 +55,20 @@ impl From<Wire> for WireDType {
     }
 }
 
+/// dtypes of this side's layers.
 #[derive(Clone, Copy, PartialEq, Debug, ValueEnum)]
-enum DType {
+pub enum DType {
     F32,
     Bf16,
+}
+
+impl From<DType> for Kind {
+    fn from(dtype: DType) -> Self {
+        match dtype {
+            DType::F32 => Kind::Float,
+            DType::Bf16 => Kind::BFloat16,
+        }
+    }
 }
 
 impl ComputeArgs {
@@ -61,9 +77,30 @@ impl ComputeArgs {
         let names = if self.devices.is_empty() { vec![self.device] } else { self.devices };
         let bf16 = self.mixed_precision || self.dtype == DType::Bf16;
         Ok(ComputeOptions {
-            devices: names.iter().map(|name| accelerator::device(name)).collect::<Result<_, _>>()?,
+            checkpointing: self.gradient_checkpointing.into(),
+            devices: names
+                .iter()
+                .map(|name| accelerator::device(name))
+                .collect::<Result<_, _>>()?,
             kind: if bf16 { Kind::BFloat16 } else { Kind::Float },
             wire_dtype: self.wire_dtype.into(),
         })
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Debug, ValueEnum)]
+enum GradientCheckpointing {
+    Auto,
+    On,
+    Off,
+}
+
+impl From<GradientCheckpointing> for Checkpointing {
+    fn from(wanted: GradientCheckpointing) -> Self {
+        match wanted {
+            GradientCheckpointing::Auto => Checkpointing::Auto,
+            GradientCheckpointing::On => Checkpointing::On,
+            GradientCheckpointing::Off => Checkpointing::Off,
+        }
     }
 }

@@ -1,3 +1,4 @@
+use crate::run_config::Resolved;
 use clap::Args;
 use clap::builder::ArgPredicate::IsPresent;
 use offshoot_trainer::options::LoraOptions;
@@ -43,5 +44,21 @@ impl LoraArgs {
             use_rslora: self.use_rslora.then_some(true),
             target_modules: self.target_modules,
         }
+    }
+}
+
+/// What stood open in the options is as the adapter or the checkpoint that the run begins from has it.
+pub fn fill(resolved: &mut Resolved, lora: &LoraOptions) {
+    if let Some(r) = lora.r {
+        resolved.set("lora_rank", r as i64);
+    }
+    for (name, value) in [("lora_alpha", lora.lora_alpha), ("lora_dropout", lora.lora_dropout)] {
+        if let Some(value) = value {
+            resolved.set(name, value);
+        }
+    }
+    resolved.set("use_rslora", lora.use_rslora.unwrap_or_default());
+    if !lora.target_modules.is_empty() {
+        resolved.set("target_modules", lora.target_modules.clone());
     }
 }

@@ -36,14 +36,18 @@ impl LossArgs {
         match loss {
             Kind::CrossEntropy => {
                 if dpo_beta.is_some() || dpo_label_smoothing.is_some() {
-                    bail!("--dpo-beta and --dpo-label-smoothing go with --loss dpo; name it, or leave them out");
+                    bail!(
+                        "--dpo-beta and --dpo-label-smoothing go with --loss dpo; name it, or leave them out"
+                    );
                 }
                 let label_smoothing = label_smoothing.unwrap_or_default();
                 Ok(LossOptions::CrossEntropy(CrossEntropy { label_smoothing }))
             }
             Kind::Dpo => {
                 if label_smoothing.is_some() {
-                    bail!("--label-smoothing is of the cross-entropy; with --loss dpo it is --dpo-label-smoothing");
+                    bail!(
+                        "--label-smoothing is of the cross-entropy; with --loss dpo it is --dpo-label-smoothing"
+                    );
                 }
                 let default = DpoOptions::default();
                 Ok(LossOptions::Dpo(DpoOptions {
