@@ -319,6 +319,7 @@ mod tests {
             max_grad_norm: 1.0,
             dtype: "f32".into(),
             wire_dtype: "f32".into(),
+            ..RunSettings::default()
         }
     }
 
