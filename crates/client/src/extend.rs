@@ -12,7 +12,9 @@ pub struct ExtendInput {
     /// Names the sequence's key/value cache among those of this session, of which it may have
     /// `limits().max_open_caches`.
     pub cache: u64,
-    /// Tokens that the cache must hold already. 0 begins it anew, with these tokens as the first.
+    /// Tokens before these, which the cache must hold. What it holds behind them is dropped: a
+    /// sequence can go back to a prefix and go on from there in another way. 0 begins the cache, or
+    /// begins it anew.
     pub start: u32,
     /// `[n, H]` in the session's wire dtype: the input of layer `split_point_1` for the tokens
     /// `[start, start + n)`. `start + n` is at most `limits().max_cache_tokens`.

@@ -185,8 +185,8 @@ impl DirectSession {
         Ok(PendingForward(Pending { answer }))
     }
 
-    /// Submits the next tokens of a sequence, `[n, H]`, behind the `start` ones that its cache holds;
-    /// 0 begins it anew. A session may have `limits.max_open_caches`.
+    /// Submits the next tokens of a sequence, `[n, H]`, behind the first `start` ones that its cache
+    /// holds; 0 begins it anew. A session may have `limits.max_open_caches`.
     pub fn extend(
         &mut self,
         cache: u64,

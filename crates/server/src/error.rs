@@ -163,10 +163,10 @@ pub enum Error {
     )]
     NoCache { cache: u64 },
     #[error(
-        "cache {cache} holds {expected} tokens, not {found}; go on from there, or begin again with \
-         start = 0 and all tokens of the sequence"
+        "cache {cache} holds {held} tokens, fewer than the {start} behind which these were to stand; go \
+         on from there, or begin again with start = 0 and all tokens of the sequence"
     )]
-    CacheStart { cache: u64, found: u64, expected: u64 },
+    CacheStart { cache: u64, start: u64, held: u64 },
 
     // Limits.
     #[error("{limit} frames are in flight already, the limit; wait for an answer")]
@@ -270,8 +270,8 @@ impl Error {
             Gap { .. } | Payload { .. } | Forgotten { .. } => Class::Sequence,
             Acknowledged { .. } | Point { .. } => Class::Sequence,
             NoTape { .. } | OpenTape { .. } | StepWithOpen { .. } => Class::Microbatch,
-            NoCache { .. } => Class::Cache,
-            CacheStart { .. } | CacheTokens { .. } => Class::Invalid,
+            NoCache { .. } | CacheStart { .. } => Class::Cache,
+            CacheTokens { .. } => Class::Invalid,
             OpenCaches { .. } => Class::Exhausted,
             InFlight { .. } | OpenMicrobatches { .. } | QueueFull { .. } => Class::Exhausted,
             NoRoom { .. } | LiveSessions { .. } | OutOfMemory { .. } => Class::Exhausted,

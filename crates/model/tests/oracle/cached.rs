@@ -171,6 +171,18 @@ fn segments_with_and_without_caches_share_a_pass_that_may_run_again() {
     }
 }
 
+/// As the bottom is when the model is cut at layer 0.
+#[test]
+fn a_part_without_layers_counts_the_tokens() {
+    let model = Model::load("gpt2", 1..1, Kind::Float);
+    let mut cache = model.part.new_cache(4);
+    let x = Tensor::ones([3, model.part.config().hidden_size], (Kind::Float, Device::Cpu));
+    let rows = Rows::after(&[3], &[0], Device::Cpu);
+    let segment = [Segment { rows: 0..3, adapter: None, dropout: None }];
+    let y = model.part.forward_cached(&x, &rows, &segment, &mut [Some(&mut cache)]);
+    assert_eq!((y, cache.len(), cache.bytes()), (x, 3, 0));
+}
+
 #[test]
 fn what_was_truncated_is_written_again() {
     let mut dice = Dice::new(35);

@@ -77,9 +77,7 @@ impl Caches {
             }
             // A new one that has had no tokens yet is none.
             None | Some(0) => Err(Error::NoCache { cache }),
-            Some(expected) if expected != start => {
-                Err(Error::CacheStart { cache, found: start, expected })
-            }
+            Some(held) if held < start => Err(Error::CacheStart { cache, start, held }),
             Some(_) => Ok(()),
         }
     }

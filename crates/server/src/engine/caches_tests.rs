@@ -145,14 +145,20 @@ fn a_cache_is_only_gone_on_with_where_it_stands() {
     rig.admit(0);
     assert!(matches!(rig.refused(0, 1, 3..4), Error::NoCache { cache: 1 }));
     let mut output = rig.extended(0, 1, 0..3);
-    for start in [2, 4] {
-        let error = rig.refused(0, 1, start..start + 1);
-        assert!(matches!(error, Error::CacheStart { expected: 3, .. }), "{error}");
-        let text = error.to_string();
-        assert!(text.contains("holds 3 tokens") && text.contains("start = 0"), "{text}");
-    }
-    output.extend(rig.extended(0, 1, 3..5));
-    assert_close("after refusals", &output, &whole(0, 1, 5));
+    let error = rig.refused(0, 1, 4..5);
+    assert!(matches!(error, Error::CacheStart { start: 4, held: 3, .. }), "{error}");
+    let text = error.to_string();
+    assert!(text.contains("holds 3 tokens") && text.contains("start = 0"), "{text}");
+    output.extend(rig.extended(0, 1, 3..6));
+    assert_close("after refusals", &output, &whole(0, 1, 6));
+    // Back to a prefix, and on from there.
+    let h = rig.hidden_size;
+    output.truncate(2 * h);
+    output.extend(rig.extended(0, 1, 2..4));
+    output.extend(rig.extended(0, 1, 4..5));
+    assert_close("after going back", &output, &whole(0, 1, 5));
+    let error = rig.refused(0, 1, 6..7);
+    assert!(matches!(error, Error::CacheStart { held: 5, .. }), "{error}");
     rig.step(0);
     assert!(matches!(rig.refused(0, 1, 5..6), Error::NoCache { .. }), "it is of older weights");
 }

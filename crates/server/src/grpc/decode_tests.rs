@@ -54,6 +54,30 @@ fn a_forward_is_checked_in_every_part() {
 }
 
 #[test]
+fn an_extend_is_checked_in_every_part() {
+    let extend = |start, hidden| {
+        let body = Some(Body::Extend(v1::Extend { cache: 3, start, hidden }));
+        frame(v1::ClientFrame { sequence: 1, acknowledged: 0, body }, &RULES)
+    };
+    let rows = |n: usize| tensor(&vec![1.0; 2 * n], &[n, 2]);
+    let label = |start, hidden| extend(start, hidden).unwrap_err().label();
+    let good = extend(2, rows(4)).unwrap();
+    assert!(matches!(good.work, Work::Extend(ExtendWork { cache: 3, start: 2, .. })));
+    assert_eq!(label(0, None), "missing");
+    assert_eq!(label(0, rows(5)), "too_many_tokens");
+    assert_eq!(label(0, tensor(&[], &[0, 2])), "shape");
+    assert_eq!(label(0, tensor(&[f32::NAN, 1.0], &[1, 2])), "not_finite");
+    assert_eq!(label(3, rows(4)), "cache_tokens");
+    assert_eq!(label(u32::MAX, rows(1)), "cache_tokens");
+    let text = extend(3, rows(4)).unwrap_err().to_string();
+    assert!(text.contains("7 tokens") && text.contains("limit of 6"), "{text}");
+    // Any change is another payload.
+    let digests = [extend(2, rows(4)), extend(1, rows(4)), extend(2, rows(3))];
+    let digests = digests.map(|frame| frame.unwrap().head.digest);
+    assert!(digests[0] != digests[1] && digests[0] != digests[2]);
+}
+
+#[test]
 fn an_error_says_what_to_do() {
     let text = check(v1::Forward { seq_lens: vec![2, 2], ..fine() }).unwrap_err().to_string();
     assert_eq!(text, "seq_lens add up to 4 tokens, but hidden has 3 rows");

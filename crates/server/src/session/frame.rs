@@ -123,7 +123,8 @@ pub struct BackwardWork {
 pub struct ExtendWork {
     /// Among the session's.
     pub cache: u64,
-    /// Tokens that the cache holds already, as the engine has to find it; 0 begins it anew.
+    /// Tokens before these, which the engine has to find in the cache; what it holds behind them goes.
+    /// 0 begins it anew.
     pub start: u64,
     /// `[n, H]`, finite; `start + n` is within the limit.
     pub hidden: HostTensor,

@@ -205,6 +205,29 @@ fn a_drain_lets_open_microbatches_finish_and_waits_for_no_step() {
 }
 
 #[test]
+fn caches_count_until_a_step_and_keep_nobody_from_leaving() {
+    let mut state = state();
+    go(&mut state, &head(1, Effect::Extend(1)));
+    go(&mut state, &head(2, Effect::Extend(2)));
+    // It has grown, or begun anew: it is still one.
+    go(&mut state, &head(3, Effect::Extend(1)));
+    assert_eq!(state.cache_bytes(), 20);
+    assert!(state.is_quiet());
+    go(&mut state, &head(4, Effect::DropCache(2)));
+    go(&mut state, &head(5, Effect::DropCache(9)));
+    assert_eq!(state.cache_bytes(), 10);
+    go(&mut state, &head(6, Effect::Step));
+    assert_eq!(state.cache_bytes(), 0);
+    go(&mut state, &head(7, Effect::Extend(1)));
+    state.drop_caches();
+    assert_eq!(state.cache_bytes(), 0);
+    // They would not outlive the server.
+    state.drain();
+    assert!(matches!(state.admit(&head(8, Effect::Extend(1))), Err(Error::Draining { .. })));
+    go(&mut state, &head(8, Effect::DropCache(1)));
+}
+
+#[test]
 fn a_session_comes_back_with_its_answers_and_without_its_tapes() {
     let mut before = state();
     go(&mut before, &head(1, Effect::Open(1)));
