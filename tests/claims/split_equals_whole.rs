@@ -8,7 +8,7 @@ use offshoot_model::{ModelConfig, SplitPoints};
 use offshoot_tests::{TestServer, fixture, server_config};
 use offshoot_trainer::data::{Batch, Sample};
 use offshoot_trainer::verify::{self, Comparison, Reference, Subject};
-use offshoot_trainer::{SplitModel, SplitOptions, clip_factor};
+use offshoot_trainer::{Checkpointing, SplitModel, SplitOptions, clip_factor};
 use safetensors::SafeTensors;
 use serde_json::Value;
 use std::path::Path;
@@ -99,6 +99,7 @@ async fn train_and_compare(family: &str, subject: &Subject, client: &Client) {
         adamw: adamw.clone(),
         seed: 0,
         kind: Kind::Float,
+        checkpointing: Checkpointing::Auto,
         devices: vec![Device::Cpu],
     };
     let mut model = SplitModel::load(&subject.checkpoint, &subject.config, &options).unwrap();

@@ -32,9 +32,31 @@ pub struct SplitOptions {
     pub seed: u64,
     /// dtype of the client's layers.
     pub kind: Kind,
+    /// Whether layers are computed again in the backward.
+    pub checkpointing: Checkpointing,
     /// Where the client's layers are: a copy on each, and the microbatches of a step are dealt to
     /// them. The first one leads: it has the optimizer, and evaluates. Not empty.
     pub devices: Vec<Device>,
+}
+
+/// Whether the client's layers keep everything that their backward needs, or their inputs only and
+/// are computed again. It changes no number.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Checkpointing {
+    /// Where bottom or top would keep more than [`Checkpointing::MANY_BYTES`] of one microbatch on a
+    /// CPU.
+    #[default]
+    Auto,
+    /// Computed again: slower, in less memory.
+    On,
+    /// Everything is kept.
+    Off,
+}
+
+impl Checkpointing {
+    /// As large as the widest tensors of a backward take anyway, for models up to a few billion
+    /// parameters.
+    pub const MANY_BYTES: u64 = 512 << 20;
 }
 
 /// The client's half of a model: bottom and top around a session that stands for the trunk, each

@@ -3,7 +3,7 @@
 //! and PEFT.
 
 use crate::data::{Batch, Sample};
-use crate::split::{SplitModel, SplitOptions};
+use crate::split::{Checkpointing, SplitModel, SplitOptions};
 use crate::wire::{host_to_tensor, to_wire};
 use crate::{TrainError, data};
 use offshoot_adapters::peft::PeftAdapter;
@@ -175,6 +175,7 @@ impl Subject {
             adamw: AdamW::default(),
             seed: SEED,
             kind: Kind::Float,
+            checkpointing: Checkpointing::Auto,
             devices: vec![Device::Cpu],
         };
         let mut model = SplitModel::load(&self.checkpoint, &self.config, &options)?;

@@ -55,6 +55,11 @@ impl Dpo {
         let _ = self.references.set(log_probs);
     }
 
+    /// Whether it can be computed.
+    pub fn has_references(&self) -> bool {
+        self.references.get().is_some()
+    }
+
     fn pairs(&self, batch: &Batch, log_probs: &[f64]) -> Vec<Pair> {
         let references = self.references.get().expect("a run sets them before its first step");
         assert_eq!(batch.samples.len(), batch.seq_lens.len(), "each sequence is a known sample");

@@ -8,8 +8,10 @@ mod cross_entropy;
 mod dpo;
 mod from_logits;
 mod options;
+mod references;
 
 pub use cross_entropy::CrossEntropy;
+pub(crate) use dpo::sequence_log_probs;
 pub use dpo::{Dpo, DpoOptions};
 pub use from_logits::FromLogits;
 pub use options::LossOptions;

@@ -1,5 +1,6 @@
 use super::{CrossEntropy, Dpo, DpoOptions, Loss};
 use crate::TrainError;
+use crate::data::DataSet;
 use std::fmt;
 use std::sync::Arc;
 
@@ -45,6 +46,28 @@ impl LossOptions {
     /// Whether the data are to be pairs of a chosen and a rejected answer.
     pub fn wants_pairs(&self) -> bool {
         matches!(self, LossOptions::Dpo(_))
+    }
+
+    /// Whether the data, those to train on and those to evaluate on, are what the loss is made for.
+    pub(crate) fn check_data(&self, data: [Option<&DataSet>; 2]) -> Result<(), TrainError> {
+        for (data, which) in data.into_iter().zip(["training", "evaluation"]) {
+            let is_pairs = data.is_some_and(|data| data.unit == 2);
+            let problem = match self {
+                LossOptions::Dpo(_) if data.is_some() && !is_pairs => {
+                    "have no chosen and rejected answers: expected records with prompt, chosen and rejected"
+                }
+                LossOptions::CrossEntropy(_) if is_pairs => {
+                    "are preferences: name --loss dpo to learn from pairs, or give texts, prompts with completions or conversations"
+                }
+                _ => continue,
+            };
+            return Err(TrainError::Option {
+                option: "loss",
+                value: if self.wants_pairs() { "dpo" } else { "cross-entropy" }.into(),
+                problem: format!("the {which} data {problem}"),
+            });
+        }
+        Ok(())
     }
 
     /// The first option that no run can have.

@@ -31,11 +31,12 @@ impl Elsewhere {
     /// `number` names the thread.
     pub fn start(mut replica: Replica, number: usize) -> Result<Self, TrainError> {
         let (jobs, to_do) = mpsc::channel::<Job>();
-        let thread = std::thread::Builder::new().name(format!("device-{number}")).spawn(move || {
-            for job in to_do {
-                job(&mut replica);
-            }
-        });
+        let thread =
+            std::thread::Builder::new().name(format!("device-{number}")).spawn(move || {
+                for job in to_do {
+                    job(&mut replica);
+                }
+            });
         let thread = thread.map_err(|source| TrainError::Io { path: "a thread".into(), source })?;
         Ok(Elsewhere { jobs: Some(jobs), thread: Some(thread) })
     }
@@ -58,7 +59,9 @@ impl Elsewhere {
     pub fn set_parameters(&self, parameters: [Option<Tensor>; 2]) {
         let _ = self.run(move |replica| {
             let _guard = tch::no_grad_guard();
-            for (side, values) in [&mut replica.bottom, &mut replica.top].into_iter().zip(parameters) {
+            for (side, values) in
+                [&mut replica.bottom, &mut replica.top].into_iter().zip(parameters)
+            {
                 if let (Some(adapter), Some(values)) = (&mut side.adapter, values) {
                     adapter.set_parameters(&values);
                 }

@@ -4,7 +4,7 @@ use super::SplitModel;
 use super::replica::Run;
 use crate::TrainError;
 use crate::data::Batch;
-use crate::loss::{Loss, LossInput, LossSum};
+use crate::loss::{Loss, LossInput, LossSum, sequence_log_probs};
 use crate::wire::to_wire;
 use offshoot_client::{ForwardInput, PendingEvaluate, Session};
 use std::collections::VecDeque;
@@ -27,8 +27,21 @@ impl SplitModel {
         Ok((total, weight))
     }
 
+    /// For each batch, the log-probability of the predicted tokens of each sequence, summed.
+    pub async fn log_probs(
+        &self,
+        session: &Session,
+        batches: &[Batch],
+        in_flight: usize,
+    ) -> Result<Vec<Vec<f64>>, TrainError> {
+        let mut all = Vec::with_capacity(batches.len());
+        self.outputs(session, batches, in_flight, |input| all.push(sequence_log_probs(&input)))
+            .await?;
+        Ok(all)
+    }
+
     /// Shows `each` what comes out of the last block for every batch, in their order.
-    pub(crate) async fn outputs(
+    async fn outputs(
         &self,
         session: &Session,
         batches: &[Batch],

@@ -188,10 +188,11 @@ impl<'a> Flight<'a> {
     async fn next(&mut self) -> usize {
         let began = Instant::now();
         let computing = self.legs.iter_mut().any(|leg| leg.stage.is_computing());
-        let leg = poll_fn(|context| match self.computed(context).or_else(|| self.answered(context)) {
-            Some(leg) => Poll::Ready(leg),
-            None => Poll::Pending,
-        });
+        let leg =
+            poll_fn(|context| match self.computed(context).or_else(|| self.answered(context)) {
+                Some(leg) => Poll::Ready(leg),
+                None => Poll::Pending,
+            });
         let leg = leg.await;
         if !computing {
             self.waited += began.elapsed();
@@ -223,7 +224,9 @@ impl<'a> Flight<'a> {
     fn answered(&mut self, context: &mut Context) -> Option<usize> {
         let leader = self.model.others.len();
         let answered = self.legs.iter_mut().enumerate().filter_map(|(i, leg)| {
-            let (Stage::Up { frame, .. } | Stage::Down { frame, .. }) = leg.stage else { return None };
+            let (Stage::Up { frame, .. } | Stage::Down { frame, .. }) = leg.stage else {
+                return None;
+            };
             let ready = leg.stage.is_ready(context);
             ready.then_some((leg.device == leader, frame, i))
         });
@@ -238,7 +241,9 @@ impl<'a> Flight<'a> {
             Stage::Above { trunk, tape_bytes, work } => {
                 self.send_backward(trunk, tape_bytes, work).await?
             }
-            Stage::Down { below, so_far, answer, .. } => self.come_back(leg, below, so_far, answer)?,
+            Stage::Down { below, so_far, answer, .. } => {
+                self.come_back(leg, below, so_far, answer)?
+            }
             Stage::Back { so_far, mut work } => {
                 let lora = work.take()?;
                 accumulate(&mut self.model.leader.bottom.adapter, lora);
@@ -283,9 +288,8 @@ impl<'a> Flight<'a> {
         let (scale, dtype) = (self.step.scale, self.session.wire_dtype());
         let loss = Arc::clone(self.step.loss);
         let goal = Goal { loss, scale, dtype };
-        let work = self.compute(self.legs[leg].device, move |replica| {
-            replica.above(below, &output, &goal)
-        });
+        let work = self
+            .compute(self.legs[leg].device, move |replica| replica.above(below, &output, &goal));
         Ok(Stage::Above { trunk, tape_bytes: report.tape_bytes, work })
     }
 

@@ -1,6 +1,6 @@
 //! Bottom and top on one device, and what is computed there for one microbatch.
 
-use super::SplitOptions;
+use super::{Checkpointing, SplitOptions};
 use crate::TrainError;
 use crate::data::Batch;
 use crate::loss::{Loss, LossInput, LossSum};
@@ -8,7 +8,7 @@ use crate::wire::{self, to_wire};
 use offshoot_adapters::{AdapterSet, AdapterState};
 use offshoot_client::{HostTensor, WireDType};
 use offshoot_model::weights::Checkpoint;
-use offshoot_model::{DropoutKey, ModelConfig, Part, Rows, Segment, Tape};
+use offshoot_model::{DropoutKey, ModelConfig, Part, Rows, Segment, Tape, TapeSize};
 use std::sync::Arc;
 use tch::{Device, Tensor};
 
@@ -25,6 +25,7 @@ pub(super) struct Replica {
 pub(super) struct Side {
     pub part: Part,
     pub adapter: Option<AdapterSet>,
+    pub checkpointing: Checkpointing,
 }
 
 /// A batch on a replica's device.
@@ -76,18 +77,18 @@ impl Replica {
         options: &SplitOptions,
         device: Device,
     ) -> Result<Self, TrainError> {
-        let SplitOptions { split, lora, seed, kind, .. } = options;
-        let (bottom, top) = Part::load_bottom_and_top(checkpoint, config, *split, *kind, device)?;
+        let SplitOptions { split, lora, seed, kind, checkpointing, .. } = options.clone();
+        let (bottom, top) = Part::load_bottom_and_top(checkpoint, config, split, kind, device)?;
         let side = |part: Part| -> Result<Side, TrainError> {
             let sites = part.sites(&lora.target_modules)?;
             let adapter = if sites.is_empty() {
                 None
             } else {
-                Some(AdapterSet::init(lora.clone(), sites, *seed, device)?)
+                Some(AdapterSet::init(lora.clone(), sites, seed, device)?)
             };
-            Ok(Side { part, adapter })
+            Ok(Side { part, adapter, checkpointing })
         };
-        Ok(Replica { bottom: side(bottom)?, top: side(top)?, seed: *seed })
+        Ok(Replica { bottom: side(bottom)?, top: side(top)?, seed })
     }
 
     pub fn adapters(&self) -> [Option<&AdapterSet>; 2] {
@@ -105,8 +106,7 @@ impl Replica {
         let run = Run::new(self, &batch, Some(dropout));
         debug_assert_eq!(run.ids.size(), [batch.n_tokens() as i64]);
         let hidden = self.bottom.part.embed(&run.ids, &run.rows);
-        let segment = run.segment(&self.bottom);
-        let (hidden, tape) = self.bottom.part.forward_train(&hidden, &run.rows, &segment);
+        let (hidden, tape) = self.bottom.forward(&hidden, &run);
         (to_wire(&hidden, dtype), Below { batch, run, tape })
     }
 
@@ -121,7 +121,7 @@ impl Replica {
         let Below { batch, run, .. } = &below;
         let output = self.receive(output, batch)?;
         let top = &self.top.part;
-        let (hidden, tape) = top.forward_train(&output, &run.rows, &run.segment(&self.top));
+        let (hidden, tape) = self.top.forward(&output, run);
         let input = LossInput { top, hidden: &hidden, labels: &run.labels, batch };
         let loss = goal.loss.loss(&input, goal.scale);
         if !loss.value.sum.is_finite() {
@@ -196,6 +196,23 @@ impl Side {
             self.adapter = Some(AdapterSet::init(spec, sites, seed, old.device())?);
         }
         Ok(())
+    }
+
+    /// In training mode.
+    fn forward(&self, x: &Tensor, run: &Run) -> (Tensor, Tape) {
+        let keep = [Some(self.tape_size(run.rows.n_tokens() as u64))];
+        let (y, mut tapes) = self.part.forward(x, &run.rows, &[run.segment(self)], &keep);
+        (y, tapes.pop().flatten().expect("one tape was asked for"))
+    }
+
+    fn tape_size(&self, n_tokens: u64) -> TapeSize {
+        let full = self.part.tape_bytes(n_tokens, TapeSize::Full, self.adapter.as_ref());
+        let many = full > Checkpointing::MANY_BYTES && self.part.device() == Device::Cpu;
+        match self.checkpointing {
+            Checkpointing::Auto if many => TapeSize::Blocks,
+            Checkpointing::Auto | Checkpointing::Off => TapeSize::Full,
+            Checkpointing::On => TapeSize::Blocks,
+        }
     }
 
     /// The gradients by the input, if wanted, and by the adapter, flat, if there is one.
