@@ -2,6 +2,7 @@
 
 mod accelerator;
 mod bench;
+mod eval;
 mod export;
 mod import;
 mod generate;
@@ -48,6 +49,7 @@ enum Command {
     Plot(plot::PlotArgs),
     Generate(Box<generate::GenerateArgs>),
     Verify(verify::VerifyArgs),
+    Eval(eval::EvalArgs),
     Export(export::ExportArgs),
     Import(import::ImportArgs),
     Merge(merge::MergeArgs),
@@ -84,6 +86,7 @@ impl Command {
             Command::Plot(args) => plot::run(args),
             Command::Generate(args) => generate::run(*args),
             Command::Verify(args) => verify::run(args),
+            Command::Eval(args) => eval::run(args),
             Command::Export(args) => export::run(args),
             Command::Import(args) => import::run(args),
             Command::Merge(args) => merge::run(args),

@@ -22,6 +22,7 @@ pub mod data;
 mod describe;
 mod early_stop;
 mod error;
+pub mod evaluate;
 pub mod fit;
 pub mod generate;
 pub mod loss;
