@@ -149,3 +149,6 @@ pub trait DataSource: Send + Sync {
         Ok(None)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -184,3 +184,8 @@ pub(crate) fn files_below(folder: &Path) -> Result<Vec<String>, TrainError> {
     files.sort();
     Ok(files)
 }
+
+#[cfg(test)]
+mod columns_tests;
+#[cfg(test)]
+mod tests;
