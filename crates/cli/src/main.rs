@@ -2,6 +2,7 @@
 
 mod accelerator;
 mod bench;
+mod checkpoints;
 mod eval;
 mod export;
 mod import;
@@ -46,6 +47,7 @@ struct Cli {
 enum Command {
     Serve(serve::ServeArgs),
     Train(train::TrainArgs),
+    Checkpoints(checkpoints::CheckpointsArgs),
     Plot(plot::PlotArgs),
     Generate(Box<generate::GenerateArgs>),
     Verify(verify::VerifyArgs),
@@ -83,6 +85,7 @@ impl Command {
         match self {
             Command::Serve(args) => serve::run(args),
             Command::Train(args) => train::run(args),
+            Command::Checkpoints(args) => checkpoints::run(args),
             Command::Plot(args) => plot::run(args),
             Command::Generate(args) => generate::run(*args),
             Command::Verify(args) => verify::run(args),

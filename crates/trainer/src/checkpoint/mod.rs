@@ -141,6 +141,15 @@ impl Saved {
         Ok(Saved { path: path.into(), state })
     }
 
+    /// When it was written, in UTC as RFC 3339 has it: as it says itself, else as its file does.
+    pub fn saved_at(&self) -> Option<String> {
+        let of_file = || {
+            let modified = fs::metadata(self.path.join(STATE_FILE)).ok()?.modified().ok()?;
+            state::rfc3339(modified.into())
+        };
+        self.state.saved_at.clone().or_else(of_file)
+    }
+
     /// Bytes of all its files.
     pub fn n_bytes(&self) -> Result<u64, TrainError> {
         n_bytes(&self.path)

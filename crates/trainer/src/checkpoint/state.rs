@@ -120,6 +120,11 @@ fn plain_loss() -> String {
     LossOptions::default().to_string()
 }
 
+/// To the second.
+pub(super) fn rfc3339(time: OffsetDateTime) -> Option<String> {
+    time.replace_nanosecond(0).ok()?.format(&Rfc3339).ok()
+}
+
 impl RunSettings {
     /// Refuses to go on with another model, cut or adapter; gives what else differs, as
     /// "field was A, is B": with such a difference the run goes on, but not as it would have.
@@ -169,7 +174,7 @@ impl TrainingState {
             eval_loss: None,
             best: None,
             evaluations: Vec::new(),
-            saved_at: OffsetDateTime::now_utc().replace_nanosecond(0).expect("0 is one").format(&Rfc3339).ok(),
+            saved_at: rfc3339(OffsetDateTime::now_utc()),
             session_id: None,
             snapshot_id: None,
             settings,
