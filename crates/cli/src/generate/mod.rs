@@ -275,7 +275,7 @@ impl<'a> Speaker<'a> {
             };
         }
         self.printer.end(prompt, &done, &self.options, without.as_ref());
-        if self.with_summary {
+        if self.with_summary && without.is_none() {
             let greedy = self.options.sampling.temperature == 0.0;
             self.printer.summary(&done, (!greedy).then_some(self.options.sampling.seed));
         }

@@ -129,6 +129,20 @@ impl Printer {
     }
 }
 
+fn to_json(prompt: &str, done: &Generated, options: &GenerateOptions) -> Value {
+    let mut object = json!({
+        "prompt": prompt,
+        "text": done.text,
+        "ids": done.ids,
+        "prompt_tokens": done.n_prompt,
+        "seed": options.sampling.seed,
+    });
+    if let (Some(object), Value::Object(numbers)) = (object.as_object_mut(), numbers(done)) {
+        object.extend(numbers);
+    }
+    object
+}
+
 fn numbers(done: &Generated) -> Value {
     json!({
         "tokens": done.ids.len(),
@@ -139,16 +153,6 @@ fn numbers(done: &Generated) -> Value {
         "sent_bytes": done.traffic.sent_bytes,
         "received_bytes": done.traffic.received_bytes,
     })
-}
-
-fn to_json(prompt: &str, done: &Generated, options: &GenerateOptions) -> Value {
-    let mut object = numbers(done);
-    object["prompt"] = json!(prompt);
-    object["text"] = json!(done.text);
-    object["ids"] = json!(done.ids);
-    object["prompt_tokens"] = json!(done.n_prompt);
-    object["seed"] = json!(options.sampling.seed);
-    object
 }
 
 /// To the microsecond.

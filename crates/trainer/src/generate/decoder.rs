@@ -179,10 +179,6 @@ impl<'a> Decoder<'a> {
                 }
             }
             Way::Split { model, home, caches } => {
-                if start < held.len() {
-                    // The server's cache only goes forward.
-                    start = 0;
-                }
                 let session = home.session();
                 let most = session.limits().max_tokens_per_microbatch.max(1) as usize;
                 for chunk in ids[start..].chunks(most) {
