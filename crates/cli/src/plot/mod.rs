@@ -117,3 +117,6 @@ fn subtitle(log: &RunLog) -> String {
     let model = model.map_or(String::new(), |name| format!("{}, ", name.to_string_lossy()));
     format!("{model}{steps}{state}")
 }
+
+#[cfg(test)]
+mod tests;

@@ -67,7 +67,7 @@ impl Console {
                     step => format!("best {:.4} at step {step}", eval.best),
                 };
                 self.line(&format!(
-                    "eval {}  epoch {:>6.2}  loss {:>7.4}  {best}{}",
+                    "eval {}  epoch {:>5.2}  loss {:>7.4}  {best}{}",
                     self.place(eval.step),
                     eval.epoch,
                     eval.loss,
@@ -106,7 +106,7 @@ impl Console {
         let due = event.step.is_multiple_of(self.log_interval) || event.step == self.n_steps;
         if due || event.step == 1 {
             let line = self.interval.line(event, &self.place(event.step));
-            self.line(&format!("{line}  left {:>7}", duration(left)));
+            self.line(&format!("{line}  left {:>6}", duration(left)));
             self.interval = Interval::default();
         }
     }
@@ -127,8 +127,8 @@ impl Interval {
     fn line(&self, event: &StepEvent, place: &str) -> String {
         let n_steps = self.n_steps as f64;
         format!(
-            "step {place}  epoch {:>6.2}  loss {:>7.4}  lr {:.2e}  grad norm {:>7.3}  {:>6.2} steps/s  \
-             {:>6.0} tokens/s  {:>3.0}% waiting{}",
+            "step {place}  epoch {:>5.2}  loss {:>7.4}  lr {:.2e}  grad norm {:>6.3}  {:>5.2} steps/s  \
+             {:>5.0} tokens/s  {:>3.0}% waiting{}",
             event.epoch,
             self.loss / n_steps,
             event.learning_rate,
@@ -210,8 +210,8 @@ mod tests {
         let first = line(step(1, 12.5, 4e-4));
         assert_eq!(
             first,
-            "step    1/1000  epoch   0.06  loss 12.5000  lr 4.00e-4  grad norm   0.688    0.50 \
-             steps/s     107 tokens/s   25% waiting"
+            "step    1/1000  epoch  0.06  loss 12.5000  lr 4.00e-4  grad norm  0.688   0.50 \
+             steps/s    107 tokens/s   25% waiting"
         );
         assert_eq!(line(step(990, 0.5, 1e-6)).len(), first.len());
     }
