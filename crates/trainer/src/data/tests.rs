@@ -147,12 +147,14 @@ fn the_prompts_beginning_is_cut_before_the_completion() {
     // The completion is cut only where it does not fit.
     assert_eq!(completion(30, 30, n_prompt + n_completion).3, 0);
 
-    let line = format!(r#"{{"prompt": "first words, then what? ", "completion": "{LONG}"}}"#);
+    let question = format!("{}then what? ", "first words, ".repeat(9));
+    let line = format!(r#"{{"prompt": "{question}", "completion": "{LONG}"}}"#);
     let n = tokenizer().encode(LONG).unwrap().len() + 1;
-    let data = load("a.jsonl", &line, &options(n + 3)).unwrap();
+    let data = load("a.jsonl", &line, &options(n + n / 2)).unwrap();
+    assert_eq!(data.length(0), n + n / 2);
     assert_eq!(learned(&data.sample(0)), LONG);
     let prompt = whole(&data.sample(0)).replace(LONG, "");
-    assert!("first words, then what? ".ends_with(&prompt) && prompt.len() > 1, "{prompt:?}");
+    assert!(question.ends_with(&prompt) && prompt.ends_with("then what? "), "{prompt:?}");
 
     let split = DataOptions { long_samples: Some(LongSamples::Split), ..options(6) };
     let data = load("a.jsonl", &line, &split).unwrap();
@@ -329,7 +331,7 @@ fn the_fingerprint_tells_data_sets_apart() {
     assert_eq!(of(&[sample(&[1, 2]), sample(&[3])]), RECORDED);
 }
 
-const RECORDED: &str = "@@REC@@";
+const RECORDED: &str = "6493c8de2cd3e7fda90cb1e37864ecb0";
 
 #[test]
 fn samples_are_made_once() {

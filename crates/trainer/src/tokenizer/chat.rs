@@ -269,7 +269,7 @@ mod tests {
         let chat = template("{{ strftime_now('%Y') | length }} {{ messages | tojson }}");
         let messages = [json!({"role": "<user>", "content": ["é", 1]})];
         let text = rendered(&chat, &messages, false);
-        assert_eq!(text, r#"4 [{"content": ["é", 1], "role": "<user>"}]"#);
+        assert_eq!(text, r#"4 [{"role": "<user>", "content": ["é", 1]}]"#);
         let chat = template("{{ messages | tojson(indent=2) }}");
         let text = rendered(&chat, &[json!({"role": "a"})], false);
         assert_eq!(text, "[\n  {\n    \"role\": \"a\"\n  }\n]");
