@@ -11,5 +11,5 @@ mod random;
 
 pub use alternate::{Effort, InTurn, in_turn};
 pub use group::{Group, Inputs, Round, Setting, Shape, Trunk};
-pub use process::{peak_above, share_cores};
+pub use process::{peak_above, peak_resident, share_cores};
 pub use random::{ModelSize, RandomModel, normal, random_model};

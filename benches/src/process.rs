@@ -30,6 +30,11 @@ pub fn peak_above<T>(run: impl FnOnce() -> T) -> anyhow::Result<(T, u64)> {
     Ok((result, peak - before))
 }
 
+/// The most that was ever resident of this process, in bytes.
+pub fn peak_resident() -> anyhow::Result<u64> {
+    status("VmHWM")
+}
+
 /// A field of /proc/self/status in bytes.
 fn status(field: &str) -> anyhow::Result<u64> {
     let status = std::fs::read_to_string("/proc/self/status").context("/proc is needed")?;
