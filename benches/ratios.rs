@@ -13,7 +13,7 @@ use std::time::Duration;
 #[command(about = "What batches across sessions give, measured in turn")]
 struct Args {
     /// Which tables; all if none is named.
-    #[arg(value_parser = ["batched", "lora", "idle", "matrix"])]
+    #[arg(value_parser = ["batched", "decode", "lora", "idle", "matrix"])]
     tables: Vec<String>,
     /// At least so many rounds of each row.
     #[arg(long, default_value_t = 5)]
@@ -55,6 +55,9 @@ fn main() -> anyhow::Result<()> {
     };
     if named("batched") {
         bench.batched()?;
+    }
+    if named("decode") {
+        bench.decode()?;
     }
     if named("lora") {
         bench.lora()?;
@@ -144,6 +147,48 @@ impl Bench {
                     "| {} | {} | {:.0} | {:.0} | {} | {bar} | {} |",
                     dtype.name(),
                     microbatch(shape),
+                    speed(0),
+                    speed(1),
+                    ratio(times.speedup(0, 1)),
+                    verdict(times.speedup(0, 1)[1], bar)
+                );
+            }
+        }
+        println!();
+        Ok(())
+    }
+
+    /// One token of each session behind what its key/value cache holds.
+    fn decode(&self) -> anyhow::Result<()> {
+        println!(
+            "## Decoding with caches, batched against one job at a time, 8 sessions, rank 8\n"
+        );
+        println!(
+            "| dtype | tokens before | batched tokens/s | alone tokens/s | ratio (quartiles) | bar | |"
+        );
+        println!("|---|---|---|---|---|---|---|");
+        for dtype in self.dtypes()? {
+            for (before, bar) in [(256, 3.0), (1024, 2.0)] {
+                let together = self.setting(dtype, 8);
+                let alone = Setting { max_tokens_per_batch: ALONE, ..together.clone() };
+                let mut groups = [Group::start(&together)?, Group::start(&alone)?];
+                let token = Shape { sequences: 1, tokens: 1, train: false };
+                let token = Inputs::new(token, groups[0].hidden_size(), dtype).input.hidden;
+                for group in &mut groups {
+                    group.prefill(before, dtype)?;
+                }
+                let mut n_jobs = [0; 2];
+                let times = in_turn(groups.len(), self.effort(), |which| {
+                    // Goes back to the same prefix each time.
+                    let round = groups[which].decode(before, &token)?;
+                    n_jobs[which] = round.n_jobs.max(n_jobs[which]);
+                    Ok(round.time)
+                })?;
+                ensure!(n_jobs == [8, 1], "the largest batches had {n_jobs:?} jobs, not 8 and 1");
+                let speed = |i: usize| 8.0 / times.median(i).as_secs_f64();
+                println!(
+                    "| {} | {before} | {:.0} | {:.0} | {} | {bar} | {} |",
+                    dtype.name(),
                     speed(0),
                     speed(1),
                     ratio(times.speedup(0, 1)),

@@ -81,10 +81,7 @@ impl Group {
             ..LimitsConfig::default()
         };
         let engine = runtime.block_on(DirectEngine::start(trunk, &limits))?;
-        let wire_dtype = match setting.dtype {
-            ComputeDType::F32 => WireDType::F32,
-            ComputeDType::Bf16 | ComputeDType::F16 => WireDType::Bf16,
-        };
+        let wire_dtype = wire(setting.dtype);
         let open = |r: usize, targets: &[String], seed: usize| {
             let target_modules = targets.to_vec();
             let lora_alpha = 2.0 * r as f64;
@@ -137,6 +134,44 @@ impl Group {
             anyhow::Ok(Round { time: begun.elapsed(), n_jobs })
         })
     }
+
+    /// Begins a sequence of `n_tokens` in every session.
+    pub fn prefill(&mut self, n_tokens: usize, dtype: ComputeDType) -> anyhow::Result<()> {
+        let hidden = normal(n_tokens, self.hidden_size(), wire(dtype), 3);
+        for session in &mut self.sessions {
+            self.runtime.block_on(session.extend(CACHE, 0, hidden.clone())?.done())?;
+        }
+        Ok(())
+    }
+
+    /// All sessions submit the next token of their sequence at the same time, behind `n_tokens`, and
+    /// wait for everybody's answer.
+    pub fn decode(&mut self, n_tokens: usize, token: &HostTensor) -> anyhow::Result<Round> {
+        let Group { runtime, sessions, first, .. } = self;
+        runtime.block_on(async {
+            let begun = Instant::now();
+            let mut n_jobs = 0;
+            let held = first.step(0.0)?;
+            let submitted =
+                sessions.iter_mut().map(|session| session.extend(CACHE, n_tokens, token.clone()));
+            for pending in submitted.collect::<Result<Vec<_>, _>>()? {
+                n_jobs = n_jobs.max(pending.done().await?.times.n_jobs);
+            }
+            held.done().await?;
+            anyhow::Ok(Round { time: begun.elapsed(), n_jobs })
+        })
+    }
+}
+
+/// The one sequence of each session.
+const CACHE: u64 = 1;
+
+/// A dtype that costs no conversion.
+fn wire(dtype: ComputeDType) -> WireDType {
+    match dtype {
+        ComputeDType::F32 => WireDType::F32,
+        ComputeDType::Bf16 | ComputeDType::F16 => WireDType::Bf16,
+    }
 }
 
 /// What each session sends.
@@ -148,10 +183,7 @@ pub struct Inputs {
 impl Inputs {
     /// Random, in a dtype that costs no conversion.
     pub fn new(shape: Shape, hidden_size: usize, dtype: ComputeDType) -> Inputs {
-        let wire = match dtype {
-            ComputeDType::F32 => WireDType::F32,
-            ComputeDType::Bf16 | ComputeDType::F16 => WireDType::Bf16,
-        };
+        let wire = wire(dtype);
         let n = shape.n_tokens();
         let input = Input {
             hidden: normal(n, hidden_size, wire, 1),
