@@ -33,7 +33,6 @@ mod origin;
 pub mod metrics;
 mod report;
 mod resume;
-pub mod sample;
 mod schedule;
 mod setup;
 mod split;

@@ -2,7 +2,7 @@ use crate::TrainError;
 pub use crate::loss::LossOptions;
 pub use crate::split::Checkpointing;
 use crate::data::{DataOptions, MicrobatchSize};
-use crate::sample::SampleOptions;
+use crate::generate::{GenerateOptions, Sampling};
 use crate::schedule::{Scheduler, Warmup};
 use offshoot_adapters::{AdamW, LoraSpec};
 use offshoot_client::{ClientOptions, WireDType};
@@ -186,7 +186,7 @@ pub struct SampleTexts {
     /// What they begin with.
     pub prompts: Vec<String>,
     /// How the model goes on.
-    pub options: SampleOptions,
+    pub options: GenerateOptions,
 }
 
 impl LoraOptions {
@@ -287,7 +287,11 @@ impl TrainOptions {
             compute: ComputeOptions::default(),
             samples: SampleTexts {
                 prompts: Vec::new(),
-                options: SampleOptions { n_tokens: 40, temperature: 0.0, top_k: 50, seed: 42 },
+                options: GenerateOptions {
+                    max_new_tokens: 40,
+                    sampling: Sampling { temperature: 0.0, top_p: 1.0, ..Sampling::default() },
+                    ..GenerateOptions::default()
+                },
             },
             seed: 42,
         }
@@ -309,6 +313,7 @@ impl TrainOptions {
                 return wrong("adapter", "best", problem);
             }
         }
+        self.samples.validate()?;
         at_least_one("max-train-samples", self.data.max_samples.unwrap_or(1) as u64)?;
         if self.data.max_seq_length < 2 {
             let problem = "expected at least 2: one token to predict another from";
@@ -318,6 +323,19 @@ impl TrainOptions {
             return wrong("train-file", "(none)", "expected at least one file or folder");
         }
         Ok(self.lora.over(&LoraOptions::usual()).validate()?)
+    }
+}
+
+impl SampleTexts {
+    /// By the names that these settings have in training.
+    fn validate(&self) -> Result<(), TrainError> {
+        at_least_one("sample-tokens", self.options.max_new_tokens as u64)?;
+        let temperature = self.options.sampling.temperature;
+        if !(temperature.is_finite() && temperature >= 0.0) {
+            let problem = "expected a number such as 0.8, or 0 for always the likeliest token";
+            return wrong("sample-temperature", temperature, problem);
+        }
+        self.options.validate()
     }
 }
 

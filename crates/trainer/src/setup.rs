@@ -4,6 +4,7 @@ use crate::checkpoint::RunSettings;
 use crate::data::source::DataSpec;
 use crate::data::{DataOptions, DataSet, Plan, PlanOptions};
 use crate::fit;
+use crate::generate::end_ids;
 use crate::loss::Losses;
 use crate::options::{OptimizerOptions, TrainOptions};
 use crate::origin::Origin;
@@ -23,6 +24,8 @@ pub(crate) struct Prepared {
     pub config: ModelConfig,
     pub settings: RunSettings,
     pub tokenizer: Tokenizer,
+    /// Tokens that end a text.
+    pub end_ids: Vec<u32>,
     pub data: DataSet,
     pub eval: Option<DataSet>,
     pub plan: Plan,
@@ -52,10 +55,11 @@ pub(crate) async fn prepare(
     let fingerprint = checkpoint.fingerprint();
     fit::model_type(&model.name, &config, model.model_type.as_deref())?;
     fit::fingerprint(&server, &model.name, &config, &fingerprint)?;
-    let origin = origin.fit(&config)?;
+    let origin = origin.fit(&config, &fingerprint, &options.lora)?;
 
     let template = options.data.chat_template.as_deref();
     let tokenizer = Tokenizer::load_with(&checkpoint, template)?;
+    let end_ids = end_ids(&checkpoint, Some(&tokenizer))?;
     check_lengths(options, &server, &config)?;
     let mut sources = DataSpec {
         eval_files: options.sources.eval_files.clone(),
@@ -86,7 +90,7 @@ pub(crate) async fn prepare(
     let n_steps =
         options.steps.max_steps.unwrap_or_else(|| plan.n_steps(options.steps.num_epochs));
     let schedule = schedule(&options.optimizer, n_steps);
-    let lora = resolve_targets(origin.lora(&options.lora)?, &server, &config);
+    let lora = resolve_targets(origin.lora(&options.lora), &server, &config);
     let settings = settings(options, &server, fingerprint, lora, &data, n_steps, &schedule);
     let s1 = server.split_point_1 as usize;
     let mut split = SplitModel::load(
@@ -102,7 +106,7 @@ pub(crate) async fn prepare(
             devices: options.compute.devices.clone(),
         },
     )?;
-    if let Origin::Adapter(adapter) = &origin {
+    if let Origin::Adapter { adapter, .. } = &origin {
         split.load_adapter(&adapter.tensors)?;
     }
     let losses = Losses::new(&options.loss);
@@ -112,6 +116,7 @@ pub(crate) async fn prepare(
         config,
         settings,
         tokenizer,
+        end_ids,
         data,
         eval,
         plan,
@@ -129,7 +134,7 @@ pub(crate) async fn open(
 ) -> Result<Session, TrainError> {
     let Prepared { client, settings, config, origin, .. } = prepared;
     let initial_adapter = match origin {
-        Origin::Adapter(adapter) => {
+        Origin::Adapter { adapter, .. } => {
             let (s1, s2) = (settings.split_point_1, settings.split_point_2);
             adapter.trunk(SplitPoints::new(s1, s2, config.n_layers)?)
         }

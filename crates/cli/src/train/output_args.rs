@@ -1,6 +1,6 @@
 use clap::{Args, ValueEnum};
 use offshoot_trainer::options::{AdapterChoice, EvaluationOptions, OutputOptions, SampleTexts};
-use offshoot_trainer::sample::SampleOptions;
+use offshoot_trainer::generate::{GenerateOptions, Sampling};
 use std::path::PathBuf;
 
 #[derive(Args)]
@@ -70,11 +70,15 @@ impl OutputArgs {
     pub fn samples(&self, seed: u64) -> SampleTexts {
         SampleTexts {
             prompts: self.sample_prompt.clone(),
-            options: SampleOptions {
-                n_tokens: self.sample_tokens,
-                temperature: self.sample_temperature,
-                top_k: 50,
-                seed,
+            options: GenerateOptions {
+                max_new_tokens: self.sample_tokens,
+                sampling: Sampling {
+                    temperature: self.sample_temperature,
+                    top_p: 1.0,
+                    seed,
+                    ..Sampling::default()
+                },
+                ..GenerateOptions::default()
             },
         }
     }

@@ -2,8 +2,8 @@ use super::Run;
 use crate::TrainError;
 use crate::checkpoint::Best;
 use crate::data::PromptFormat;
+use crate::generate::{Decoder, Request};
 use crate::report::{EvalEvent, Event};
-use crate::sample::generate;
 use crate::setup::Prepared;
 use std::time::Instant;
 
@@ -41,17 +41,25 @@ impl Run {
 
     /// Texts that the model goes on from, as it is now.
     pub(super) async fn sample(&mut self) -> Result<(), TrainError> {
-        let Prepared { split, tokenizer, .. } = &self.prepared;
+        if self.options.samples.prompts.is_empty() {
+            return Ok(());
+        }
+        let Prepared { split, tokenizer, end_ids, .. } = &self.prepared;
+        let mut decoder = Decoder::split(split, &self.session);
         for prompt in &self.options.samples.prompts {
             let ids = match self.options.data.prompt_format {
                 PromptFormat::Plain => tokenizer.encode(prompt)?,
                 PromptFormat::Chat => tokenizer.encode_prompt_as_chat(prompt)?,
             };
-            let text =
-                generate(split, &self.session, tokenizer, &ids, &self.options.samples.options)
-                    .await?;
+            let request = Request {
+                prompt: &ids,
+                options: &self.options.samples.options,
+                end_ids,
+                tokenizer: Some(tokenizer),
+            };
+            let text = decoder.generate(&request, &mut |_| {}).await?.text;
             self.report.event(&Event::Sample { step: self.step, prompt: prompt.clone(), text })?;
         }
-        Ok(())
+        decoder.close().await
     }
 }
