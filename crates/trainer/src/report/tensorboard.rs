@@ -86,7 +86,8 @@ fn summary(event: &Event) -> Option<(u64, Summary)> {
         Event::Step(step) => (step.step, step_values(step)),
         Event::Eval(eval) => (eval.step, eval_values(eval)),
         Event::Sample { step, prompt, text: drawn } => {
-            (*step, vec![text(sample_tag(prompt), verbatim(&format!("{prompt}{drawn}")))])
+            let shown = format!("{}\n**goes on with**\n\n{}", verbatim(prompt), verbatim(drawn));
+            (*step, vec![text(sample_tag(prompt), shown)])
         }
         Event::Checkpoint { .. } | Event::Done(_) => return None,
     };

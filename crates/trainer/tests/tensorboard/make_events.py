@@ -54,7 +54,7 @@ EVENTS = [
         ],
     ),
     scalars(5, [("Loss/eval", 1.75), ("Loss/eval_best", 1.5), ("eval_rewards/margins", 0.5)]),
-    text(5, "Sample/Why is the sky blue?", "    Why is the sky\n    blue? Größe.\n"),
+    text(5, "Sample/Why is the sky blue?", "    Why is the sky\n    blue?\n\n**goes on with**\n\n     Größe.\n"),
 ]
 
 if __name__ == "__main__":
