@@ -87,9 +87,48 @@ pub fn vocabulary(
     if highest < config.vocab_size {
         return Ok(());
     }
-    mismatch(format!(
-        "tokenizer and model do not belong together: the text has token {highest} (the tokenizer knows {}), the model has {} tokens; was a token added to the tokenizer only?",
+    Err(tokenizer.wrong(format!(
+        "it does not belong to this model: the text has token {highest}, the model knows 0 to {} (the tokenizer has {} tokens). Was a token added to the tokenizer only, or is it another model's? Use the tokenizer files that came with the model",
+        config.vocab_size - 1,
         tokenizer.vocab_size(),
-        config.vocab_size
-    ))
+    )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::source::{DataSpec, Sources};
+    use crate::data::{DataOptions, DataSet};
+    use serde_json::Value;
+    use std::path::Path;
+
+    #[test]
+    fn a_tokenizer_of_another_model_is_refused() {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/tiny_text");
+        let text = std::fs::read_to_string(dir.join("config.json")).unwrap();
+        let mut model: Value = serde_json::from_str(&text).unwrap();
+        let tokenizer = Tokenizer::from_dir(&dir, &model).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.txt");
+        std::fs::write(&path, "The trunk holds the branches.").unwrap();
+        let Sources { train, .. } = DataSpec::files(vec![path]).open().unwrap();
+        let data = DataSet::load(&train, &DataOptions::default(), &tokenizer).unwrap();
+        let highest = data.highest_id();
+
+        let own = ModelConfig::from_json(&model).unwrap();
+        assert!(vocabulary(highest, &tokenizer, &own).is_ok());
+        // The smallest vocabulary that has the token, and one without it.
+        model["vocab_size"] = Value::from(highest + 1);
+        let enough = ModelConfig::from_json(&model).unwrap();
+        assert!(vocabulary(highest, &tokenizer, &enough).is_ok());
+        model["vocab_size"] = Value::from(highest);
+        let small = ModelConfig::from_json(&model).unwrap();
+        let error = vocabulary(highest, &tokenizer, &small).unwrap_err().to_string();
+        let expected = format!(
+            "tokenizer.json: it does not belong to this model: the text has token {highest}, the model knows 0 to {} (the tokenizer has {} tokens). Was a token added",
+            highest - 1,
+            tokenizer.vocab_size()
+        );
+        assert!(error.contains(&expected), "{error}");
+    }
 }
