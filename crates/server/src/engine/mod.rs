@@ -1,5 +1,5 @@
-//! The device: one thread that owns the trunk, every session's adapter set and every tape, and the
-//! only place of the server that computes with tensors.
+//! The device: one thread that owns the trunk, every session's adapter set, every tape and every
+//! key/value cache, and the only place of the server that computes with tensors.
 //!
 //! ```text
 //! SessionActor --submit--> Scheduler --take--> Worker (this thread) --reply--> SessionActor
