@@ -9,7 +9,9 @@ mod command;
 mod demo;
 mod pip;
 mod setup;
+mod tensorboard;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -37,6 +39,12 @@ enum Task {
     },
     /// Formatting, lints, docs and the borders between the crates
     Check,
+    /// Read runs' event files with TensorBoard itself, and compare them with their metrics.jsonl
+    Tensorboard {
+        /// Output directories of `offshoot train`, such as .demo/run/support
+        #[arg(value_name = "RUN", required = true)]
+        runs: Vec<PathBuf>,
+    },
     /// The stripped release binary, for CPU and CUDA
     Bundle,
 }
@@ -48,6 +56,7 @@ fn main() -> ExitCode {
         Task::Demo(options) => demo::run(options),
         Task::Test { args } => checks::test(&args),
         Task::Check => checks::check(),
+        Task::Tensorboard { runs } => tensorboard::check(&runs),
         Task::Bundle => bundle::run(),
     };
     match result {

@@ -26,10 +26,12 @@ impl Run {
         let dir = dir.display();
         self.report.line(&format!(
             "done at step {} of {n_steps}; the adapter for the whole model, of step {step}, is in {dir}\n  \
-             offshoot generate --adapter {dir} --prompt \"...\"    text, with the whole model here; --server for the trunk there\n  \
-             offshoot plot {run}    loss curves\n  \
-             PeftModel.from_pretrained(model, {:?})    in Python",
+             offshoot generate --adapter {dir} --prompt \"...\"\n  \
+             offshoot eval --model-name {} --adapter {dir} --eval-file FILE\n  \
+             offshoot plot {run}\n  \
+             PeftModel.from_pretrained(model, {:?})  # in Python",
             self.step,
+            self.prepared.settings.model_name,
             dir.to_string(),
         ));
     }
