@@ -61,12 +61,3 @@ impl LegacyServe {
         all.into_iter().filter(|(given, _)| *given).map(|(_, note)| note).collect()
     }
 }
-
-/// Options of the old trainer.
-#[derive(Args, Debug, Default)]
-pub struct LegacyTrain {
-    #[arg(long, hide = true, value_name = "NAME")]
-    pub dataset_name: Option<String>,
-    #[arg(long, hide = true, value_name = "NAME")]
-    pub dataset_config: Option<String>,
-}

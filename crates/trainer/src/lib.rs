@@ -49,4 +49,4 @@ pub use schedule::{Schedule, Scheduler, Warmup};
 pub use split::{
     Accumulated, Checkpointing, ClientState, MicrobatchResult, Microbatches, SplitModel, SplitOptions, clip_factor,
 };
-pub use train::{Summary, train};
+pub use train::{Summary, train, train_with_sources};

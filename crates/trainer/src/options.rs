@@ -1,6 +1,7 @@
 use crate::TrainError;
 pub use crate::loss::LossOptions;
 pub use crate::split::Checkpointing;
+use crate::data::source::DataSpec;
 use crate::data::{DataOptions, MicrobatchSize};
 use crate::generate::{GenerateOptions, Sampling};
 use crate::schedule::{Scheduler, Warmup};
@@ -16,9 +17,9 @@ use tch::{Device, Kind};
 pub struct TrainOptions {
     /// Which model, and which server holds its trunk.
     pub model: ModelOptions,
-    /// Where the texts are.
-    pub sources: SourceOptions,
-    /// How they become samples. `max_samples` is for training only.
+    /// Where the texts are. Its `seed` and `columns.preferences` follow the run's seed and loss.
+    pub sources: DataSpec,
+    /// How they become samples. Its `max_samples` follows `sources`.
     pub data: DataOptions,
     /// The adapter.
     pub lora: LoraOptions,
@@ -57,15 +58,6 @@ pub struct ModelOptions {
     pub client: ClientOptions,
     /// For lists and logs of the server.
     pub session_name: String,
-}
-
-/// Where the texts are.
-#[derive(Clone, Debug, Default)]
-pub struct SourceOptions {
-    /// Files and folders to train on.
-    pub train_files: Vec<PathBuf>,
-    /// Files and folders to evaluate on; may be empty.
-    pub eval_files: Vec<PathBuf>,
 }
 
 /// The adapter.
@@ -276,7 +268,7 @@ impl TrainOptions {
                 client: ClientOptions::default(),
                 session_name: String::new(),
             },
-            sources: SourceOptions { train_files: vec![train_file], eval_files: Vec::new() },
+            sources: DataSpec::files(vec![train_file]),
             data: DataOptions::default(),
             lora: LoraOptions::default(),
             steps: StepOptions::default(),
@@ -299,13 +291,19 @@ impl TrainOptions {
 
     /// The first option that no run can have.
     pub fn validate(&self) -> Result<(), TrainError> {
+        self.sources.validate()?;
+        self.validate_without_sources(self.sources.may_evaluate())
+    }
+
+    /// The same for a run on sources of its own; `evaluates`: some are to evaluate on.
+    pub(crate) fn validate_without_sources(&self, evaluates: bool) -> Result<(), TrainError> {
         self.steps.validate()?;
         self.optimizer.validate()?;
         self.loss.validate()?;
         self.evaluation.validate()?;
         self.output.validate()?;
-        if self.sources.eval_files.is_empty() {
-            let problem = "it needs evaluation data: name them with --eval-file";
+        if !evaluates {
+            let problem = "it needs evaluation data: name them with --eval-file, or hold a part of the training data out with --eval-fraction";
             if let Some(patience) = self.evaluation.patience {
                 return wrong("early-stopping-patience", patience, problem);
             }
@@ -314,13 +312,9 @@ impl TrainOptions {
             }
         }
         self.samples.validate()?;
-        at_least_one("max-train-samples", self.data.max_samples.unwrap_or(1) as u64)?;
         if self.data.max_seq_length < 2 {
             let problem = "expected at least 2: one token to predict another from";
             return wrong("max-seq-length", self.data.max_seq_length, problem);
-        }
-        if self.sources.train_files.is_empty() {
-            return wrong("train-file", "(none)", "expected at least one file or folder");
         }
         Ok(self.lora.over(&LoraOptions::usual()).validate()?)
     }

@@ -1,7 +1,7 @@
 use crate::TrainError;
 use crate::adapter::lora_config;
 use crate::checkpoint::RunSettings;
-use crate::data::source::DataSpec;
+use crate::data::source::{DataSpec, Sources};
 use crate::data::{DataOptions, DataSet, Plan, PlanOptions};
 use crate::fit;
 use crate::generate::end_ids;
@@ -36,12 +36,16 @@ pub(crate) struct Prepared {
 }
 
 /// Connects, checks that both sides hold one model, reads the data and loads bottom and top. The
-/// cheap checks come first.
+/// cheap checks come first. `own`: sources instead of those that the options name.
 pub(crate) async fn prepare(
     options: &TrainOptions,
+    own: Option<Sources>,
     origin: Origin,
 ) -> Result<Prepared, TrainError> {
-    options.validate()?;
+    match &own {
+        None => options.validate()?,
+        Some(own) => options.validate_without_sources(!own.eval.is_empty())?,
+    }
     let client = Client::connect_with(&options.model.server, options.model.client.clone()).await?;
     let server = client.describe().await?;
     let model = &options.model;
@@ -61,18 +65,18 @@ pub(crate) async fn prepare(
     let tokenizer = Tokenizer::load_with(&checkpoint, template)?;
     let end_ids = end_ids(&checkpoint, Some(&tokenizer))?;
     check_lengths(options, &server, &config)?;
-    let mut sources = DataSpec {
-        eval_files: options.sources.eval_files.clone(),
-        ..DataSpec::files(options.sources.train_files.clone())
+    let sources = match own {
+        Some(own) => own,
+        None => open_sources(options)?,
     };
-    sources.columns.preferences = options.loss.wants_pairs();
-    let sources = sources.open()?;
-    let data = DataSet::load(&sources.train, &options.data, &tokenizer)?;
+    let samples = |max_samples| DataOptions { max_samples, ..options.data.clone() };
+    let of_train = samples(options.sources.max_train_samples);
+    let data = DataSet::load(&sources.train, &of_train, &tokenizer)?;
     fit::vocabulary(data.highest_id(), &tokenizer, &config)?;
     let eval = if sources.eval.is_empty() {
         None
     } else {
-        let of_eval = DataOptions { max_samples: None, ..options.data.clone() };
+        let of_eval = samples(options.sources.max_eval_samples);
         let eval = DataSet::load(&sources.eval, &of_eval, &tokenizer)?;
         fit::vocabulary(eval.highest_id(), &tokenizer, &config)?;
         Some(eval)
@@ -125,6 +129,13 @@ pub(crate) async fn prepare(
         losses,
         origin,
     })
+}
+
+/// Finds or fetches what the options name.
+fn open_sources(options: &TrainOptions) -> Result<Sources, TrainError> {
+    let mut spec = DataSpec { seed: options.seed, ..options.sources.clone() };
+    spec.columns.preferences = options.loss.wants_pairs();
+    spec.open()
 }
 
 /// A fresh session as the settings say, with the adapter that the run begins with, if there is one.

@@ -4,7 +4,8 @@ mod save;
 mod step;
 
 use crate::TrainError;
-use crate::checkpoint::{self, Best, Saved};
+use crate::checkpoint::{Best, Saved};
+use crate::data::source::Sources;
 use crate::early_stop;
 use crate::in_flight::InFlight;
 use crate::options::{AdapterChoice, CancelToken, TrainOptions};
@@ -49,7 +50,25 @@ pub struct Summary {
 /// It computes on the calling thread, between the awaits: give it the `block_on` of a multi-thread
 /// runtime, so that the connection's tasks run beside it.
 pub async fn train(options: TrainOptions, cancel: CancelToken) -> Result<Summary, TrainError> {
-    let mut run = Run::begin(options).await?;
+    run(options, None, cancel).await
+}
+
+/// The same on sources of your own, in place of those that `options.sources` names; of that only
+/// the limits of samples count. A resumed run has to be given the same records again.
+pub async fn train_with_sources(
+    options: TrainOptions,
+    sources: Sources,
+    cancel: CancelToken,
+) -> Result<Summary, TrainError> {
+    run(options, Some(sources), cancel).await
+}
+
+async fn run(
+    options: TrainOptions,
+    own: Option<Sources>,
+    cancel: CancelToken,
+) -> Result<Summary, TrainError> {
+    let mut run = Run::begin(options, own).await?;
     let mut rollbacks = 0;
     let mut furthest = run.step;
     loop {
@@ -129,34 +148,33 @@ pub(crate) struct Run {
 }
 
 impl Run {
-    async fn begin(options: TrainOptions) -> Result<Self, TrainError> {
+    async fn begin(options: TrainOptions, own: Option<Sources>) -> Result<Self, TrainError> {
         let dir = &options.output.dir;
         let origin = Origin::find(&options)?;
         let resumed = origin.checkpoint().cloned();
         resume::check_output_dir(&options, resumed.as_ref())?;
-        let prepared = setup::prepare(&options, origin).await?;
+        let prepared = setup::prepare(&options, own, origin).await?;
+        let (session, differences) = match &resumed {
+            Some(saved) => {
+                let differences = resume::check_settings(saved, &prepared)?;
+                (resume::restore(&prepared, saved).await?, differences)
+            }
+            None => (setup::open(&options, &prepared).await?, Vec::new()),
+        };
+        // Nothing is written before it is certain that the run can begin.
         std::fs::create_dir_all(dir).map_err(TrainError::io(dir))?;
         if let Some(text) = &options.output.config {
             let file = dir.join("config.toml");
             std::fs::write(&file, text).map_err(TrainError::io(&file))?;
         }
-        let (step, n_steps) =
-            (resumed.as_ref().map_or(0, |s| s.state.step), prepared.settings.n_steps);
+        let step = resumed.as_ref().map_or(0, |saved| saved.state.step);
         let report = Reporter::new(&ReportOptions {
             output_dir: dir,
             step,
-            n_steps,
+            n_steps: prepared.settings.n_steps,
             log_interval: options.output.log_interval,
             tensorboard: options.output.tensorboard,
         })?;
-        let differences = match &resumed {
-            Some(saved) => resume::check_settings(saved, &prepared)?,
-            None => Vec::new(),
-        };
-        let session = match &resumed {
-            Some(saved) => resume::restore(&prepared, saved).await?,
-            None => setup::open(&options, &prepared).await?,
-        };
         let mut run = Run {
             session,
             report,
@@ -177,23 +195,7 @@ impl Run {
         run.report.event(&Event::Start(run.start_event(step)))?;
         if let Some(saved) = resumed {
             run.set_state(&saved)?;
-            if let Some(aside) = checkpoint::set_aside_after(&run.options.output.dir, run.step)? {
-                run.report.line(&format!(
-                    "the checkpoints of later steps are in {} now",
-                    aside.display()
-                ));
-            }
-            let place = run.prepared.plan.place(run.step);
-            run.report.line(&format!(
-                "resumed at step {} (epoch {}, sample {}) from {}",
-                run.step,
-                place.epoch,
-                place.sample,
-                saved.path.display()
-            ));
-            for difference in differences {
-                run.report.line(&format!("not the run as it began: {difference}"));
-            }
+            run.tell_of_resumption(&saved, &differences)?;
         }
         Ok(run)
     }

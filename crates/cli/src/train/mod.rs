@@ -1,3 +1,4 @@
+pub mod column_args;
 pub mod compute_args;
 mod data_args;
 mod lora_args;
@@ -7,7 +8,6 @@ mod output_args;
 pub mod samples_args;
 mod training_args;
 
-use crate::legacy::LegacyTrain;
 use crate::run_config::{ConfigArgs, Resolved};
 use anyhow::Context;
 use clap::Args;
@@ -45,8 +45,6 @@ pub struct TrainArgs {
     compute: ComputeArgs,
     #[command(flatten)]
     config: ConfigArgs,
-    #[command(flatten)]
-    legacy: LegacyTrain,
     /// All of these as they came together.
     #[arg(skip)]
     pub resolved: Option<Resolved>,
@@ -117,8 +115,8 @@ async fn stop_on_ctrl_c(cancel: CancelToken) {
 impl TrainArgs {
     /// What the trainer takes.
     pub fn into_options(self) -> anyhow::Result<TrainOptions> {
-        let TrainArgs { model, data, lora, training, loss, output, compute, legacy, .. } = self;
-        let (sources, data) = data.into_options(&legacy)?;
+        let TrainArgs { model, data, lora, training, loss, output, compute, .. } = self;
+        let (sources, data) = data.into_options();
         Ok(TrainOptions {
             model: model.into_options(&output.output_dir),
             sources,
@@ -141,7 +139,6 @@ mod tests {
     use super::*;
     use crate::{Cli, Command};
     use clap::Parser;
-    use std::path::PathBuf;
     use tch::Kind;
 
     fn parse(line: &str) -> anyhow::Result<TrainOptions> {
@@ -169,24 +166,35 @@ mod tests {
              --server-host localhost --server-port 50052 --lora-rank 8 --lora-alpha 16 \
              --lora-dropout 0.1 --batch-size 4 --learning-rate 1e-4 --num-epochs 3 \
              --max-seq-length 512 --gradient-accumulation-steps 1 --max-grad-norm 1.0 \
-             --warmup-steps 100 --dataset-name . --dataset-config wikitext-2-raw-v1 \
+             --warmup-steps 100 --dataset-name wikitext --dataset-config wikitext-2-raw-v1 \
              --max-train-samples 10000 --output-dir ./checkpoints --save-interval 500 \
              --log-interval 10 --eval-interval 100 --device cpu --mixed-precision",
         )
         .unwrap();
         assert_eq!(options.model.server, "http://localhost:50052");
         assert_eq!((options.model.split_point_1, options.model.split_point_2), (Some(0), Some(14)));
-        assert_eq!(options.data.max_samples, Some(10000));
+        assert_eq!(options.sources.max_train_samples, Some(10000));
         assert_eq!(options.compute.kind, Kind::BFloat16);
-        assert_eq!(options.sources.train_files, [PathBuf::from(".")]);
+        assert_eq!(options.sources.dataset_name.as_deref(), Some("wikitext"));
+        assert_eq!(options.sources.dataset_config.as_deref(), Some("wikitext-2-raw-v1"));
+        options.sources.validate().unwrap();
     }
 
     #[test]
-    fn a_hub_data_set_says_what_to_do_instead() {
-        let error = parse("--model-name m --dataset-name wikitext").unwrap_err().to_string();
-        assert!(error.contains("--train-file"), "{error}");
-        let error = parse("--model-name m").unwrap_err().to_string();
-        assert!(error.contains("--train-file is missing"), "{error}");
+    fn columns_splits_and_parts_are_told_to_the_trainer() {
+        let line = "--model-name m --dataset-name d --train-split a --eval-split b \
+             --max-eval-samples 7 --prompt-column q --completion-column r";
+        let sources = parse(line).unwrap().sources;
+        assert_eq!((sources.train_split.as_str(), sources.eval_split.as_deref()), ("a", Some("b")));
+        assert_eq!((sources.max_train_samples, sources.max_eval_samples), (None, Some(7)));
+        assert_eq!(sources.columns.prompt.as_deref(), Some("q"));
+        assert_eq!(sources.columns.completion.as_deref(), Some("r"));
+        let line = "--model-name m --train-file t --eval-fraction 0.05 --text-column x";
+        let sources = parse(line).unwrap().sources;
+        assert_eq!(sources.eval_fraction, 0.05);
+        assert_eq!(sources.columns.text.as_deref(), Some("x"));
+        let error = parse("--model-name m").unwrap().validate().unwrap_err().to_string();
+        assert!(error.contains("name what to train on"), "{error}");
     }
 
     #[test]

@@ -222,7 +222,10 @@ impl Splits {
                 true => " (to take a part of one, use --max-train-samples or --eval-fraction)",
                 false => "",
             };
-            format!("there is no split \"{split}\"; the splits are {}{part}", names.join(", "))
+            format!(
+                "there is no split \"{split}\"; the splits are {}{part}; choose with --train-split and --eval-split",
+                names.join(", ")
+            )
         })
     }
 

@@ -4,12 +4,15 @@ use super::columns::{Columns, Rows};
 use super::input::{Input, Origin};
 use crate::TrainError;
 use crate::data::source::Place;
-use csv::{ByteRecord, ErrorKind};
+use csv::{ByteRecord, ErrorKind, Position};
 use serde_json::Value;
-use std::io::BufRead;
+use std::collections::VecDeque;
+use std::io::{self, BufRead, Read};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// What may stand between the fields of a .csv file; spreadsheets of half of Europe write the second.
 const SEPARATORS: [u8; 3] = [b',', b';', b'\t'];
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// The rows below the header. `separator`: none to see it from the header.
 pub(super) fn rows(
@@ -18,27 +21,32 @@ pub(super) fn rows(
     columns: &Columns,
 ) -> Result<Rows, TrainError> {
     let origin = input.origin.clone();
-    let header_line = origin.line(1);
-    let beginning = input.reader.fill_buf().map_err(|error| origin.failed(&header_line, &error))?;
+    let failed = |error| origin.failed(&origin.line(1), &error);
+    if input.reader.fill_buf().map_err(failed)?.starts_with(BYTE_ORDER_MARK) {
+        input.reader.consume(BYTE_ORDER_MARK.len());
+    }
+    let beginning = input.reader.fill_buf().map_err(failed)?;
     let separator = separator.unwrap_or_else(|| most_frequent(beginning));
-    let mut reader = csv::ReaderBuilder::new().delimiter(separator).from_reader(input.reader);
-    let header = reader.byte_headers().map_err(|error| problem(&origin, &error))?.clone();
-    let names = strings(&header, &header_line)?;
+    let lines = LineEnds::default();
+    let counted = Counted { reader: input.reader, offset: 0, lines: lines.clone() };
+    let mut reader = csv::ReaderBuilder::new().delimiter(separator).from_reader(counted);
+    let mut table = Table { origin, lines };
+    let header = reader.byte_headers().map_err(|error| table.problem(&error))?.clone();
+    let place = table.place(header.position());
+    let names = strings(&header, &place)?;
     if names.iter().all(String::is_empty) {
         return Ok(Box::new(std::iter::empty()));
     }
     let known: Vec<&str> = names.iter().map(String::as_str).collect();
-    let layout = columns.layout(&known).map_err(|problem| header_line.wrong(problem))?;
+    let layout = columns.layout(&known).map_err(|problem| place.wrong(problem))?;
     for column in layout.columns() {
         if known.iter().filter(|name| **name == column).count() > 1 {
-            return Err(
-                header_line.wrong(format!("the header names the column \"{column}\" twice"))
-            );
+            return Err(place.wrong(format!("the header names the column \"{column}\" twice")));
         }
     }
     Ok(Box::new(reader.into_byte_records().map(move |record| {
-        let record = record.map_err(|error| problem(&origin, &error))?;
-        let place = origin.line(record.position().map_or(0, |at| at.line() as usize));
+        let record = record.map_err(|error| table.problem(&error))?;
+        let place = table.place(record.position());
         let values = strings(&record, &place)?.into_iter().map(Value::String);
         Ok((place, names.iter().cloned().zip(values).collect()))
     })))
@@ -64,15 +72,74 @@ fn strings(record: &ByteRecord, place: &Place) -> Result<Vec<String>, TrainError
         .map_err(|_| place.wrong("not UTF-8 text; save the table as UTF-8"))
 }
 
-fn problem(origin: &Origin, error: &csv::Error) -> TrainError {
-    match error.kind() {
-        ErrorKind::UnequalLengths { pos, expected_len, len } => {
-            let place = origin.line(pos.as_ref().map_or(0, |at| at.line() as usize));
-            place.wrong(format!(
+struct Table {
+    origin: Origin,
+    lines: LineEnds,
+}
+
+impl Table {
+    fn place(&mut self, position: Option<&Position>) -> Place {
+        self.origin.line(self.lines.line_at(position.map_or(0, Position::byte)))
+    }
+
+    fn problem(&mut self, error: &csv::Error) -> TrainError {
+        match error.kind() {
+            ErrorKind::UnequalLengths { pos, expected_len, len } => self.place(pos.as_ref()).wrong(format!(
                 "{len} fields, but the header has {expected_len}; put a field that holds the separator, a quote or a line break in \"quotes\", and write a quote within as \"\""
-            ))
+            )),
+            ErrorKind::Io(error) => {
+                let place = self.place(None);
+                self.origin.failed(&place, error)
+            }
+            _ => self.origin.whole().wrong(error.to_string()),
         }
-        ErrorKind::Io(error) => origin.failed(&origin.whole(), error),
-        _ => origin.whole().wrong(error.to_string()),
+    }
+}
+
+/// Where the lines of what was read end, from the record that was looked up last: the parser's own
+/// count is one behind after `\r\n`, and before blank lines.
+#[derive(Clone, Default)]
+struct LineEnds(Arc<Mutex<Ends>>);
+
+#[derive(Default)]
+struct Ends {
+    /// Offsets of `\r` and `\n` (true).
+    ahead: VecDeque<(u64, bool)>,
+    /// `\n` before those.
+    passed: usize,
+}
+
+impl LineEnds {
+    fn add(&self, offset: u64, bytes: &[u8]) {
+        let mut ends = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = (offset..).zip(bytes).filter(|(_, byte)| matches!(byte, b'\r' | b'\n'));
+        ends.ahead.extend(found.map(|(at, &byte)| (at, byte == b'\n')));
+    }
+
+    /// The line of the record for which the parser began to look at `offset`. Offsets never fall.
+    fn line_at(&self, mut offset: u64) -> usize {
+        let mut ends = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // Ends of lines right where it began to look do not belong to the record.
+        while let Some(&(at, feed)) = ends.ahead.front().filter(|(at, _)| *at <= offset) {
+            ends.ahead.pop_front();
+            ends.passed += usize::from(feed);
+            offset = offset.max(at + 1);
+        }
+        ends.passed + 1
+    }
+}
+
+struct Counted {
+    reader: Box<dyn BufRead + Send>,
+    offset: u64,
+    lines: LineEnds,
+}
+
+impl Read for Counted {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let n = self.reader.read(buffer)?;
+        self.lines.add(self.offset, &buffer[..n]);
+        self.offset += n as u64;
+        Ok(n)
     }
 }

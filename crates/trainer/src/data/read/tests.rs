@@ -371,6 +371,17 @@ fn wrong_columns_name_those_that_there_are() {
 }
 
 #[test]
+fn rows_of_a_table_stand_at_their_first_line() {
+    for end in ["\n", "\r\n"] {
+        let lines = ["\u{feff}text,id", "", "a,1", "\"b", "", "c\",2", "", "d,3"].join(end);
+        let found = read("a.csv", &lines).unwrap();
+        let places: Vec<&str> = found.iter().map(|(place, _)| place.as_str()).collect();
+        assert_eq!(places, ["a.csv:3", "a.csv:4", "a.csv:8"], "{end:?}");
+        assert_eq!(found[1].1, text(&format!("b{end}{end}c")));
+    }
+}
+
+#[test]
 fn a_table_carries_messages_as_json() {
     let csv = "messages\n\"[{\"\"role\"\": \"\"assistant\"\", \"\"content\"\": \"\"Hi\"\"}]\"\n";
     let Record::Chat { messages, .. } = &read("a.csv", csv).unwrap()[0].1 else { panic!() };

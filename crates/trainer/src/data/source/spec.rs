@@ -53,6 +53,13 @@ impl Default for DataSpec {
     }
 }
 
+/// What of a data set is wanted.
+#[derive(Clone, Copy, PartialEq)]
+enum Parts {
+    All,
+    Evaluation,
+}
+
 /// What a run reads.
 pub struct Sources {
     /// To train on, in order.
@@ -146,18 +153,36 @@ impl DataSpec {
         Ok(())
     }
 
+    /// Whether there can be something to evaluate on; of a data set its splits decide, which are not
+    /// known before it is opened.
+    pub fn may_evaluate(&self) -> bool {
+        self.dataset_name.is_some() || !self.eval_files.is_empty() || self.eval_fraction > 0.0
+    }
+
     /// Finds the files, fetching those of a hub data set as the environment says
     /// ([`HubSettings::from_env`]); records are read only when they are asked for.
     pub fn open(&self) -> Result<Sources, TrainError> {
         self.open_with(&HubSettings::from_env())
     }
 
-    /// The same with a hub of your own.
+    /// Only what is evaluated on: `eval_files`, or that split of the data set, whose other splits are
+    /// not even fetched.
+    ///
+    /// # Errors
+    /// Also if there is nothing to evaluate on.
+    pub fn open_evaluation(&self) -> Result<Vec<Box<dyn DataSource>>, TrainError> {
+        match &self.dataset_name {
+            None => self.local(&self.eval_files),
+            Some(name) => Ok(self.dataset(name, &HubSettings::from_env(), Parts::Evaluation)?.eval),
+        }
+    }
+
+    /// The same as [`DataSpec::open`] with a hub of your own.
     pub fn open_with(&self, hub: &HubSettings) -> Result<Sources, TrainError> {
         self.validate()?;
         let mut sources = match &self.dataset_name {
             None => Sources { train: self.local(&self.train_files)?, eval: Vec::new() },
-            Some(name) => self.dataset(name, hub)?,
+            Some(name) => self.dataset(name, hub, Parts::All)?,
         };
         if !self.eval_files.is_empty() {
             sources.eval = self.local(&self.eval_files)?;
@@ -193,13 +218,22 @@ impl DataSpec {
         Ok(sources)
     }
 
-    fn dataset(&self, name: &str, settings: &HubSettings) -> Result<Sources, TrainError> {
+    fn dataset(
+        &self,
+        name: &str,
+        settings: &HubSettings,
+        parts: Parts,
+    ) -> Result<Sources, TrainError> {
         let path = Path::new(name);
         if path.is_file() {
-            return Ok(Sources { train: self.local(&[path.into()])?, eval: Vec::new() });
+            let file = self.local(&[path.into()])?;
+            return Ok(match parts {
+                Parts::All => Sources { train: file, eval: Vec::new() },
+                Parts::Evaluation => Sources { train: Vec::new(), eval: file },
+            });
         }
         if !path.is_dir() {
-            return self.hub(name, settings);
+            return self.hub(name, settings, parts);
         }
         let files = read::files_below(path)?;
         let card = std::fs::read_to_string(path.join("README.md")).ok();
@@ -213,25 +247,25 @@ impl DataSpec {
             )));
         }
         let source = |file: &String| FileSource::local(path.join(file), &self.columns);
-        let (train, eval) = self.choose(&splits).map_err(wrong)?;
+        let (train, eval) = self.choose(&splits, parts).map_err(wrong)?;
         Ok(Sources {
             train: train.iter().map(source).collect(),
             eval: eval.iter().map(source).collect(),
         })
     }
 
-    fn hub(&self, name: &str, settings: &HubSettings) -> Result<Sources, TrainError> {
+    fn hub(&self, name: &str, settings: &HubSettings, parts: Parts) -> Result<Sources, TrainError> {
         let request = hub::Request {
             name,
             config: self.dataset_config.as_deref(),
             wanted: &|splits| {
-                let (train, eval) = self.choose(splits)?;
+                let (train, eval) = self.choose(splits, parts)?;
                 Ok([train, eval].concat())
             },
         };
         let fetched = hub::fetch(&request, settings)?;
         let named = |problem| TrainError::Data { path: name.into(), line: None, problem };
-        let (train, eval) = self.choose(&fetched.splits).map_err(named)?;
+        let (train, eval) = self.choose(&fetched.splits, parts).map_err(named)?;
         let source = |file: &String| {
             FileSource::named(fetched.dir.join(file), format!("{name}/{file}"), &self.columns)
         };
@@ -242,17 +276,24 @@ impl DataSpec {
     }
 
     /// The files to train on, and those to evaluate on.
-    fn choose<'a>(&self, splits: &'a Splits) -> Result<(&'a [String], &'a [String]), String> {
+    fn choose<'a>(
+        &self,
+        splits: &'a Splits,
+        parts: Parts,
+    ) -> Result<(&'a [String], &'a [String]), String> {
+        let found = match &self.eval_split {
+            Some(split) => Some(splits.files(split)?),
+            None => splits.evaluation().map(|split| splits.files(split)).transpose()?,
+        };
+        if parts == Parts::Evaluation {
+            return match found {
+                Some(eval) => Ok((&[], eval)),
+                None => splits.files("validation").map(|eval| (&[] as &[String], eval)),
+            };
+        }
         let train = splits.files(&self.train_split)?;
         let elsewhere = self.eval_fraction > 0.0 || !self.eval_files.is_empty();
-        let eval = match &self.eval_split {
-            Some(split) => splits.files(split)?,
-            None if elsewhere => &[],
-            None => match splits.evaluation() {
-                Some(split) => splits.files(split)?,
-                None => &[],
-            },
-        };
+        let eval = found.filter(|_| !elsewhere).unwrap_or_default();
         // A run that trains on the split that would be evaluated on has nothing to evaluate on.
         Ok((train, if eval == train && self.eval_split.is_none() { &[] } else { eval }))
     }
