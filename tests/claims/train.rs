@@ -1,8 +1,14 @@
 //! What `offshoot train` promises, with the real trainer against a real server: a run that is
 //! stopped and resumed, on either side, gives the losses of one that was not.
 
+#[path = "train_client.rs"]
+mod client;
+#[path = "train_losses.rs"]
+mod losses;
 #[path = "train_overlap.rs"]
 mod overlap;
+#[path = "train_runs.rs"]
+mod runs;
 #[path = "train_wire.rs"]
 mod wire;
 
@@ -141,7 +147,7 @@ async fn loss_falls_and_files_are_there() {
     options.optimizer.learning_rate = 2e-2;
     options.output.save_interval = 3;
     options.samples.prompts = vec!["The trunk".into()];
-    options.samples.options.n_tokens = 5;
+    options.samples.options.max_new_tokens = 5;
     let summary = run(options).await;
     let mean = |losses: &[f64]| losses.iter().sum::<f64>() / losses.len() as f64;
     let (first, last) = (mean(&summary.losses[..3]), mean(&summary.losses[27..]));

@@ -1,8 +1,71 @@
 //! What people read of a run at its beginning, and of what changes on its way.
 
+use crate::options::TrainOptions;
+use crate::origin::Origin;
 use crate::report::StartEvent;
 use crate::setup::Prepared;
 use crate::train::Run;
+use offshoot_adapters::LoraSpec;
+use offshoot_model::ModelConfig;
+use std::ops::Range;
+
+/// What is going to be trained, on what, and what of it the server could read.
+pub(crate) fn lines(options: &TrainOptions, prepared: &Prepared) -> Vec<String> {
+    let Prepared { server, settings, config, data, eval, split, schedule, plan, origin, .. } =
+        prepared;
+    let (s1, s2, n_layers) = (settings.split_point_1, settings.split_point_2, server.n_layers);
+    let mut lines = vec![format!(
+        "model {} ({}), bottom [0, {s1}), trunk [{s1}, {s2}) at {}, top [{s2}, {n_layers})",
+        settings.model_name, server.model_type, options.model.server,
+    )];
+    let lora = &settings.lora;
+    let begins_with = match origin {
+        Origin::Adapter { adapter, .. } => format!("; it begins with {}", adapter.origin.display()),
+        Origin::Seed | Origin::Checkpoint(_) => String::new(),
+    };
+    lines.push(format!(
+        "LoRA r {}, alpha {}, dropout {} on {}: {} values here, {} in the trunk{begins_with}",
+        lora.r,
+        lora.lora_alpha,
+        lora.lora_dropout,
+        lora.target_modules.join(", "),
+        split.n_parameters(),
+        n_values(lora, config, s1..s2),
+    ));
+    lines.push(format!(
+        "{}{}; {} samples for evaluation",
+        data.stats,
+        if data.cached { " (tokens from the cache)" } else { "" },
+        eval.as_ref().map_or(0, |data| data.len()),
+    ));
+    lines.push(format!(
+        "{} steps, {} of warm-up{}",
+        settings.n_steps,
+        schedule.n_warmup,
+        plan.fill()
+            .map_or(String::new(), |fill| format!("; microbatches are {:.0}% full", 100.0 * fill)),
+    ));
+    let (n_devices, n_microbatches) =
+        (split.n_devices(), options.steps.gradient_accumulation_steps);
+    if n_devices > n_microbatches {
+        lines.push(format!(
+            "note: {n_devices} devices and {n_microbatches} microbatches in a step: each microbatch is on one device, so some have nothing to do; raise --gradient-accumulation-steps to {n_devices} or a multiple of it",
+        ));
+    }
+    if s1 == 0 {
+        lines.push("note: the first split point is 0: what leaves this machine are token embeddings, from which the server can read the text; see docs/privacy.md".into());
+    }
+    if s2 == n_layers as usize {
+        lines.push("note: no layer follows the trunk: from the gradient that leaves this machine the server can read every label; see docs/privacy.md".into());
+    }
+    lines
+}
+
+/// A and B of a range of layers.
+fn n_values(lora: &LoraSpec, config: &ModelConfig, layers: Range<usize>) -> i64 {
+    let sites = config.sites(layers, &lora.target_modules).unwrap_or_default();
+    sites.iter().map(|site| lora.r as i64 * (site.d_in + site.d_out)).sum()
+}
 
 impl Run {
     /// Microbatches that the next step may have on their way at once.
@@ -26,42 +89,9 @@ impl Run {
 
     /// What is going to be trained, on what.
     pub fn describe(&self) {
-        let Prepared { server, settings, data, eval, split, schedule, plan, .. } = &self.prepared;
-        let lora = &settings.lora;
-        self.report.line(&format!(
-            "model {} ({}), bottom [0, {}), trunk [{}, {}) at {}, top [{}, {})",
-            settings.model_name,
-            server.model_type,
-            settings.split_point_1,
-            settings.split_point_1,
-            settings.split_point_2,
-            self.options.model.server,
-            settings.split_point_2,
-            server.n_layers,
-        ));
-        self.report.line(&format!(
-            "LoRA r {}, alpha {}, dropout {} on {}: {} values here, {} in the trunk",
-            lora.r,
-            lora.lora_alpha,
-            lora.lora_dropout,
-            lora.target_modules.join(", "),
-            split.n_parameters(),
-            self.session.adapter_parameters(),
-        ));
-        self.report.line(&format!(
-            "{}{}; {} samples for evaluation",
-            data.stats,
-            if data.cached { " (tokens from the cache)" } else { "" },
-            eval.as_ref().map_or(0, |data| data.len()),
-        ));
-        self.report.line(&format!(
-            "{} steps, {} of warm-up{}",
-            settings.n_steps,
-            schedule.n_warmup,
-            plan.fill().map_or(String::new(), |fill| {
-                format!("; microbatches are {:.0}% full", 100.0 * fill)
-            }),
-        ));
+        for line in lines(&self.options, &self.prepared) {
+            self.report.line(&line);
+        }
         let (asked, allowed) = (self.in_flight.asked(), self.most_in_flight());
         if allowed < asked {
             let limits = self.session.limits();

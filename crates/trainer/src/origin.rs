@@ -10,7 +10,11 @@ pub(crate) enum Origin {
     /// Values that are a function of the seed.
     Seed,
     /// An existing adapter at step 0, with a fresh optimizer.
-    Adapter(Adapter),
+    Adapter {
+        adapter: Adapter,
+        /// Of the base model that it was imported for, if it was.
+        fingerprint: Option<String>,
+    },
     /// A checkpoint, its snapshot on the server included: the run goes on.
     Checkpoint(Saved),
 }
@@ -25,10 +29,12 @@ impl Origin {
                 return Ok(Origin::Checkpoint(saved));
             }
             // Imported: there is nothing but the adapter.
-            return Ok(Origin::Adapter(Adapter::read(&saved.path)?));
+            let adapter = Adapter::read(&saved.path)?;
+            let fingerprint = Some(saved.state.settings.fingerprint);
+            return Ok(Origin::Adapter { adapter, fingerprint });
         }
         match &options.lora.init_adapter {
-            Some(path) => Ok(Origin::Adapter(Adapter::read(path)?)),
+            Some(path) => Ok(Origin::Adapter { adapter: Adapter::read(path)?, fingerprint: None }),
             None => Ok(Origin::Seed),
         }
     }
@@ -37,52 +43,83 @@ impl Origin {
     pub fn checkpoint(&self) -> Option<&Saved> {
         match self {
             Origin::Checkpoint(saved) => Some(saved),
-            Origin::Seed | Origin::Adapter(_) => None,
+            Origin::Seed | Origin::Adapter { .. } => None,
         }
     }
 
-    /// Refuses an adapter that is not for this model.
-    pub fn fit(self, config: &ModelConfig) -> Result<Self, TrainError> {
-        match self {
-            Origin::Adapter(adapter) => Ok(Origin::Adapter(adapter.fit(config)?)),
-            other => Ok(other),
+    /// Refuses an adapter that is not for this model, and options that it cannot have.
+    pub fn fit(
+        self,
+        config: &ModelConfig,
+        fingerprint: &str,
+        options: &LoraOptions,
+    ) -> Result<Self, TrainError> {
+        let Origin::Adapter { adapter, fingerprint: made_for } = self else { return Ok(self) };
+        if let Some(made_for) = made_for.filter(|made_for| made_for != fingerprint) {
+            return Err(TrainError::Checkpoint {
+                path: adapter.origin,
+                problem: format!(
+                    "it was imported for another model (fingerprint {made_for}, this one's is {fingerprint}); import the adapter for this one, or begin with it by --init-adapter"
+                ),
+            });
         }
+        let adapter = adapter.fit(config)?;
+        check_same(options, &adapter, config)?;
+        Ok(Origin::Adapter { adapter, fingerprint: None })
     }
 
     /// The adapter's settings: what the options leave open is as what the run begins from has it.
-    pub fn lora(&self, options: &LoraOptions) -> Result<LoraSpec, TrainError> {
-        let usual = LoraOptions::usual();
-        let spec = options.over(match self {
-            Origin::Seed => &usual,
-            Origin::Adapter(adapter) => &adapter.spec,
-            Origin::Checkpoint(saved) => &saved.state.settings.lora,
-        });
-        // A checkpoint's are compared with all its other settings.
-        if let Origin::Adapter(adapter) = self {
-            check_same(&spec, adapter)?;
+    pub fn lora(&self, options: &LoraOptions) -> LoraSpec {
+        match self {
+            Origin::Seed => options.over(&LoraOptions::usual()),
+            Origin::Checkpoint(saved) => options.over(&saved.state.settings.lora),
+            // What else the options say was found to be the same.
+            Origin::Adapter { adapter, .. } => LoraSpec {
+                lora_dropout: options.lora_dropout.unwrap_or(adapter.spec.lora_dropout),
+                ..adapter.spec.clone()
+            },
         }
-        Ok(spec)
     }
 }
 
-/// The options of an adapter that is there already change what it does, except for dropout.
-fn check_same(wanted: &LoraSpec, adapter: &Adapter) -> Result<(), TrainError> {
+/// The options of an adapter that is there already would change what it does, except for dropout.
+fn check_same(
+    options: &LoraOptions,
+    adapter: &Adapter,
+    config: &ModelConfig,
+) -> Result<(), TrainError> {
     let has = &adapter.spec;
-    let sorted = |spec: &LoraSpec| {
-        let mut targets = spec.target_modules.clone();
-        targets.sort();
-        targets.join(",")
+    let wanted = options.over(has);
+    let targets = |spec: &LoraSpec| -> Result<Vec<String>, TrainError> {
+        let sites = config.sites(0..config.n_layers, &spec.target_modules)?;
+        Ok(sites.into_iter().map(|site| site.path).collect())
     };
-    for (option, wanted, has) in [
-        ("lora-rank", wanted.r.to_string(), has.r.to_string()),
-        ("lora-alpha", wanted.lora_alpha.to_string(), has.lora_alpha.to_string()),
-        ("use-rslora", wanted.use_rslora.to_string(), has.use_rslora.to_string()),
-        ("target-modules", sorted(wanted), sorted(has)),
+    let same_targets = targets(&wanted)? == targets(has)?;
+    for (option, same, value, has) in [
+        ("lora-rank", wanted.r == has.r, wanted.r.to_string(), has.r.to_string()),
+        (
+            "lora-alpha",
+            wanted.lora_alpha == has.lora_alpha,
+            wanted.lora_alpha.to_string(),
+            has.lora_alpha.to_string(),
+        ),
+        (
+            "use-rslora",
+            wanted.use_rslora == has.use_rslora,
+            wanted.use_rslora.to_string(),
+            has.use_rslora.to_string(),
+        ),
+        (
+            "target-modules",
+            same_targets,
+            wanted.target_modules.join(","),
+            has.target_modules.join(","),
+        ),
     ] {
-        if wanted != has {
+        if !same {
             return Err(TrainError::Option {
                 option,
-                value: wanted,
+                value,
                 problem: format!(
                     "the adapter in {} has {has}; leave the option out to train that one on",
                     adapter.origin.display()
@@ -96,10 +133,16 @@ fn check_same(wanted: &LoraSpec, adapter: &Adapter) -> Result<(), TrainError> {
 /// Sets what the LoRA options leave open to what the run would have: as the adapter or the checkpoint
 /// that it begins from has it, else the usual.
 pub fn resolve_lora(options: &mut TrainOptions) -> Result<(), TrainError> {
-    let spec = Origin::find(options)?.lora(&options.lora)?;
+    let origin = Origin::find(options)?;
+    let spec = origin.lora(&options.lora);
     let lora = &mut options.lora;
-    (lora.r, lora.lora_alpha) = (Some(spec.r), Some(spec.lora_alpha));
-    (lora.lora_dropout, lora.use_rslora) = (Some(spec.lora_dropout), Some(spec.use_rslora));
-    lora.target_modules = spec.target_modules;
+    lora.r.get_or_insert(spec.r);
+    lora.lora_alpha.get_or_insert(spec.lora_alpha);
+    lora.lora_dropout.get_or_insert(spec.lora_dropout);
+    lora.use_rslora.get_or_insert(spec.use_rslora);
+    // An adapter's own are as its file has them until it is known for which model they are.
+    if lora.target_modules.is_empty() && !matches!(origin, Origin::Adapter { .. }) {
+        lora.target_modules = spec.target_modules;
+    }
     Ok(())
 }

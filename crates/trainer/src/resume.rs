@@ -18,6 +18,30 @@ impl Run {
         Ok(())
     }
 
+    /// Where the run goes on, and what is not as it was. Later checkpoints are set aside.
+    pub fn tell_of_resumption(
+        &self,
+        saved: &Saved,
+        differences: &[String],
+    ) -> Result<(), TrainError> {
+        if let Some(aside) = checkpoint::set_aside_after(&self.options.output.dir, self.step)? {
+            let aside = aside.display();
+            self.report.line(&format!("the checkpoints of later steps are in {aside} now"));
+        }
+        let place = self.prepared.plan.place(self.step);
+        self.report.line(&format!(
+            "resumed at step {} (epoch {}, sample {}) from {}",
+            self.step,
+            place.epoch,
+            place.sample,
+            saved.path.display()
+        ));
+        for difference in differences {
+            self.report.line(&format!("not the run as it began: {difference}"));
+        }
+        Ok(())
+    }
+
     /// After the server came back in an older state: back to the newest checkpoint whose snapshot it
     /// still has, or to the beginning. The steps after that are replayed exactly.
     pub async fn go_back(&mut self, cause: &ClientError) -> Result<(), TrainError> {
@@ -54,7 +78,7 @@ impl Run {
         // Only tidiness: the server may not know it any more.
         let _ = self.prepared.client.close_session(&old, true).await;
         self.prepared.split.reset()?;
-        if let Origin::Adapter(adapter) = &self.prepared.origin {
+        if let Origin::Adapter { adapter, .. } = &self.prepared.origin {
             self.prepared.split.load_adapter(&adapter.tensors)?;
         }
         (self.step, self.eval_loss, self.best, self.saved) = (0, None, None, None);
