@@ -202,7 +202,7 @@ async fn train(model: &Path, server: &str, dtype: DType, keep: Keep) -> Result<(
         fingerprint,
         split_point_1: described.split_point_1,
         split_point_2: described.split_point_2,
-        lora: LoraConfig::default(),
+        lora: LoraConfig { r: 8, lora_alpha: 16.0, lora_dropout: 0.1, ..Default::default() },
         adamw: offshoot_client::ADAMW_DEFAULTS,
         seed: 1,
         wire_dtype: WireDType::Bf16,

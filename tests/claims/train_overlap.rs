@@ -40,7 +40,7 @@ fn steps(output: &Path) -> Vec<String> {
     steps.collect()
 }
 
-fn assert_same_runs(found: &Summary, expected: &Summary) {
+pub(super) fn assert_same_runs(found: &Summary, expected: &Summary) {
     let output = |summary: &Summary| steps(summary.checkpoint.parent().unwrap());
     assert_eq!(output(found), output(expected));
     assert_eq!(found.evaluations, expected.evaluations);

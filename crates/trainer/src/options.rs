@@ -289,6 +289,11 @@ impl TrainOptions {
         }
     }
 
+    /// Microbatches of a step that may be on their way at once: one for each device at least.
+    pub(crate) fn most_in_flight(&self) -> usize {
+        self.steps.microbatches_in_flight.max(self.compute.devices.len())
+    }
+
     /// The first option that no run can have.
     pub fn validate(&self) -> Result<(), TrainError> {
         self.sources.validate()?;

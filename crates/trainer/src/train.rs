@@ -180,7 +180,7 @@ impl Run {
             report,
             prepared,
             spent: Spent::default(),
-            in_flight: InFlight::new(options.steps.microbatches_in_flight),
+            in_flight: InFlight::new(options.most_in_flight()),
             step: 0,
             eval_loss: None,
             best: None,
