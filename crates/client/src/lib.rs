@@ -92,9 +92,9 @@ mod wire;
 
 pub use client::Client;
 pub use error::ClientError;
+pub use extend::{ExtendInput, PendingDropCache, PendingExtend};
 pub use offshoot_proto::{HostTensor, Payload, Rounding, WireDType};
 pub use options::{ClientOptions, Retry};
-pub use extend::{ExtendInput, PendingDropCache, PendingExtend};
 pub use session::{
     ForwardInput, Gradients, Microbatch, PendingBackward, PendingEvaluate, PendingForward,
     PendingStep, Session,

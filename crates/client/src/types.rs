@@ -176,6 +176,8 @@ pub struct SessionInfo {
     pub adapter_bytes: u64,
     /// Bytes of its open microbatches.
     pub tape_bytes: u64,
+    /// Bytes of its key/value caches.
+    pub cache_bytes: u64,
     /// What it can be restored to.
     pub snapshots: Vec<SnapshotInfo>,
     /// Relative error of what the server has sent, by rounding to the wire dtype; none for parked
@@ -196,6 +198,7 @@ impl SessionInfo {
             lora: s.lora.unwrap_or_default(),
             adapter_bytes: s.adapter_bytes,
             tape_bytes: s.tape_bytes,
+            cache_bytes: s.cache_bytes,
             snapshots: s.snapshots,
             wire_error: s.wire_error,
         }

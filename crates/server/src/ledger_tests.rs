@@ -1,7 +1,7 @@
 use super::*;
 use tokio_stream::StreamExt as _;
 
-use BytesKind::{Adapters, Tapes, Weights, Workspace};
+use BytesKind::{Adapters, Caches, Tapes, Weights, Workspace};
 
 fn is_ready(future: &mut (impl Future<Output = ()> + Unpin)) -> bool {
     let mut context = std::task::Context::from_waker(std::task::Waker::noop());
@@ -98,6 +98,26 @@ fn adapters_leave_room_for_work() {
     ledger.set_work_room(1000);
     assert_eq!(ledger.reserve(Adapters, 1).unwrap_err().free, 0);
     assert_eq!(ledger.free(), Some(0));
+}
+
+#[tokio::test]
+async fn caches_leave_the_same_room_and_press_for_what_is_beside_it() {
+    let ledger = Ledger::new(Some(100));
+    let _weights = ledger.reserve(Weights, 40).unwrap();
+    ledger.set_work_room(20);
+    let idle = ledger.reserve(Adapters, 30).unwrap();
+    let shortage = ledger.reserve(Caches, 15).unwrap_err();
+    assert_eq!((shortage.free, ledger.free()), (10, Some(30)));
+    assert!(shortage.to_string().contains("caches"), "{shortage}");
+    ledger.press(shortage);
+    let wanted = ledger.pressed().await;
+    assert_eq!(ledger.missing(Workspace, wanted), 5);
+    idle.shrink_to(25);
+    assert_eq!(ledger.missing(Workspace, wanted), 0);
+    let _cache = ledger.reserve(Caches, 15).unwrap();
+    assert_eq!(ledger.usage().now.caches, 15);
+    // Work is never short of its room because of them.
+    let _work = ledger.reserve(Workspace, 20).unwrap();
 }
 
 #[test]

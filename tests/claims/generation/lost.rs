@@ -96,6 +96,45 @@ async fn generation_goes_on_through_broken_connections_and_a_restart() {
     server.drain().await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn generation_goes_on_while_servers_drain_under_it() {
+    let store = tempfile::tempdir().unwrap();
+    let mut server = TestServer::start_with(server_config(store.path())).await;
+    let proxy = Proxy::start(server.address()).await.unwrap();
+    let client = Client::connect_with(&proxy.endpoint(), quick()).await.unwrap();
+    let h = client.describe().await.unwrap().hidden_size;
+    let session = trained(&client, 4).await;
+    let all = whole(&session, 7, h).await;
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let running = tokio::spawn(async move {
+        let (mut n_tokens, mut n_lost) = (0, 0);
+        // At least one whole sequence after the last drain.
+        let mut again = 2;
+        while again > 0 {
+            for n in 0..N_TOKENS {
+                let (row, was_lost) = token(&session, n, h).await;
+                let expected = &all[n * h..(n + 1) * h];
+                let apart = row.iter().zip(expected).map(|(a, b)| (a - b).abs());
+                assert!(apart.fold(0f32, f32::max) < 1e-4, "token {n} after {n_tokens}");
+                n_tokens += 1;
+                n_lost += usize::from(was_lost);
+            }
+            again = if stopped.is_empty() { again } else { again - 1 };
+        }
+        (n_tokens, n_lost)
+    });
+    for _ in 0..2 {
+        server.drain().await;
+        server = TestServer::start_with(server_config(store.path())).await;
+        proxy.set_upstream(Some(server.address()));
+    }
+    stop.send(()).unwrap();
+    let (n_tokens, n_lost) = running.await.unwrap();
+    println!("{n_lost} of {n_tokens} tokens began again");
+    assert!(n_lost <= 2, "only a drain loses a cache, but {n_lost} began again");
+    server.drain().await;
+}
+
 /// Large beside what a microbatch needs.
 const RANK: u32 = 64;
 

@@ -171,6 +171,26 @@ fn segments_with_and_without_caches_share_a_pass_that_may_run_again() {
     }
 }
 
+/// Where products run in bfloat16 caches are kept in it, too.
+#[test]
+fn narrow_weights_give_what_one_forward_gives() {
+    let mut dice = Dice::new(36);
+    for family in FAMILIES {
+        let model = Model::load(family, 1..3, Kind::BFloat16);
+        let mut one = Sequence::new(&model, &mut dice, 3, &PASSES);
+        one.tenant.x = one.tenant.x.to_kind(model.part.kind());
+        PASSES.iter().for_each(|_| pass(&model, &mut [&mut one]));
+        let rows = Rows::new(&[N_TOKENS], None, Device::Cpu);
+        let adapter = one.tenant.set.as_deref();
+        let segment = [Segment { rows: 0..N_TOKENS as i64, adapter, dropout: None }];
+        let whole = model.part.forward_eval(&one.tenant.x, &rows, &segment);
+        let found = distance(&Tensor::cat(&one.outputs, 0), &whole);
+        let most = if model.part.kind() == Kind::Float { F32 } else { 2e-2 };
+        println!("{family} in {:?}: {found:.1e}", model.part.kind());
+        assert!(found < most, "{family}: {found:.1e}");
+    }
+}
+
 /// As the bottom is when the model is cut at layer 0.
 #[test]
 fn a_part_without_layers_counts_the_tokens() {
