@@ -31,6 +31,10 @@ pub struct ConfigArgs {
     /// Print the options that the run would have, as a file for --config, and end.
     #[arg(long)]
     pub print_config: bool,
+    /// Do everything but train: check the options, read the data, compare with the server, load this
+    /// side's layers, and say what the run would be. Nothing is written.
+    #[arg(long)]
+    pub dry_run: bool,
 }
 
 /// The command line, with the options of the file that it names by `--config` put behind it.

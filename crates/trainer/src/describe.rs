@@ -62,7 +62,7 @@ pub(crate) fn lines(options: &TrainOptions, prepared: &Prepared) -> Vec<String> 
 }
 
 /// A and B of a range of layers.
-fn n_values(lora: &LoraSpec, config: &ModelConfig, layers: Range<usize>) -> i64 {
+pub(crate) fn n_values(lora: &LoraSpec, config: &ModelConfig, layers: Range<usize>) -> i64 {
     let sites = config.sites(layers, &lora.target_modules).unwrap_or_default();
     sites.iter().map(|site| lora.r as i64 * (site.d_in + site.d_out)).sum()
 }

@@ -20,6 +20,7 @@ pub mod adapter;
 pub mod checkpoint;
 pub mod data;
 mod describe;
+mod dry_run;
 mod early_stop;
 mod error;
 pub mod evaluate;
@@ -41,6 +42,7 @@ mod train;
 pub mod verify;
 mod wire;
 
+pub use dry_run::dry_run;
 pub use error::TrainError;
 pub use options::{CancelToken, TrainOptions};
 pub use origin::resolve_lora;

@@ -308,13 +308,7 @@ impl TrainOptions {
         self.evaluation.validate()?;
         self.output.validate()?;
         if !evaluates {
-            let problem = "it needs evaluation data: name them with --eval-file, or hold a part of the training data out with --eval-fraction";
-            if let Some(patience) = self.evaluation.patience {
-                return wrong("early-stopping-patience", patience, problem);
-            }
-            if self.output.adapter == AdapterChoice::Best {
-                return wrong("adapter", "best", problem);
-            }
+            self.refuse_without_evaluation()?;
         }
         self.samples.validate()?;
         if self.data.max_seq_length < 2 {
@@ -322,6 +316,20 @@ impl TrainOptions {
             return wrong("max-seq-length", self.data.max_seq_length, problem);
         }
         Ok(self.lora.over(&LoraOptions::usual()).validate()?)
+    }
+}
+
+impl TrainOptions {
+    /// The first option that means nothing where nothing is evaluated.
+    pub(crate) fn refuse_without_evaluation(&self) -> Result<(), TrainError> {
+        let problem = "it needs evaluation data: name them with --eval-file, or hold a part of the training data out with --eval-fraction";
+        if let Some(patience) = self.evaluation.patience {
+            return wrong("early-stopping-patience", patience, problem);
+        }
+        if self.output.adapter == AdapterChoice::Best {
+            return wrong("adapter", "best", problem);
+        }
+        Ok(())
     }
 }
 

@@ -82,6 +82,9 @@ pub(crate) async fn prepare(
         Some(eval)
     };
 
+    if eval.is_none() {
+        options.refuse_without_evaluation()?;
+    }
     options.loss.check_data([Some(&data), eval.as_ref()])?;
 
     let plan = PlanOptions {

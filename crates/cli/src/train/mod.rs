@@ -16,7 +16,7 @@ use data_args::DataArgs;
 use lora_args::LoraArgs;
 use loss_args::LossArgs;
 use model_args::ModelArgs;
-use offshoot_trainer::{CancelToken, TrainOptions, resolve_lora, train};
+use offshoot_trainer::{CancelToken, TrainOptions, dry_run, resolve_lora, train};
 use output_args::OutputArgs;
 use std::process::ExitCode;
 use training_args::TrainingArgs;
@@ -70,7 +70,7 @@ A file for --config:
 /// Runs the subcommand. Exit status 130 if it was stopped by Ctrl-C.
 pub fn run(mut args: TrainArgs) -> anyhow::Result<ExitCode> {
     let resolved = args.resolved.take();
-    let print_config = args.config.print_config;
+    let (print_config, is_dry) = (args.config.print_config, args.config.dry_run);
     let mut options = args.into_options()?;
     resolve_lora(&mut options)?;
     if let Some(mut resolved) = resolved {
@@ -89,6 +89,12 @@ pub fn run(mut args: TrainArgs) -> anyhow::Result<ExitCode> {
         .build()
         .context("cannot start threads")?;
     runtime.spawn(stop_on_ctrl_c(cancel.clone()));
+    if is_dry {
+        for line in runtime.block_on(dry_run(&options))? {
+            println!("{line}");
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
     let summary = runtime.block_on(train(options, cancel))?;
     Ok(if summary.interrupted { ExitCode::from(130) } else { ExitCode::SUCCESS })
 }

@@ -1,5 +1,5 @@
-use crate::loss::LossOptions;
 use crate::data::Place;
+use crate::loss::LossOptions;
 use crate::schedule::Scheduler;
 use offshoot_adapters::LoraSpec;
 use serde::{Deserialize, Deserializer, Serialize};

@@ -1,0 +1,135 @@
+use super::*;
+use crate::data::Place;
+use offshoot_adapters::LoraSpec;
+use tch::{Device, Kind};
+
+fn settings() -> RunSettings {
+    RunSettings {
+        model_name: "tiny".into(),
+        fingerprint: "abc".into(),
+        split_point_1: 0,
+        split_point_2: 2,
+        lora: LoraSpec { target_modules: vec!["q_proj".into()], ..LoraSpec::default() },
+        seed: 1,
+        data_fingerprint: "d".into(),
+        batch_size: 4,
+        gradient_accumulation_steps: 1,
+        microbatches_in_flight: 2,
+        n_steps: 10,
+        learning_rate: 1e-4,
+        min_learning_rate: 0.0,
+        lr_scheduler: Default::default(),
+        weight_decay: 0.01,
+        warmup_steps: 1,
+        max_grad_norm: 1.0,
+        dtype: "f32".into(),
+        wire_dtype: "f32".into(),
+        ..RunSettings::default()
+    }
+}
+
+fn state(step: u64, eval_loss: Option<f64>) -> TrainingState {
+    let place = Place { epoch: 1, sample: 8 };
+    let names = ("s".to_string(), format!("snapshot {step}"));
+    let saved_at = Some("2026-11-22T20:00:00Z".to_string());
+    let evaluations = vec![Best { step: 3, loss: 2.0 }];
+    let state = TrainingState::new(step, place, names, settings());
+    TrainingState { eval_loss, saved_at, evaluations, ..state }
+}
+
+fn client() -> ClientState {
+    let values = vec![1.0, 2.5];
+    let top = AdapterState {
+        parameters: values.clone(),
+        gradients: vec![0.0; 2],
+        first_moments: values.clone(),
+        second_moments: values,
+        n_steps: 3,
+    };
+    ClientState { bottom: None, top: Some(top) }
+}
+
+fn save(dir: &Path, step: u64, eval_loss: Option<f64>) -> PathBuf {
+    let name = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight";
+    let tensor = || (name.to_string(), Tensor::ones([8, 4], (Kind::Float, Device::Cpu)));
+    let contents = Contents {
+        state: &state(step, eval_loss),
+        n_layers: 3,
+        fan_in_fan_out: false,
+        client: &client(),
+        tensors: [vec![], vec![tensor()], vec![tensor()]],
+    };
+    write(dir, &contents).unwrap()
+}
+
+fn steps(dir: &Path) -> Vec<u64> {
+    list(dir).unwrap().iter().map(|s| s.state.step).collect()
+}
+
+#[test]
+fn a_checkpoint_comes_back_as_it_was() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = save(dir.path(), 7, Some(1.5));
+    assert_eq!(path.file_name().unwrap(), "checkpoint_step_7");
+    let saved = find("latest", dir.path()).unwrap();
+    assert_eq!(saved.state, state(7, Some(1.5)));
+    assert_eq!(saved.client_state().unwrap(), client());
+    let adapter = peft::read_dir(&path.join("trunk/lora_adapters")).unwrap();
+    assert_eq!(adapter.spec, settings().lora);
+    assert!(!path.join("bottom/lora_adapters").exists());
+    let metadata = fs::read_to_string(path.join("top/metadata.json")).unwrap();
+    assert!(metadata.contains("\"first_layer\": 2") && metadata.contains("\"end_layer\": 3"));
+    // Written again: the new one is there, nothing else is left behind.
+    save(dir.path(), 7, None);
+    assert_eq!(find("latest", dir.path()).unwrap().state, state(7, None));
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn the_last_five_and_the_best_stay() {
+    let dir = tempfile::tempdir().unwrap();
+    for (step, loss) in [(10, 3.0), (20, 1.0), (30, 2.0), (100, 1.5), (110, 1.6), (120, 1.7)] {
+        save(dir.path(), step, Some(loss));
+    }
+    save(dir.path(), 130, None);
+    prune(dir.path(), 5).unwrap();
+    assert_eq!(steps(dir.path()), [20, 30, 100, 110, 120, 130]);
+    prune(dir.path(), 5).unwrap();
+    assert_eq!(steps(dir.path()), [20, 30, 100, 110, 120, 130]);
+    assert_eq!(best(&list(dir.path()).unwrap()).unwrap().state.step, 20);
+}
+
+#[test]
+fn half_a_checkpoint_is_no_checkpoint() {
+    let dir = tempfile::tempdir().unwrap();
+    save(dir.path(), 3, None);
+    fs::create_dir(dir.path().join("checkpoint_step_9")).unwrap();
+    assert_eq!(steps(dir.path()), [3]);
+    let nine = dir.path().join("checkpoint_step_9");
+    assert!(
+        find(nine.to_str().unwrap(), dir.path())
+            .unwrap_err()
+            .to_string()
+            .contains("no checkpoint_step_N")
+    );
+    fs::write(nine.join(STATE_FILE), "{\"format\": 99}").unwrap();
+    let error = find(nine.to_str().unwrap(), dir.path()).unwrap_err().to_string();
+    assert!(error.contains("its format is 99"), "{error}");
+}
+
+#[test]
+fn another_model_is_refused_and_other_settings_are_named() {
+    let was = settings();
+    let mut now = RunSettings { model_name: "elsewhere/tiny".into(), ..settings() };
+    assert_eq!(was.differences(&now), Ok(vec![]));
+    // Of a checkpoint from before there was a choice.
+    let mut old = serde_json::to_value(&was).unwrap();
+    old.as_object_mut().unwrap().remove("microbatches_in_flight");
+    let old: RunSettings = serde_json::from_value(old).unwrap();
+    assert_eq!(old.microbatches_in_flight, 1);
+    assert_eq!(old.differences(&now), Ok(vec![]));
+    now.batch_size = 8;
+    assert_eq!(was.differences(&now), Ok(vec!["batch_size was 4, is 8".to_string()]));
+    now.split_point_2 = 1;
+    assert_eq!(was.differences(&now), Err(vec!["split_point_2 was 2, is 1".to_string()]));
+}
