@@ -211,7 +211,9 @@ fn half_written_and_other_files_say_what_they_are() {
     let error = read(dir.path());
     assert!(error.contains("it is a pickle file") && error.contains("save it again"), "{error}");
 
-    assert!(read(&fixture("llama")).contains("it holds a model, not an adapter"));
+    let model = tempfile::tempdir().unwrap();
+    fs::copy(fixture("llama/config.json"), model.path().join("config.json")).unwrap();
+    assert!(read(model.path()).contains("it holds a model, not an adapter"));
     assert!(read(Path::new("/nowhere")).contains("there is no such directory"));
     assert!(read(&fixture("llama").join("config.json")).contains("it is a file"));
 }

@@ -74,19 +74,29 @@ fn llama3(checkpoint: &Checkpoint, config: &Value) -> Result<Value, TrainError> 
         .position(|divisor| (0.01..0.99).contains(&share(*divisor)))
         .map(|i| wavelength(i) * (LOW + share(divisors[i]) * (HIGH - LOW)));
     let context = between.unwrap_or_default().round();
-    let expected = |i: usize| {
+    let expected = |i: usize, context: f64| {
         let s = ((context / wavelength(i) - LOW) / (HIGH - LOW)).clamp(0.0, 1.0);
         1.0 / ((1.0 - s) / factor + s)
     };
-    let fits =
-        (0..divisors.len()).all(|i| (divisors[i] - expected(i)).abs() < TOLERANCE * expected(i));
-    if context == 0.0 || !fits {
+    let fits = |context: &f64| {
+        let is_near = |i: usize| {
+            let expected = expected(i, *context);
+            (divisors[i] - expected).abs() < TOLERANCE * expected
+        };
+        (0..divisors.len()).all(is_near)
+    };
+    // Without one in between, many contexts give the same divisors: any of them will do.
+    let contexts = match between {
+        Some(context) => vec![context.round()],
+        None => (0..24).map(|power| f64::from(1 << power)).collect(),
+    };
+    let Some(context) = contexts.into_iter().find(fits) else {
         return Err(TrainError::Model(offshoot_model::ModelError::Config {
             field: "rope_freqs".into(),
             found: format!("{} frequency factors in {}", divisors.len(), checkpoint.name()),
             expected: "those of llama3 scaling, which Transformers can express; merge with the model's Hugging Face directory".into(),
         }));
-    }
+    };
     Ok(json!({
         "rope_type": "llama3",
         "factor": factor,
@@ -94,4 +104,40 @@ fn llama3(checkpoint: &Checkpoint, config: &Value) -> Result<Value, TrainError> 
         "high_freq_factor": HIGH,
         "original_max_position_embeddings": context as u64,
     }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    /// Of Llama 3.2: head size 64, theta 500000, factor 32, context 8192.
+    #[test]
+    fn the_context_is_found_in_the_divisors() {
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures");
+        let any = Checkpoint::open(&fixtures.join("gguf/llama.gguf")).unwrap();
+        let config = |divisors: &[f64]| {
+            json!({
+                "rope_theta": 500000.0,
+                "head_dim": 64,
+                "rope_scaling": { "rope_type": "factors", "factors": divisors },
+            })
+        };
+        let (factor, context) = (32.0, 8192.0);
+        let divisor = |i: i32| -> f64 {
+            let wavelength = std::f64::consts::TAU * 500000f64.powf(f64::from(2 * i) / 64.0);
+            let s: f64 = (context / wavelength - 1.0) / 3.0;
+            // As float32 has it.
+            let divisor = 1.0 / ((1.0 - s.clamp(0.0, 1.0)) / factor + s.clamp(0.0, 1.0));
+            f64::from(divisor as f32)
+        };
+        let mut divisors: Vec<f64> = (0..32).map(divisor).collect();
+        let found = llama3(&any, &config(&divisors)).unwrap();
+        assert_eq!(found["factor"], 32.0);
+        assert_eq!(found["original_max_position_embeddings"], 8192);
+
+        divisors[3] = 1.5;
+        let error = llama3(&any, &config(&divisors)).unwrap_err().to_string();
+        assert!(error.contains("Hugging Face directory"), "{error}");
+    }
 }
