@@ -94,6 +94,13 @@ fn summary(event: &Event) -> Option<(u64, Summary)> {
     Some((step, Summary { value }))
 }
 
+/// Names of an event's values.
+#[cfg(test)]
+pub(super) fn tags(event: &Event) -> Vec<String> {
+    let values = summary(event).map_or(Vec::new(), |(_, summary)| summary.value);
+    values.into_iter().map(|value| value.tag).collect()
+}
+
 fn step_values(step: &StepEvent) -> Vec<Value> {
     let mut values = vec![
         scalar("Loss/train", step.loss),

@@ -52,3 +52,78 @@ fn an_event_is_a_flat_object_with_its_time() {
     let shape: String = time.chars().map(|c| if c.is_ascii_digit() { '9' } else { c }).collect();
     assert_eq!(shape, "9999-99-99T99:99:99.999Z", "{time}");
 }
+
+/// Every event with all of its fields.
+fn one_of_each() -> [Event; 6] {
+    let extra: std::collections::BTreeMap<_, _> = [("rewards/margins".to_string(), 0.5)].into();
+    let start = StartEvent {
+        step: 0,
+        n_steps: 9,
+        model: "tiny".into(),
+        split_point_1: 1,
+        split_point_2: 2,
+        loss: "dpo".into(),
+        lora_rank: 8,
+        samples: 4,
+        eval_samples: 2,
+        session: "s".into(),
+        version: "0".into(),
+    };
+    let done = DoneEvent {
+        step: 9,
+        interrupted: false,
+        seconds: 1.0,
+        training_seconds: 1.0,
+        wait_seconds: 0.0,
+        tokens: 8,
+        best: None,
+        wire_error: WireErrors::default(),
+    };
+    [
+        Event::Start(start),
+        Event::Step(StepEvent { step: 1, extra: extra.clone(), ..StepEvent::default() }),
+        Event::Eval(EvalEvent { step: 1, extra, ..EvalEvent::default() }),
+        Event::Sample { step: 1, prompt: "a".into(), text: "b".into() },
+        Event::Checkpoint { step: 1, name: "c".into() },
+        Event::Done(done),
+    ]
+}
+
+/// The words in code spans at the beginning of each row of the table below `heading`.
+fn documented(page: &str, heading: &str) -> Vec<String> {
+    let section =
+        page.split_once(&format!("\n{heading}\n")).unwrap_or_else(|| panic!("no {heading}")).1;
+    let section = section.split("\n#").next().unwrap();
+    let first_cells =
+        section.lines().filter_map(|line| line.strip_prefix("| `")?.split('|').next());
+    let names = first_cells.flat_map(|cell| cell.split('`').step_by(2).map(str::to_string));
+    let mut names: Vec<_> = names.collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn the_page_on_monitoring_names_every_field() {
+    let page = include_str!("../../../../docs/monitoring.md");
+    for event in one_of_each() {
+        let Ok(Value::Object(line)) = serde_json::to_value(&event) else { panic!("{event:?}") };
+        let kind = line["event"].as_str().unwrap();
+        let mut fields: Vec<_> = line.keys().filter(|name| *name != "event").cloned().collect();
+        fields.sort();
+        assert_eq!(documented(page, &format!("### `{kind}`")), fields, "{kind}");
+    }
+}
+
+#[test]
+fn the_page_on_monitoring_names_every_tag() {
+    let page = include_str!("../../../../docs/monitoring.md");
+    let documented = documented(page, "## TensorBoard");
+    for tag in one_of_each().iter().flat_map(tensorboard::tags) {
+        let name = match tag.split_once('/') {
+            Some(("rewards" | "eval_rewards", _)) => continue,
+            Some(("Sample", _)) => "Sample/...".to_string(),
+            _ => tag,
+        };
+        assert!(documented.contains(&name), "{name} is not in {documented:?}");
+    }
+}
