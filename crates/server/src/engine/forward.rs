@@ -282,6 +282,7 @@ impl Worker {
         let results =
             span.in_scope(|| together_or_alone("Forward", &chosen, |some| Ok(self.compute(some))));
         let (n_jobs, execute) = (chosen.len(), begun.elapsed());
+        self.count();
         let mut opened = Vec::new();
         for (Chosen { taken, .. }, result) in chosen.into_iter().zip(results) {
             let Taken { lane, entry, .. } = taken;

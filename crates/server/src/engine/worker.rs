@@ -67,6 +67,11 @@ impl Worker {
             Kind::Backward => self.run_backwards(batch.jobs, scheduler),
             Kind::Control => batch.jobs.into_iter().for_each(|t| self.control(t, scheduler)),
         }
+        self.count();
+    }
+
+    /// Tells what is there. Also before an answer, so that who has it finds it told.
+    pub(super) fn count(&self) {
         self.stats.set(&self.stats.n_sessions, self.slots.len() as u64);
         self.stats.set(&self.stats.n_tapes, self.tapes.len() as u64);
         self.stats.set(&self.stats.n_caches, self.caches.len() as u64);
@@ -84,6 +89,7 @@ impl Worker {
                 self.tapes.settle(&self.part);
                 drop(scheduler.forget(lane));
                 scheduler.let_go();
+                self.count();
                 drop(gone);
             }
             Command::Admit { plan, reply } => {
@@ -102,6 +108,7 @@ impl Worker {
                         slot.applied = sequence;
                         // They are of older weights now.
                         self.caches.forget(lane);
+                        self.count();
                         Ok(result)
                     });
                     send(reply, result);
@@ -120,6 +127,7 @@ impl Worker {
                 FrameWork::DropCache { cache, reply } => {
                     let result = self.check_order(lane, sequence).map(|()| {
                         self.caches.drop_one((lane, cache));
+                        self.count();
                         self.set_applied(lane, sequence);
                         scheduler.let_go();
                         DropCacheResult
