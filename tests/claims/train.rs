@@ -7,6 +7,8 @@ mod client;
 mod losses;
 #[path = "train_overlap.rs"]
 mod overlap;
+#[path = "train_packing.rs"]
+mod packing;
 #[path = "train_runs.rs"]
 mod runs;
 #[path = "train_wire.rs"]
