@@ -1,5 +1,6 @@
 use crate::accelerator;
 use crate::server_args::ServerArgs;
+use crate::train::column_args::ColumnArgs;
 use crate::train::compute_args::DType;
 use crate::train::samples_args::SamplesArgs;
 use anyhow::{Context, ensure};
@@ -8,7 +9,7 @@ use offshoot_client::{Client, WireDType};
 use offshoot_model::ModelConfig;
 use offshoot_model::weights::Checkpoint;
 use offshoot_trainer::adapter::{Adapter, Step};
-use offshoot_trainer::data::source::{DataSource, DataSpec};
+use offshoot_trainer::data::source::DataSpec;
 use offshoot_trainer::data::{Batch, DataOptions, DataSet, MicrobatchSize};
 use offshoot_trainer::evaluate::{self, Evaluation, Subject, Uncut};
 use offshoot_trainer::fit;
@@ -66,10 +67,10 @@ struct EvalData {
     /// A file or a folder, of any kind that `offshoot train` reads; may be repeated.
     #[arg(long, value_name = "PATH")]
     eval_file: Vec<PathBuf>,
-    /// A data set of the hub.
-    #[arg(long, value_name = "NAME", conflicts_with = "eval_file")]
+    /// A data set of the hub, or a folder with splits.
+    #[arg(long, value_name = "NAME|PATH", conflicts_with = "eval_file")]
     dataset_name: Option<String>,
-    /// Which part of a data set that has several, such as wikitext-2-raw-v1.
+    /// Which config of a data set that has several, such as wikitext-2-raw-v1.
     #[arg(long, value_name = "NAME", requires = "dataset_name")]
     dataset_config: Option<String>,
     /// Which of its splits [default: validation, or else test].
@@ -78,6 +79,22 @@ struct EvalData {
     /// Only the first so many samples.
     #[arg(long, value_name = "N")]
     max_eval_samples: Option<usize>,
+    #[command(flatten)]
+    columns: ColumnArgs,
+}
+
+impl From<EvalData> for DataSpec {
+    fn from(data: EvalData) -> DataSpec {
+        DataSpec {
+            dataset_name: data.dataset_name,
+            dataset_config: data.dataset_config,
+            eval_split: data.eval_split,
+            eval_files: data.eval_file,
+            columns: data.columns.into(),
+            max_eval_samples: data.max_eval_samples,
+            ..DataSpec::default()
+        }
+    }
 }
 
 const EXAMPLES: &str = "\
@@ -104,10 +121,11 @@ pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
     let task = Task {
         subject,
         models,
-        data: args.data,
+        sources: args.data.into(),
         options: args.samples.into_options(),
         max_tokens: args.max_tokens_per_batch,
         wire_dtype: args.server.wire_dtype.into(),
+        device: args.device,
     };
     // The model computes on this thread; the connection lives on the runtime's.
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -140,10 +158,12 @@ struct Task<'a> {
     subject: Subject<'a>,
     /// None: the base model.
     models: Vec<Option<&'a Adapter>>,
-    data: EvalData,
+    sources: DataSpec,
     options: DataOptions,
     max_tokens: usize,
     wire_dtype: WireDType,
+    /// As it was asked for.
+    device: String,
 }
 
 /// "base" or "adapter", and what came of it.
@@ -181,8 +201,12 @@ impl Task<'_> {
         self.subject.config.check_length(options.max_seq_length)?;
         let template = options.chat_template.as_deref();
         let tokenizer = Tokenizer::load_with(self.subject.checkpoint, template)?;
-        let sources = self.data.sources()?;
-        let max_samples = self.data.max_eval_samples;
+        ensure!(
+            self.sources.dataset_name.is_some() || !self.sources.eval_files.is_empty(),
+            "name what to evaluate on: a file or folder with --eval-file, or a data set of the hub with --dataset-name"
+        );
+        let sources = self.sources.open_evaluation()?;
+        let max_samples = self.sources.max_eval_samples;
         let options = DataOptions { max_samples, ..options.clone() };
         let data = DataSet::load(&sources, &options, &tokenizer)?;
         fit::vocabulary(data.highest_id(), &tokenizer, self.subject.config)?;
@@ -198,11 +222,11 @@ impl Task<'_> {
 
     /// Where it was computed.
     fn place(&self, through: Option<&str>) -> String {
-        let (dtype, device) = (dtype_name(self.subject.kind), self.subject.device);
+        let (dtype, device) = (dtype_name(self.subject.kind), &self.device);
         match through {
-            None => format!("uncut, {dtype} on {device:?}"),
+            None => format!("uncut, {dtype} on {device}"),
             Some(address) => format!(
-                "through {address}, {dtype} on {device:?} here, {} between",
+                "through {address}, {dtype} on {device} here, {} between",
                 self.wire_dtype.name()
             ),
         }
@@ -229,30 +253,5 @@ fn add_rows(result: &mut Value, rows: &[Row]) {
         result["tokens"] = of.tokens.into();
         result["predicted_tokens"] = of.predicted.into();
         result[*name] = json!({ "loss": of.loss, "perplexity": of.perplexity() });
-    }
-}
-
-impl EvalData {
-    fn sources(&self) -> anyhow::Result<Vec<Box<dyn DataSource>>> {
-        let EvalData { eval_file, dataset_name, dataset_config, eval_split, .. } = self;
-        let Some(name) = dataset_name else {
-            ensure!(
-                !eval_file.is_empty(),
-                "name what to evaluate on: a file or folder with --eval-file, or a data set of the hub with --dataset-name"
-            );
-            return Ok(DataSpec::files(eval_file.clone()).open()?.train);
-        };
-        let spec = DataSpec {
-            dataset_name: Some(name.clone()),
-            dataset_config: dataset_config.clone(),
-            eval_split: eval_split.clone(),
-            ..DataSpec::default()
-        };
-        let sources = spec.open()?.eval;
-        ensure!(
-            !sources.is_empty(),
-            "--dataset-name {name}: it has no split named validation or test; name one with --eval-split"
-        );
-        Ok(sources)
     }
 }

@@ -73,7 +73,6 @@ fn llama3(checkpoint: &Checkpoint, config: &Value) -> Result<Value, TrainError> 
         .iter()
         .position(|divisor| (0.01..0.99).contains(&share(*divisor)))
         .map(|i| wavelength(i) * (LOW + share(divisors[i]) * (HIGH - LOW)));
-    let context = between.unwrap_or_default().round();
     let expected = |i: usize, context: f64| {
         let s = ((context / wavelength(i) - LOW) / (HIGH - LOW)).clamp(0.0, 1.0);
         1.0 / ((1.0 - s) / factor + s)
