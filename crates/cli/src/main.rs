@@ -131,6 +131,9 @@ fn main() -> ExitCode {
 }
 
 #[cfg(test)]
+mod docs_tests;
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
