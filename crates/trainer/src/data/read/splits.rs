@@ -145,13 +145,20 @@ fn choose<'a>(configs: &'a [Config], asked: Option<&str>) -> Result<&'a Config, 
     }
 }
 
-/// Sorts files into splits; without a split in any name, all are to train on.
+/// Sorts files into splits by the first rule that finds any: shards in `data/`, names of folders,
+/// names of files. Without a split in any name, all are to train on.
 fn by_name(files: &[String], folder: &str) -> BTreeMap<String, Vec<String>> {
     let files = of_one_format(files);
+    let rules = [split_of_shard, split_of_folder, split_of_file];
     let mut splits: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    for file in &files {
-        if let Some(split) = split_of(&file[folder.len()..]) {
-            splits.entry(split).or_default().push(file.to_string());
+    for rule in rules {
+        for file in &files {
+            if let Some(split) = rule(&file[folder.len()..]) {
+                splits.entry(split.into()).or_default().push(file.to_string());
+            }
+        }
+        if !splits.is_empty() {
+            break;
         }
     }
     if splits.is_empty() && !files.is_empty() {
@@ -172,35 +179,34 @@ fn of_one_format(files: &[String]) -> Vec<&String> {
     formats.into_iter().map(of).max_by_key(Vec::len).unwrap_or_default()
 }
 
-/// `train-00000-of-00001.parquet`, `test.jsonl`, `data/dev/a.csv`: the split that a name says.
-fn split_of(path: &str) -> Option<String> {
-    let (folders, name) = path.rsplit_once('/').unwrap_or(("", path));
-    let stem = name.split('.').next().unwrap_or(name);
-    if let Some(shard) = shard_name(stem) {
-        // Only there any word is a split's name.
-        if folders == "data" || folders.ends_with("/data") {
-            return Some(keyword(shard).unwrap_or(shard).to_string());
-        }
-    }
-    let words = |text: &'static [char], part: &str| {
-        part.split(text).rev().find_map(keyword).map(String::from)
-    };
-    let separators: &'static [char] = &['-', '_', ' ', '.'];
-    let from_name = words(separators, name);
-    from_name.or_else(|| folders.rsplit('/').find_map(|folder| words(separators, folder)))
-}
-
-/// What stands before `-00000-of-00001`.
-fn shard_name(stem: &str) -> Option<&str> {
+/// `data/train_sft-00000-of-00001.parquet`: there any word is a split's name.
+fn split_of_shard(path: &str) -> Option<&str> {
+    let stem = path.strip_prefix("data/")?.split('.').next()?;
     let (rest, total) = stem.rsplit_once("-of-")?;
     let (name, index) = rest.rsplit_once('-')?;
     let digits = |text: &str| text.len() >= 5 && text.bytes().all(|byte| byte.is_ascii_digit());
     (digits(total) && digits(index) && !name.is_empty()).then_some(name)
 }
 
+/// `data/dev/a.csv`; the innermost folder wins.
+fn split_of_folder(path: &str) -> Option<&str> {
+    let (folders, _) = path.rsplit_once('/')?;
+    folders.rsplit('/').find_map(split_in)
+}
+
+/// `test.jsonl`, `my_dev-2.csv`.
+fn split_of_file(path: &str) -> Option<&str> {
+    split_in(path.rsplit('/').next()?)
+}
+
+/// The split that is a word of this name.
+fn split_in(name: &str) -> Option<&'static str> {
+    let between = |c: char| "-_ .".contains(c) || c.is_ascii_digit();
+    name.split(between).find_map(keyword)
+}
+
 fn keyword(word: &str) -> Option<&'static str> {
-    let word = word.to_lowercase();
-    let known = KEYWORDS.iter().find(|(_, words)| words.contains(&word.as_str()));
+    let known = KEYWORDS.iter().find(|(_, words)| words.contains(&word));
     known.map(|(split, _)| *split)
 }
 
@@ -251,31 +257,24 @@ mod tests {
         Ok(splits.0.iter().map(|(split, files)| format!("{split}: {}", files.join(" "))).collect())
     }
 
+    /// Against tests/make_data_splits.py.
     #[test]
-    fn names_of_files_and_folders_say_the_split() {
-        for (path, split) in [
-            ("train.jsonl", Some("train")),
-            ("my_dev.csv.gz", Some("validation")),
-            ("data/train-00000-of-00002.parquet", Some("train")),
-            ("data/train_sft-00000-of-00002.parquet", Some("train_sft")),
-            ("plain-text/test-00000-of-00001.parquet", Some("test")),
-            ("test/part-1.json", Some("test")),
-            ("en/val/a.txt", Some("validation")),
-            ("trainer.txt", None),
-            ("part-00000-of-00010.parquet", None),
-        ] {
-            assert_eq!(split_of(path).as_deref(), split, "{path}");
+    fn files_are_sorted_as_the_datasets_package_sorts_them() {
+        let reference = include_str!("../../../tests/data_splits.json");
+        let reference: serde_json::Value = serde_json::from_str(reference).unwrap();
+        let cases = reference["cases"].as_array().unwrap();
+        assert!(cases.len() > 15);
+        for case in cases {
+            let files = serde_json::from_value(case["files"].clone()).unwrap();
+            let folder = Folder { files, card: None, converted: false };
+            let found = serde_json::to_value(&folder.splits(None).unwrap().0).unwrap();
+            assert_eq!(found, case["splits"], "{:?}", folder.files);
         }
     }
 
     #[test]
-    fn without_names_all_is_to_train_on_and_notes_are_left_out() {
-        let files = ["b.jsonl", "a.jsonl", "README.md", "dataset_infos.json", ".hidden.jsonl"];
-        assert_eq!(splits(&folder(&files, None), None).unwrap(), ["train: a.jsonl b.jsonl"]);
-        let files = ["train.csv", "test.csv", "notes.txt"];
-        let found = splits(&folder(&files, None), None).unwrap();
-        assert_eq!(found, ["test: test.csv", "train: train.csv"]);
-        assert!(folder(&["script.py"], None).splits(None).unwrap().is_empty());
+    fn scripts_and_notes_are_no_data() {
+        assert!(folder(&["script.py", "README.md"], None).splits(None).unwrap().is_empty());
     }
 
     #[test]
