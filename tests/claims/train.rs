@@ -9,8 +9,12 @@ mod losses;
 mod overlap;
 #[path = "train_packing.rs"]
 mod packing;
+#[path = "train_report.rs"]
+mod report;
 #[path = "train_runs.rs"]
 mod runs;
+#[path = "train_sources.rs"]
+mod sources;
 #[path = "train_wire.rs"]
 mod wire;
 
