@@ -35,7 +35,7 @@ struct Tokens {
 
 impl Tokens {
     fn new(ids: Vec<u32>, learn: Vec<bool>, answer: Range<usize>, tokenizer: &Tokenizer) -> Self {
-        let begins = ids.first().is_some() && ids.first().copied() == tokenizer.bos_id();
+        let begins = ids.first().is_some_and(|&first| tokenizer.bos_id() == Some(first));
         Tokens { n_front: usize::from(begins).min(answer.start), ids, learn, answer }
     }
 

@@ -28,6 +28,15 @@ impl<'a> Conversation<'a> {
     }
 }
 
+/// The text of a conversation.
+#[derive(Debug)]
+pub(super) struct Rendered {
+    pub text: String,
+    /// Where in it (in bytes) the template says that the assistant speaks; none if it does not say
+    /// so (`{% generation %}` of Transformers).
+    pub turns: Option<Vec<Range<usize>>>,
+}
+
 /// A model's Jinja chat template, set up as Transformers sets it up.
 #[derive(Debug)]
 pub struct ChatTemplate {
@@ -75,12 +84,11 @@ impl ChatTemplate {
         Ok(text)
     }
 
-    /// The text of a conversation, and where in it (in bytes) the template says that the assistant
-    /// speaks; none if it does not say so (`{% generation %}` of Transformers).
+    /// The text of a conversation, with the turns that the template marks.
     pub(super) fn render_with_turns(
         &self,
         conversation: Conversation,
-    ) -> Result<(String, Option<Vec<Range<usize>>>), TrainError> {
+    ) -> Result<Rendered, TrainError> {
         let marked = self.render_marked(conversation, false)?;
         let (mut text, mut turns, mut begin) = (String::with_capacity(marked.len()), vec![], 0);
         for c in marked.chars() {
@@ -90,7 +98,7 @@ impl ChatTemplate {
                 c => text.push(c),
             }
         }
-        Ok((text, self.marks_turns.then_some(turns)))
+        Ok(Rendered { text, turns: self.marks_turns.then_some(turns) })
     }
 
     fn render_marked(
@@ -282,12 +290,12 @@ mod tests {
         let plain = plain.replace("endif true %}", "endif %}");
         let messages =
             [json!({"role": "a", "content": "one"}), json!({"role": "b", "content": "é"})];
-        let (text, turns) =
+        let Rendered { text, turns } =
             template(source).render_with_turns(Conversation::new(&messages)).unwrap();
         assert_eq!(text, rendered(&template(&plain), &messages, false));
         let said: Vec<&str> = turns.unwrap().into_iter().map(|turn| &text[turn]).collect();
         assert_eq!(said, [" one;\n", " é;\n"]);
-        let (_, turns) = template(&plain).render_with_turns(Conversation::new(&messages)).unwrap();
-        assert_eq!(turns, None);
+        let unmarked = template(&plain).render_with_turns(Conversation::new(&messages)).unwrap();
+        assert_eq!(unmarked.turns, None);
     }
 }

@@ -1,6 +1,6 @@
 //! Where the assistant speaks in a rendered conversation.
 
-use super::chat::{ChatTemplate, Conversation};
+use super::chat::{ChatTemplate, Conversation, Rendered};
 use crate::TrainError;
 use serde_json::Value;
 use std::ops::Range;
@@ -16,7 +16,7 @@ pub(super) fn render_with_turns(
     conversation: Conversation,
     learn_from: usize,
 ) -> Result<(String, Vec<Range<usize>>), TrainError> {
-    let (text, marked) = chat.render_with_turns(conversation)?;
+    let Rendered { text, turns: marked } = chat.render_with_turns(conversation)?;
     let from_assistant = |message: &Value| message["role"] == "assistant";
     if let Some(mut turns) = marked {
         let before = conversation.messages[..learn_from].iter().filter(|m| from_assistant(m));
