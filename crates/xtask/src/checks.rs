@@ -5,15 +5,23 @@ use std::process::Stdio;
 use anyhow::{Result, ensure};
 
 use crate::command::{cargo, output, run};
-use crate::setup;
+use crate::{demo, setup};
 
 /// All tests. The runner's closing line is the last thing that it prints.
 pub fn test(args: &[String]) -> Result<()> {
     setup::libtorch()?;
+    // What is claimed of the real model is tested with it; a choice of tests may do without.
+    let whole = args.is_empty();
+    if whole {
+        demo::fetch()?;
+    }
     let names_packages = args.iter().any(|arg| arg.starts_with("-p") || arg == "--package");
     let scope: &[&str] = if names_packages { &[] } else { &["--workspace"] };
     let tests = |verb: &[&str], args: &[String]| {
         let mut command = cargo();
+        if whole {
+            command.env("OFFSHOOT_REQUIRE_MODEL", "1");
+        }
         // Several busy thread pools on few cores are far slower than one thread each.
         run(command.args(verb).args(scope).args(args).env("OMP_NUM_THREADS", "1"))
     };
@@ -21,7 +29,7 @@ pub fn test(args: &[String]) -> Result<()> {
         return tests(&["test"], args);
     }
     // nextest leaves the examples in the docs out; a filter is for tests, not for them.
-    if args.is_empty() {
+    if whole {
         tests(&["test", "--doc"], args)?;
     }
     tests(&["nextest", "run", "--no-fail-fast"], args)
