@@ -19,10 +19,12 @@ pub struct ComputeArgs {
     /// 512 MiB.
     #[arg(long, value_enum, default_value_t = GradientCheckpointing::Auto)]
     gradient_checkpointing: GradientCheckpointing,
-    /// Type of this side's layers; adapters and optimizer are always f32.
+    /// Type of this side's frozen layers. With bf16 they take half the memory, and products run in
+    /// bf16 where the device is fast in it (GPUs, CPUs with AMX) and in f32 elsewhere; adapters,
+    /// their gradients, the optimizer, norms and the loss are f32 in any case.
     #[arg(long, value_enum, default_value_t = DType::F32)]
     dtype: DType,
-    /// The same as --dtype bf16.
+    /// The same as --dtype bf16; what bf16 weights with PEFT's f32 adapters are in Transformers.
     #[arg(long, conflicts_with = "dtype")]
     mixed_precision: bool,
     /// Type of what travels, both ways. The errors are relative ones of SmolLM2 cut at layers 2 and

@@ -202,20 +202,21 @@ impl<'a> Flight<'a> {
 
     /// The first leg with something computed whose turn it is.
     fn computed(&mut self, context: &mut Context) -> Option<usize> {
-        // Whether a leg before this one has its forward, or its backward, yet to be sent.
-        let (mut forward, mut backward) = (false, false);
+        // Whether all legs before this one have sent their forward, and their backward.
+        let (mut forward, mut backward) = (true, true);
         for (i, leg) in self.legs.iter_mut().enumerate() {
             let ready = leg.stage.is_ready(context);
             let found = match &leg.stage {
-                Stage::Below(_) => ready && !std::mem::replace(&mut forward, true),
-                Stage::Above { .. } => ready && !backward,
+                Stage::Below(_) => ready && forward,
+                Stage::Above { .. } => ready && backward,
                 Stage::Back { .. } => ready && i == 0,
                 Stage::Up { .. } | Stage::Down { .. } | Stage::Moving => false,
             };
             if found {
                 return Some(i);
             }
-            backward |= !matches!(leg.stage, Stage::Down { .. } | Stage::Back { .. });
+            forward &= !matches!(leg.stage, Stage::Below(_));
+            backward &= matches!(leg.stage, Stage::Down { .. } | Stage::Back { .. });
         }
         None
     }
