@@ -60,17 +60,20 @@ pub fn run(args: PlotArgs) -> anyhow::Result<ExitCode> {
         names.into_iter().zip(logs).map(|(name, log)| Run::new(name, log, span)).collect();
 
     let terminal = Terminal { columns: columns(args.width), colours: colours() };
-    let mut text = terminal.draw(&runs, span);
+    say(&terminal.draw(&runs, span));
     if !args.no_png {
         let path = args.output.unwrap_or_else(|| usual_output(&args.runs));
         png::write(&path, &runs, span).with_context(|| {
             format!("cannot write {}; name another file by --output", path.display())
         })?;
-        text += &format!("\n{}\n", path.display());
+        say(&format!("\n{}\n", path.display()));
     }
-    // Nobody may be there to read all of it, as with `| head`.
-    let _ = std::io::stdout().write_all(text.as_bytes());
     Ok(ExitCode::SUCCESS)
+}
+
+/// Nobody may be there to read all of it, as with `| head`.
+fn say(text: &str) {
+    let _ = std::io::stdout().write_all(text.as_bytes());
 }
 
 fn warn_of_lines(log: &RunLog) {
