@@ -62,7 +62,11 @@ fn values(path: &Path) -> Vec<(String, Vec<u8>)> {
     let bytes = fs::read(path).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     assert!(!file.is_empty());
-    file.iter().map(|(name, view)| (name.to_string(), view.data().to_vec())).collect()
+    let values = file.iter().map(|(name, view)| (name.to_string(), view.data().to_vec()));
+    let mut values: Vec<_> = values.collect();
+    // The file has them in any order.
+    values.sort();
+    values
 }
 
 async fn refused(options: TrainOptions) -> String {
