@@ -18,6 +18,8 @@ fn model() -> String {
 fn offshoot(line: &str) -> Command {
     let mut command = Command::new(PROGRAM);
     command.args(line.split_whitespace()).env("OMP_NUM_THREADS", "1");
+    // Not the user's.
+    command.env("OFFSHOOT_CACHE", concat!(env!("CARGO_TARGET_TMPDIR"), "/tokens"));
     command
 }
 

@@ -19,6 +19,8 @@ fn fixture(name: &str) -> String {
 fn offshoot(line: &str) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_offshoot"));
     command.args(line.split_whitespace()).env("OMP_NUM_THREADS", "1");
+    // Not the user's.
+    command.env("OFFSHOOT_CACHE", concat!(env!("CARGO_TARGET_TMPDIR"), "/tokens"));
     command
 }
 
