@@ -307,6 +307,43 @@ fn what_cannot_be_generated_is_explained() {
     assert!(found.contains("this model has no chat template"), "{found}");
 }
 
+/// The last sample text of a run.
+fn last_sample(run: &Path) -> String {
+    let metrics = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    let events = metrics.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let samples: Vec<Value> = events.filter(|event| event["event"] == "sample").collect();
+    assert_eq!(samples.len(), 2, "before and after training");
+    assert_ne!(samples[0]["text"], samples[1]["text"], "the training changes what is said");
+    samples[1]["text"].as_str().unwrap().into()
+}
+
+#[test]
+fn a_run_is_heard_as_it_sounded_at_its_end() {
+    let model = fixture("tiny_text");
+    let trunk = Trunk::start(&model, [1, 3]);
+    let dir = tempfile::tempdir().unwrap();
+    let (texts, run) = (dir.path().join("texts.txt"), dir.path().join("run"));
+    std::fs::write(&texts, "The trunk holds every branch.\n\n".repeat(8)).unwrap();
+    let line = "--max-steps 6 --learning-rate 2e-2 --warmup-steps 0 --wire-dtype f32 --no-cache \
+                --sample-tokens 12";
+    let mut train = Command::new(env!("CARGO_BIN_EXE_offshoot"));
+    train.arg("train").arg("--model-name").arg(&model).args(line.split_whitespace());
+    train.args(["--server", &trunk.address(), "--sample-prompt", "The trunk"]);
+    train.arg("--train-file").arg(&texts).arg("--output-dir").arg(&run).env("OMP_NUM_THREADS", "1");
+    output(train);
+    let expected = format!("The trunk{}\n", last_sample(&run));
+    // The adapter names its base model; a run, its adapter and its checkpoint are the same.
+    for adapter in ["", "adapter", "checkpoint_step_6"] {
+        for server in [&[][..], &["--server", &trunk.address()]] {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_offshoot"));
+            command.args(["generate", "--prompt", "The trunk", "--greedy", "--max-tokens", "12"]);
+            command.args(server).arg("--adapter").arg(run.join(adapter));
+            command.env("OMP_NUM_THREADS", "1");
+            assert_eq!(output(command).0, expected, "{adapter} {server:?}");
+        }
+    }
+}
+
 /// The model that `cargo xtask fetch` brings. `cargo xtask test` fetches it and asks for this test;
 /// whoever runs tests without it is told.
 fn smollm2() -> Option<PathBuf> {
