@@ -70,12 +70,13 @@ pub fn run(args: MergeArgs) -> anyhow::Result<ExitCode> {
     };
     let merged = merge(&checkpoint, adapter, &options)?;
     println!(
-        "{}: {} tensors, {} of them changed, {} in {} files",
+        "{}: {} tensors, {} of them changed, {} in {} {}",
         options.output_dir.display(),
         merged.n_tensors,
         merged.n_changed,
         ByteSize::b(merged.bytes),
         merged.n_files,
+        if merged.n_files == 1 { "file" } else { "files" },
     );
     Ok(ExitCode::SUCCESS)
 }
