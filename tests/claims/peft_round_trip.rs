@@ -16,7 +16,7 @@ use offshoot_client::{Client, WireDType};
 use offshoot_model::weights::Checkpoint;
 use offshoot_model::{ModelConfig, SplitPoints};
 use offshoot_tests::{TestServer, fixture, server_config};
-use offshoot_trainer::adapter::{Adapter, ExportOptions, ImportOptions, Visit, VisitOptions};
+use offshoot_trainer::adapter::{Adapter, ExportOptions, ImportOptions, Step, Visit, VisitOptions};
 use offshoot_trainer::data::source::DataSpec;
 use offshoot_trainer::data::{Batch, DataOptions, DataSet, Sample};
 use offshoot_trainer::evaluate::{self, Subject, Uncut};
@@ -274,4 +274,34 @@ async fn what_peft_trained_goes_on_here_as_it_does_there() {
     assert_eq!(end.spec.target_modules, imported.spec.target_modules);
     let logits = place.logits(&end).await;
     assert_same_logits("after them", &logits, &recorded.logits("end"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_on_the_server_is_exported_with_the_clients_checkpoint() {
+    let place = Place::new().await;
+    let mut options = place.options("run");
+    options.lora.r = Some(2);
+    options.output.save_interval = 1;
+    let summary = train(options, CancelToken::default()).await.unwrap();
+    let written = Adapter::read(&summary.adapter.unwrap()).unwrap();
+
+    // Parked by now.
+    let run = place.path("run");
+    let exported = Adapter::of_session(&place.client, &run, Step::Latest).await.unwrap();
+    assert_eq!(exported.spec, written.spec);
+    assert_eq!(exported.tensors.len(), written.tensors.len());
+    for (name, tensor) in &exported.tensors {
+        let (_, expected) = written.tensors.iter().find(|(other, _)| other == name).unwrap();
+        assert!(tensor.equal(expected), "{name}");
+    }
+    exported.fit(&place.config).unwrap();
+
+    // The client's layers of one step and the trunk of another are no adapter.
+    let error = Adapter::of_session(&place.client, &run, Step::At(1)).await.unwrap_err();
+    let error = error.to_string();
+    assert!(error.contains("it is of step 1, and the session"), "{error}");
+    assert!(error.contains("is at step 3 on the server"), "{error}");
+    let trunk = Adapter::of_trunk(&place.client, &summary.session).await.unwrap();
+    let error = trunk.fit(&place.config).unwrap_err().to_string();
+    assert!(error.contains("28 tensors missing") && error.contains("layers.0."), "{error}");
 }
