@@ -54,7 +54,7 @@ pub async fn train(options: TrainOptions, cancel: CancelToken) -> Result<Summary
 }
 
 /// The same on sources of your own, in place of those that `options.sources` names; of that only
-/// the limits of samples count. A resumed run has to be given the same records again.
+/// the limits of samples count. A resumed run goes on exactly if it is given the same records.
 pub async fn train_with_sources(
     options: TrainOptions,
     sources: Sources,

@@ -334,6 +334,22 @@ fn a_data_set_made_by_a_script_comes_from_the_hubs_conversion() {
     }
     let offline = HubSettings { offline: true, ..settings.clone() };
     assert_eq!(read(&spec("team/old", None), &offline).unwrap().0.len(), 2);
+    // With a limit of samples a file is fetched when it is read, and what stands for its content
+    // takes no file.
+    let cache = tempfile::tempdir().unwrap();
+    hub.take_seen();
+    let limited = DataSpec { max_train_samples: Some(1), ..spec("team/old", None) };
+    let sources = limited.open_with(&hub.settings(cache.path())).unwrap().train;
+    let fingerprints: Vec<_> = sources.iter().map(|s| s.fingerprint().unwrap().unwrap()).collect();
+    assert_ne!(fingerprints[0], fingerprints[1]);
+    assert!(!hub.take_seen().iter().any(|path| path.ends_with(".parquet")));
+    assert_eq!(sources[0].records().unwrap().count(), 1);
+    let seen = hub.take_seen();
+    assert!(
+        seen.iter().all(|path| path.ends_with("/0000.parquet")) && !seen.is_empty(),
+        "{seen:?}"
+    );
+
     let (error, text) = failed(&spec("team/none", None), &settings);
     assert!(matches!(error, DataSetError::NoData { .. }), "{text}");
     assert!(text.contains("--train-file"), "{text}");

@@ -63,43 +63,31 @@ pub enum DataSetError {
     Choice { name: String, problem: String },
 }
 
-/// The files of a data set that were asked for.
-#[derive(Debug)]
-pub(super) struct Fetched {
-    /// They lie below it.
-    pub dir: PathBuf,
+/// A data set that is known: its files may still have to be fetched.
+pub(super) struct Found {
     pub splits: Splits,
+    pub snapshot: Snapshot,
 }
 
-/// What is asked for.
-pub(super) struct Request<'a> {
-    pub name: &'a str,
-    pub config: Option<&'a str>,
-    /// The files of the splits that are read.
-    pub wanted: &'a dyn Fn(&Splits) -> Result<Vec<String>, String>,
-}
-
-impl Request<'_> {
-    fn choice(&self, problem: String) -> DataSetError {
-        DataSetError::Choice { name: self.name.into(), problem }
-    }
-}
-
-/// Fetches what is not there yet. When the hub cannot be reached, what was cached before is used,
-/// with a warning.
-pub(super) fn fetch(request: &Request, settings: &HubSettings) -> Result<Fetched, DataSetError> {
-    if !is_name(request.name) {
-        return Err(DataSetError::NotAName { name: request.name.into() });
+/// Looks a data set up. When the hub cannot be reached, what was cached before is used, with a
+/// warning.
+pub(super) fn find(
+    name: &str,
+    config: Option<&str>,
+    settings: &HubSettings,
+) -> Result<Found, DataSetError> {
+    if !is_name(name) {
+        return Err(DataSetError::NotAName { name: name.into() });
     }
     if settings.offline {
-        return cached(request, settings);
+        return cached(name, config, settings);
     }
-    match Fetch::new(request, settings)?.all() {
+    match Hub::new(name, settings)?.find(config) {
         Err(DataSetError::Unreachable { name, endpoint, reason }) => {
-            match cached(request, settings) {
-                Ok(fetched) => {
+            match cached(&name, config, settings) {
+                Ok(found) => {
                     tracing::warn!(name, endpoint, reason, "hub unreachable, using the cache");
-                    Ok(fetched)
+                    Ok(found)
                 }
                 Err(_) => Err(DataSetError::Unreachable { name, endpoint, reason }),
             }
@@ -133,21 +121,51 @@ struct Sibling {
     rfilename: String,
 }
 
-/// One commit of a data set, as far as it is fetched.
-struct Snapshot {
-    repo: Repo,
+/// One commit of a data set.
+pub(super) struct Snapshot {
+    /// None without a network.
+    hub: Option<(Hub, Repo)>,
+    name: String,
+    cache: PathBuf,
+    /// The files lie below it.
     dir: PathBuf,
-    folder: Folder,
 }
 
-struct Fetch<'a> {
-    request: &'a Request<'a>,
-    settings: &'a HubSettings,
+impl Snapshot {
+    /// The file's place, after fetching it if it is not there yet.
+    pub fn file(&self, file: &str) -> Result<PathBuf, DataSetError> {
+        let path = self.dir.join(file);
+        if !path.exists() {
+            let (hub, repo) = self.hub.as_ref().ok_or_else(|| DataSetError::NotCached {
+                name: self.name.clone(),
+                file: file.into(),
+                cache: self.cache.clone(),
+            })?;
+            hub.fetch(repo, file, &path)?;
+        }
+        Ok(path)
+    }
+
+    /// Names the commit.
+    pub fn commit(&self) -> String {
+        self.dir.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    }
+
+    fn choice(&self, problem: String) -> DataSetError {
+        DataSetError::Choice { name: self.name.clone(), problem }
+    }
+}
+
+/// The hub, asked for one data set.
+#[derive(Clone)]
+struct Hub {
+    name: String,
+    settings: HubSettings,
     api: Api,
 }
 
-impl<'a> Fetch<'a> {
-    fn new(request: &'a Request<'a>, settings: &'a HubSettings) -> Result<Self, DataSetError> {
+impl Hub {
+    fn new(name: &str, settings: &HubSettings) -> Result<Self, DataSetError> {
         let api = ApiBuilder::from_cache(Cache::new(settings.cache.clone()))
             .with_endpoint(settings.endpoint.clone())
             .with_token(settings.token.clone())
@@ -155,92 +173,77 @@ impl<'a> Fetch<'a> {
             .with_retries(RETRIES)
             .build()
             .map_err(|error| DataSetError::Failed {
-                name: request.name.into(),
+                name: name.into(),
                 file: CARD.into(),
                 endpoint: settings.endpoint.clone(),
                 reason: error.to_string(),
             })?;
-        Ok(Fetch { request, settings, api })
+        Ok(Hub { name: name.into(), settings: settings.clone(), api })
     }
 
-    fn all(&self) -> Result<Fetched, DataSetError> {
-        let own = self.snapshot(MAIN)?;
-        let own_splits = own.folder.splits(self.request.config);
-        if let Some(splits) = own_splits.as_ref().ok().filter(|splits| !splits.is_empty()) {
-            let wanted = (self.request.wanted)(splits).map_err(|p| self.request.choice(p))?;
-            return self.files(&own, &wanted).and_then(|dir| {
-                let splits = own_splits.map_err(|problem| self.request.choice(problem))?;
-                Ok(Fetched { dir, splits })
-            });
-        }
-        let converted = match (self.snapshot(CONVERTED), own_splits) {
+    fn find(&self, config: Option<&str>) -> Result<Found, DataSetError> {
+        let (snapshot, folder) = self.snapshot(MAIN)?;
+        let own = folder.splits(config);
+        let problem = match own {
+            Ok(splits) if !splits.is_empty() => return Ok(Found { splits, snapshot }),
+            own => own.err(),
+        };
+        let (snapshot, folder) = match (self.snapshot(CONVERTED), problem) {
             (Ok(converted), _) => converted,
-            (Err(DataSetError::NotFound { name, .. }), Ok(_)) => {
+            (Err(DataSetError::NotFound { name, .. }), None) => {
                 return Err(DataSetError::NoData { name });
             }
-            (Err(DataSetError::NotFound { .. }), Err(problem)) => {
-                return Err(self.request.choice(problem));
+            (Err(DataSetError::NotFound { .. }), Some(problem)) => {
+                return Err(snapshot.choice(problem));
             }
             (Err(error), _) => return Err(error),
         };
-        let splits = converted.folder.splits(self.request.config);
-        let splits = splits.map_err(|problem| self.request.choice(problem))?;
-        let wanted = (self.request.wanted)(&splits).map_err(|p| self.request.choice(p))?;
-        Ok(Fetched { dir: self.files(&converted, &wanted)?, splits })
+        let splits = folder.splits(config).map_err(|problem| snapshot.choice(problem))?;
+        Ok(Found { splits, snapshot })
     }
 
     /// What the hub has at a revision, with the card's text.
-    fn snapshot(&self, revision: &str) -> Result<Snapshot, DataSetError> {
-        let repo =
-            Repo::with_revision(self.request.name.into(), RepoType::Dataset, revision.into());
+    fn snapshot(&self, revision: &str) -> Result<(Snapshot, Folder), DataSetError> {
+        let dataset = |name| Repo::with_revision(name, RepoType::Dataset, revision.into());
         let what = format!("the list of files ({revision})");
-        let mut answer =
-            self.api.repo(repo).info_request().call().map_err(|error| self.failed(&what, error))?;
+        let request = self.api.repo(dataset(self.name.clone())).info_request();
+        let mut answer = request.call().map_err(|error| self.failed(&what, error))?;
         let info: Info =
             answer.body_mut().read_json().map_err(|error| self.failed(&what, error))?;
-        let repo = Repo::with_revision(info.id, RepoType::Dataset, revision.into());
+        let repo = dataset(info.id);
         let files: Vec<String> = info.siblings.into_iter().map(|file| file.rfilename).collect();
-        let cache = Cache::new(self.settings.cache.clone());
-        let dir = cache.repo(repo.clone()).pointer_path(&info.sha);
+        let dir =
+            Cache::new(self.settings.cache.clone()).repo(repo.clone()).pointer_path(&info.sha);
         self.list(&self.settings.cache.join(repo.folder_name()), &info.sha, &files)?;
+        let snapshot = Snapshot {
+            hub: Some((self.clone(), repo)),
+            name: self.name.clone(),
+            cache: self.settings.cache.clone(),
+            dir,
+        };
         let converted = revision == CONVERTED;
-        let has_card = files.iter().any(|file| file == CARD) && !converted;
-        let mut snapshot = Snapshot { repo, dir, folder: Folder { files, card: None, converted } };
-        if has_card {
-            self.file(&snapshot, CARD)?;
-            snapshot.folder.card = fs::read_to_string(snapshot.dir.join(CARD)).ok();
-        }
-        Ok(snapshot)
+        let card = match files.iter().any(|file| file == CARD) && !converted {
+            true => fs::read_to_string(snapshot.file(CARD)?).ok(),
+            false => None,
+        };
+        Ok((snapshot, Folder { files, card, converted }))
     }
 
     fn list(&self, repo: &Path, sha: &str, files: &[String]) -> Result<(), DataSetError> {
         let dir = repo.join(LISTINGS);
         let written =
             fs::create_dir_all(&dir).and_then(|()| fs::write(dir.join(sha), files.join("\n")));
-        written.map_err(|error| DataSetError::Failed {
-            name: self.request.name.into(),
-            file: "the list of files".into(),
-            endpoint: self.settings.endpoint.clone(),
-            reason: format!("cannot write to {}: {error}", dir.display()),
-        })
+        let problem = |error| format!("cannot write to {}: {error}", dir.display());
+        written.map_err(|error| self.other("the list of files", &problem(error)))
     }
 
-    fn files(&self, snapshot: &Snapshot, files: &[String]) -> Result<PathBuf, DataSetError> {
-        for file in files {
-            self.file(snapshot, file)?;
-        }
-        Ok(snapshot.dir.clone())
-    }
-
-    fn file(&self, snapshot: &Snapshot, file: &str) -> Result<(), DataSetError> {
-        if snapshot.dir.join(file).exists() {
-            return Ok(());
-        }
-        let repo = self.api.repo(snapshot.repo.clone());
-        let path = repo
-            .download_with_progress(file, Shown::new(self.request.name))
+    fn fetch(&self, repo: &Repo, file: &str, expected: &Path) -> Result<(), DataSetError> {
+        let path = self
+            .api
+            .repo(repo.clone())
+            .download_with_progress(file, Shown::new(&self.name))
             .map_err(|error| self.failed_api(file, error))?;
-        if path != snapshot.dir.join(file) {
+        if path != expected {
             return Err(
                 self.other(file, "the data set was changed on the hub meanwhile; try again")
             );
@@ -250,7 +253,7 @@ impl<'a> Fetch<'a> {
 
     fn other(&self, file: &str, reason: &str) -> DataSetError {
         DataSetError::Failed {
-            name: self.request.name.into(),
+            name: self.name.clone(),
             file: file.into(),
             endpoint: self.settings.endpoint.clone(),
             reason: reason.into(),
@@ -266,13 +269,13 @@ impl<'a> Fetch<'a> {
     }
 
     fn unreachable(&self, reason: String) -> DataSetError {
-        let (name, endpoint) = (self.request.name.into(), self.settings.endpoint.clone());
+        let (name, endpoint) = (self.name.clone(), self.settings.endpoint.clone());
         DataSetError::Unreachable { name, endpoint, reason }
     }
 
     /// Tells the cases apart in which the user can do different things.
     fn failed(&self, file: &str, error: ureq::Error) -> DataSetError {
-        let (name, endpoint) = (self.request.name.to_string(), self.settings.endpoint.clone());
+        let (name, endpoint) = (self.name.clone(), self.settings.endpoint.clone());
         match error {
             ureq::Error::StatusCode(404) => DataSetError::NotFound { name, endpoint },
             ureq::Error::StatusCode(status @ (401 | 403)) => {
@@ -291,13 +294,14 @@ impl<'a> Fetch<'a> {
 }
 
 /// The same from the cache alone.
-fn cached(request: &Request, settings: &HubSettings) -> Result<Fetched, DataSetError> {
-    let missing = |file: &str| DataSetError::NotCached {
-        name: request.name.into(),
-        file: file.into(),
-        cache: settings.cache.clone(),
+fn cached(name: &str, config: Option<&str>, settings: &HubSettings) -> Result<Found, DataSetError> {
+    let cache = &settings.cache;
+    let nothing = || DataSetError::NotCached {
+        name: name.into(),
+        file: "any file".into(),
+        cache: cache.clone(),
     };
-    let repo = cached_repo(request.name, &settings.cache).ok_or_else(|| missing("any file"))?;
+    let repo = cached_repo(name, cache).ok_or_else(nothing)?;
     let mut problem = None;
     for revision in [MAIN, CONVERTED] {
         let Ok(sha) = fs::read_to_string(repo.join("refs").join(revision)) else { continue };
@@ -305,25 +309,18 @@ fn cached(request: &Request, settings: &HubSettings) -> Result<Fetched, DataSetE
         let files = match fs::read_to_string(repo.join(LISTINGS).join(sha.trim())) {
             Ok(listing) => listing.lines().map(String::from).collect(),
             // Fetched by another tool.
-            Err(_) => files_below(&dir).map_err(|_| missing("any file"))?,
+            Err(_) => files_below(&dir).map_err(|_| nothing())?,
         };
         let card = fs::read_to_string(dir.join(CARD)).ok().filter(|_| revision == MAIN);
         let folder = Folder { files, card, converted: revision == CONVERTED };
-        let splits = match folder.splits(request.config) {
-            Ok(splits) if splits.is_empty() => continue,
-            Ok(splits) => splits,
-            Err(error) => {
-                problem = problem.or(Some(error));
-                continue;
-            }
-        };
-        let wanted = (request.wanted)(&splits).map_err(|problem| request.choice(problem))?;
-        return match wanted.iter().find(|file| !dir.join(file).exists()) {
-            Some(file) => Err(missing(file)),
-            None => Ok(Fetched { dir, splits }),
-        };
+        let snapshot = Snapshot { hub: None, name: name.into(), cache: cache.clone(), dir };
+        match folder.splits(config) {
+            Ok(splits) if splits.is_empty() => {}
+            Ok(splits) => return Ok(Found { splits, snapshot }),
+            Err(error) => problem = problem.or(Some(snapshot.choice(error))),
+        }
     }
-    Err(problem.map_or_else(|| missing("any file"), |problem| request.choice(problem)))
+    Err(problem.unwrap_or_else(nothing))
 }
 
 /// The repository's folder in the cache; a short name leads to the only owner that has one.

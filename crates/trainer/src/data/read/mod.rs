@@ -12,6 +12,7 @@ mod table;
 pub use columns::Columns;
 pub(crate) use splits::{Folder, Splits, is_data};
 
+use super::hub::Snapshot;
 use crate::TrainError;
 use crate::data::source::{DataSource, Located, Place};
 use columns::{Row, Rows};
@@ -69,21 +70,41 @@ impl Format {
 
 /// One data file.
 pub(crate) struct FileSource {
-    path: PathBuf,
+    place: FilePlace,
     name: Arc<str>,
     columns: Columns,
+}
+
+enum FilePlace {
+    Disk(PathBuf),
+    /// Fetched when it is read, and not before.
+    Hub(Arc<Snapshot>, String),
 }
 
 impl FileSource {
     /// A file whose path is its name.
     pub(crate) fn local(path: PathBuf, columns: &Columns) -> Box<dyn DataSource> {
-        let name = path.display().to_string();
-        FileSource::named(path, name, columns)
+        let name = path.display().to_string().into();
+        Box::new(FileSource { place: FilePlace::Disk(path), name, columns: columns.clone() })
     }
 
-    /// A file that is called otherwise in messages, as one of the hub's cache.
-    pub(crate) fn named(path: PathBuf, name: String, columns: &Columns) -> Box<dyn DataSource> {
-        Box::new(FileSource { path, name: name.into(), columns: columns.clone() })
+    /// `file` of the data set `name`.
+    pub(crate) fn hub(
+        snapshot: &Arc<Snapshot>,
+        name: &str,
+        file: &str,
+        columns: &Columns,
+    ) -> Box<dyn DataSource> {
+        let place = FilePlace::Hub(snapshot.clone(), file.into());
+        let name = format!("{name}/{file}").into();
+        Box::new(FileSource { place, name, columns: columns.clone() })
+    }
+
+    fn path(&self) -> Result<PathBuf, TrainError> {
+        Ok(match &self.place {
+            FilePlace::Disk(path) => path.clone(),
+            FilePlace::Hub(snapshot, file) => snapshot.file(file)?,
+        })
     }
 
     /// By the name's ending; without a known one, by the first bytes, and text at last.
@@ -91,7 +112,7 @@ impl FileSource {
         if let Some(format) = Format::of_name(&self.name) {
             return Ok(format);
         }
-        let mut input = Input::open(&self.path, &self.name)?;
+        let mut input = Input::open(&self.path()?, &self.name)?;
         let mut magic = Vec::new();
         let read = (&mut input.reader).take(parquet::MAGIC.len() as u64).read_to_end(&mut magic);
         read.map_err(|error| input.origin.failed(&input.origin.whole(), &error))?;
@@ -99,7 +120,8 @@ impl FileSource {
     }
 
     fn located(&self) -> Result<Box<dyn Iterator<Item = Located> + Send + '_>, TrainError> {
-        let open = || Input::open(&self.path, &self.name);
+        let path = self.path()?;
+        let open = || Input::open(&path, &self.name);
         let columns = &self.columns;
         let rows: Rows = match self.format()? {
             Format::Text => return Ok(Box::new(lines::paragraphs(Lines::new(open()?)))),
@@ -107,7 +129,7 @@ impl FileSource {
             Format::Json => json::rows(open, columns)?,
             Format::Csv => table::rows(open()?, None, columns)?,
             Format::Tsv => table::rows(open()?, Some(b'\t'), columns)?,
-            Format::Parquet => parquet::rows(&self.path, &self.name, columns)?,
+            Format::Parquet => parquet::rows(&path, &self.name, columns)?,
         };
         Ok(Box::new(rows.map(|row| {
             let (place, row) = row?;
@@ -145,11 +167,19 @@ impl DataSource for FileSource {
     }
 
     fn fingerprint(&self) -> Result<Option<String>, TrainError> {
-        let failed = |error| TrainError::Io { path: self.path.clone(), source: error };
         let mut hasher = blake3::Hasher::new();
         let how = format!("{VERSION} {:?} {:?}", self.format()?, self.columns);
         hasher.update(how.as_bytes());
-        hasher.update_reader(File::open(&self.path).map_err(failed)?).map_err(failed)?;
+        match &self.place {
+            FilePlace::Disk(path) => {
+                let file = File::open(path).map_err(TrainError::io(path))?;
+                hasher.update_reader(file).map_err(TrainError::io(path))?;
+            }
+            // The commit stands for the content, so that nothing is fetched for this.
+            FilePlace::Hub(snapshot, file) => {
+                hasher.update(format!(" {} {file}", snapshot.commit()).as_bytes());
+            }
+        }
         Ok(Some(hasher.finalize().to_hex()[..32].to_string()))
     }
 }

@@ -14,15 +14,16 @@ const KEYWORDS: [(&str, &[&str]); 3] = [
     ("test", &["test", "testing", "eval", "evaluation"]),
 ];
 /// Beside the data in many folders; never data.
-const NOT_DATA: [&str; 8] = [
-    "readme",
-    "license",
-    "licence",
-    "requirements",
-    "dataset_info",
-    "dataset_infos",
-    "state",
-    "metadata",
+const NOT_DATA: [&str; 9] = [
+    "readme.md",
+    "readme.txt",
+    "license.md",
+    "license.txt",
+    "requirements.txt",
+    "dataset_info.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+    "state.json",
 ];
 
 /// The files of a data set.
@@ -42,9 +43,8 @@ pub(crate) struct Splits(BTreeMap<String, Vec<String>>);
 /// Whether a file of this name can hold records.
 pub(crate) fn is_data(path: &str) -> bool {
     let hidden = path.split('/').any(|part| part.starts_with(['.', '_']));
-    let name = path.rsplit('/').next().unwrap_or(path);
-    let stem = name.split('.').next().unwrap_or(name).to_lowercase();
-    !hidden && !NOT_DATA.contains(&stem.as_str()) && Format::of_name(name).is_some()
+    let name = path.rsplit('/').next().unwrap_or(path).to_lowercase();
+    !hidden && !NOT_DATA.contains(&name.as_str()) && Format::of_name(&name).is_some()
 }
 
 impl Folder {
@@ -233,6 +233,11 @@ impl Splits {
                 names.join(", ")
             )
         })
+    }
+
+    /// All of them.
+    pub fn names(&self) -> Vec<&str> {
+        self.0.keys().map(String::as_str).collect()
     }
 
     /// What is evaluated on unless something else is asked for.

@@ -73,7 +73,7 @@ impl DataSource for HeldOut {
     fn name(&self) -> String {
         let names: Vec<_> = self.sources.iter().map(|source| source.name()).collect();
         let part = if self.held_out { self.fraction } else { 1.0 - self.fraction };
-        format!("{} (about {:.3}% of it)", names.join(", "), 100.0 * part)
+        format!("{} (about {}% of it)", names.join(", "), (1e4 * part).round() / 100.0)
     }
 
     fn records(&self) -> Result<Box<dyn Iterator<Item = Located> + Send + '_>, TrainError> {

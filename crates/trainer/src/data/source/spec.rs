@@ -6,6 +6,7 @@ use crate::data::read::{self, FileSource, Folder, Splits};
 use offshoot_model::weights::HubSettings;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// What the command line says about a run's data: files and folders, or a data set of the hub.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -208,11 +209,9 @@ impl DataSpec {
             }
             let inside = read::folder_files(path)?;
             if inside.is_empty() {
-                return wrong(format!(
-                    "no data file in this folder; expected names ending with {}",
-                    read::Format::endings()
-                ));
+                return wrong(no_data(&read::files_below(path)?));
             }
+            tell_of_splits(path, &inside);
             sources.extend(inside.into_iter().map(|file| FileSource::local(file, &self.columns)));
         }
         Ok(sources)
@@ -226,6 +225,15 @@ impl DataSpec {
     ) -> Result<Sources, TrainError> {
         let path = Path::new(name);
         if path.is_file() {
+            let asked = [self.dataset_config.as_deref(), self.eval_split.as_deref()];
+            if asked.iter().any(Option::is_some) || self.train_split != "train" {
+                let problem = "a single file has no configs and splits; leave --dataset-config, --train-split and --eval-split out";
+                return Err(TrainError::Data {
+                    path: path.into(),
+                    line: None,
+                    problem: problem.into(),
+                });
+            }
             let file = self.local(&[path.into()])?;
             return Ok(match parts {
                 Parts::All => Sources { train: file, eval: Vec::new() },
@@ -241,10 +249,7 @@ impl DataSpec {
         let wrong = |problem| TrainError::Data { path: path.into(), line: None, problem };
         let splits = folder.splits(self.dataset_config.as_deref()).map_err(wrong)?;
         if splits.is_empty() {
-            return Err(wrong(format!(
-                "no data file in this folder; expected names ending with {}",
-                read::Format::endings()
-            )));
+            return Err(wrong(no_data(&folder.files)));
         }
         let source = |file: &String| FileSource::local(path.join(file), &self.columns);
         let (train, eval) = self.choose(&splits, parts).map_err(wrong)?;
@@ -255,23 +260,22 @@ impl DataSpec {
     }
 
     fn hub(&self, name: &str, settings: &HubSettings, parts: Parts) -> Result<Sources, TrainError> {
-        let request = hub::Request {
-            name,
-            config: self.dataset_config.as_deref(),
-            wanted: &|splits| {
-                let (train, eval) = self.choose(splits, parts)?;
-                Ok([train, eval].concat())
-            },
-        };
-        let fetched = hub::fetch(&request, settings)?;
-        let named = |problem| TrainError::Data { path: name.into(), line: None, problem };
-        let (train, eval) = self.choose(&fetched.splits, parts).map_err(named)?;
-        let source = |file: &String| {
-            FileSource::named(fetched.dir.join(file), format!("{name}/{file}"), &self.columns)
+        let hub::Found { splits, snapshot } =
+            hub::find(name, self.dataset_config.as_deref(), settings)?;
+        let choice = |problem| hub::DataSetError::Choice { name: name.into(), problem };
+        let (train, eval) = self.choose(&splits, parts).map_err(choice)?;
+        let snapshot = Arc::new(snapshot);
+        let sources = |files: &[String], limit: Option<usize>| {
+            // With a limit of samples the first files may be enough: each is fetched when it is read.
+            for file in files.iter().filter(|_| limit.is_none()) {
+                snapshot.file(file)?;
+            }
+            let source = |file: &String| FileSource::hub(&snapshot, name, file, &self.columns);
+            Ok::<_, TrainError>(files.iter().map(source).collect())
         };
         Ok(Sources {
-            train: train.iter().map(source).collect(),
-            eval: eval.iter().map(source).collect(),
+            train: sources(train, self.max_train_samples)?,
+            eval: sources(eval, self.max_eval_samples)?,
         })
     }
 
@@ -296,5 +300,29 @@ impl DataSpec {
         let eval = found.filter(|_| !elsewhere).unwrap_or_default();
         // A run that trains on the split that would be evaluated on has nothing to evaluate on.
         Ok((train, if eval == train && self.eval_split.is_none() { &[] } else { eval }))
+    }
+}
+
+/// Why a folder with these files gives nothing to learn from.
+fn no_data(files: &[String]) -> String {
+    let endings = read::Format::endings();
+    match files.iter().any(|file| file.ends_with(".arrow")) {
+        true => "this folder holds Arrow files, as save_to_disk of the datasets package writes them, which are not read; write the data set with its to_parquet or to_json".into(),
+        false => format!("no data file in this folder; expected names ending with {endings}"),
+    }
+}
+
+/// Who names a folder as a file trains on all of it, perhaps without meaning to.
+fn tell_of_splits(folder: &Path, files: &[PathBuf]) {
+    let names = files.iter().filter_map(|file| file.file_name());
+    let files = names.map(|name| name.to_string_lossy().into_owned()).collect();
+    let splits = Folder { files, card: None, converted: false }.splits(None);
+    let splits = splits.as_ref().map_or_else(|_| Vec::new(), Splits::names);
+    if splits.len() > 1 {
+        tracing::warn!(
+            folder = %folder.display(),
+            ?splits,
+            "the folder holds several splits, and all of them are read; name it with --dataset-name to read one"
+        );
     }
 }

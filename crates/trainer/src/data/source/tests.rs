@@ -133,6 +133,14 @@ fn a_folder_of_train_file_is_all_its_files() {
         error.contains("no data file in this folder; expected names ending with .txt"),
         "{error}"
     );
+    fs::write(dir.path().join("empty/data-00000-of-00001.arrow"), "x").unwrap();
+    let error = open(files(&dir.path().join("empty"))).unwrap_err();
+    assert!(error.contains("write the data set with its to_parquet"), "{error}");
+    let file = dir.path().join("b.jsonl").display().to_string();
+    let named = DataSpec { dataset_name: Some(file), ..DataSpec::default() };
+    assert_eq!(open(named.clone()).unwrap().0, ["b"]);
+    let error = open(DataSpec { dataset_config: Some("en".into()), ..named }).unwrap_err();
+    assert!(error.contains("a single file has no configs and splits"), "{error}");
     let error = open(files(Path::new("nowhere.txt"))).unwrap_err();
     assert_eq!(error, "nowhere.txt: there is no such file or folder");
     let named = DataSpec { dataset_name: Some("./nowhere".into()), ..DataSpec::default() };
