@@ -284,6 +284,17 @@ mod tests {
     }
 
     #[test]
+    fn tokens_of_another_day_are_not_taken_for_todays() {
+        let today = || time::OffsetDateTime::now_utc().date().to_string();
+        let (before, dated, after) =
+            (today(), template("on {{ strftime_now('%d %b') }}").fingerprint(), today());
+        assert!(dated.contains(&before) || dated.contains(&after), "{dated}");
+        let same = template("{{ messages }}");
+        assert!(!same.fingerprint().contains(&after));
+        assert_ne!(same.fingerprint(), template("{{ messages  }}").fingerprint());
+    }
+
+    #[test]
     fn tags_of_the_assistants_words_leave_no_trace_but_their_places() {
         let source = "{% for m in messages %}\n{{ m.role }}:\n  {%- generation %}\n {{ m.content }};\n  {% endgeneration -%}\n  .\n{% endfor %}";
         let plain = source.replace("generation %}", "if true %}").replace("endgeneration", "endif");

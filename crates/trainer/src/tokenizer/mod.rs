@@ -14,7 +14,6 @@ use serde_json::Value;
 use std::fs;
 use std::path::Path;
 use templates::{Chosen, Templates};
-use tokenizers::Encoding;
 
 /// A model's tokenizer, its end token and its chat templates.
 pub struct Tokenizer {
@@ -138,16 +137,18 @@ impl Tokenizer {
 
     /// The beginning of a text: with the tokens that the model wants in front, such as BOS.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, TrainError> {
-        Ok(self.encoding(text, true)?.get_ids().to_vec())
+        self.ids(text, true)
     }
 
     /// What follows a text already encoded: nothing is put in front.
     pub fn encode_continuation(&self, text: &str) -> Result<Vec<u32>, TrainError> {
-        Ok(self.encoding(text, false)?.get_ids().to_vec())
+        self.ids(text, false)
     }
 
-    fn encoding(&self, text: &str, add_special_tokens: bool) -> Result<Encoding, TrainError> {
-        self.inner.encode(text, add_special_tokens).map_err(|e| self.wrong(e.to_string()))
+    /// Without places in the text, which cost time.
+    fn ids(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, TrainError> {
+        let encoding = self.inner.encode_fast(text, add_special_tokens);
+        Ok(encoding.map_err(|e| self.wrong(e.to_string()))?.get_ids().to_vec())
     }
 
     /// Special tokens are left out.
@@ -197,7 +198,7 @@ impl Tokenizer {
     ) -> Result<ChatTokens, TrainError> {
         let chat = self.chat(conversation, "the data have messages")?;
         let (text, turns) = turns::render_with_turns(chat, conversation, learn_from)?;
-        let encoding = self.encoding(&text, false)?;
+        let encoding = self.inner.encode(&*text, false).map_err(|e| self.wrong(e.to_string()))?;
         let said = |&(begin, end): &(usize, usize)| {
             turns.iter().any(|turn| begin < turn.end && turn.start < end)
         };
