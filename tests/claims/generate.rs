@@ -2,7 +2,7 @@
 //! generate, wherever the layers run, with one row of hidden states each way for each token, and
 //! whatever the server forgets in between.
 
-use offshoot_client::{Client, ClientOptions, Retry, WireDType};
+use offshoot_client::{Client, ClientError, ClientOptions, Retry, WireDType};
 use offshoot_model::ModelConfig;
 use offshoot_model::weights::Checkpoint;
 use offshoot_server::ServerConfig;
@@ -305,6 +305,25 @@ async fn a_server_that_restarts_changes_no_text() {
     visit.end(Ok(())).await.unwrap();
     assert!(client.list_sessions().await.unwrap().is_empty());
     assert!(second.is_some());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_lent_a_session_is_told_that_the_server_was_killed() {
+    let case = restless_case();
+    let model = Model::load(&case.model, true);
+    let store = tempfile::tempdir().unwrap();
+    let first = Child::start(store.path());
+    let proxy = Proxy::start(first.address()).await.unwrap();
+    let client = connect(&proxy.endpoint()).await;
+    let visit = model.visit(&client).await;
+    let mut decoder = Decoder::split(&visit.model, &visit.session);
+    let options = GenerateOptions { max_new_tokens: 3, ..case.options.clone() };
+    model.generate(&mut decoder, &case.prompt, &options).await.unwrap();
+    first.kill();
+    let second = Child::start(store.path());
+    proxy.set_upstream(Some(second.address()));
+    let error = model.generate(&mut decoder, &case.prompt, &options).await.unwrap_err();
+    assert!(matches!(error, TrainError::Client(ClientError::RolledBack { .. })), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
