@@ -16,7 +16,7 @@ pub(crate) enum Origin {
         fingerprint: Option<String>,
     },
     /// A checkpoint, its snapshot on the server included: the run goes on.
-    Checkpoint(Saved),
+    Checkpoint(Box<Saved>),
 }
 
 impl Origin {
@@ -26,7 +26,7 @@ impl Origin {
         if let Some(resume) = &options.output.resume {
             let saved = checkpoint::find(resume, &options.output.dir)?;
             if saved.state.snapshot().is_some() {
-                return Ok(Origin::Checkpoint(saved));
+                return Ok(Origin::Checkpoint(Box::new(saved)));
             }
             // Imported: there is nothing but the adapter.
             let adapter = Adapter::read(&saved.path)?;
