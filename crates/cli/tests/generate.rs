@@ -333,15 +333,29 @@ fn a_run_is_heard_as_it_sounded_at_its_end() {
     output(train);
     let expected = format!("The trunk{}\n", last_sample(&run));
     // The adapter names its base model; a run, its adapter and its checkpoint are the same.
+    let address = trunk.address();
+    let said = |more: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_offshoot"));
+        command.args(["generate", "--prompt", "The trunk", "--greedy", "--max-tokens", "12"]);
+        output({
+            command.args(more).env("OMP_NUM_THREADS", "1");
+            command
+        })
+        .0
+    };
     for adapter in ["", "adapter", "checkpoint_step_6"] {
-        for server in [&[][..], &["--server", &trunk.address()]] {
-            let mut command = Command::new(env!("CARGO_BIN_EXE_offshoot"));
-            command.args(["generate", "--prompt", "The trunk", "--greedy", "--max-tokens", "12"]);
-            command.args(server).arg("--adapter").arg(run.join(adapter));
-            command.env("OMP_NUM_THREADS", "1");
-            assert_eq!(output(command).0, expected, "{adapter} {server:?}");
-        }
+        let adapter = run.join(adapter).display().to_string();
+        assert_eq!(said(&["--adapter", &adapter]), expected, "{adapter}");
+        assert_eq!(said(&["--adapter", &adapter, "--server", &address]), expected, "{adapter}");
     }
+    let adapter = run.display().to_string();
+    assert_eq!(said(&["--adapter", &adapter, "--step", "6"]), expected);
+    let merged = dir.path().join("merged").display().to_string();
+    let mut merge = Command::new(env!("CARGO_BIN_EXE_offshoot"));
+    merge.args(["merge", "--adapter", &adapter, "--output-dir", &merged, "--model-name"]);
+    merge.arg(&model).env("OMP_NUM_THREADS", "1");
+    output(merge);
+    assert_eq!(said(&["--model-name", &merged]), expected);
 }
 
 /// The model that `cargo xtask fetch` brings. `cargo xtask test` fetches it and asks for this test;

@@ -2,6 +2,7 @@ use crate::server_args::ServerArgs;
 use crate::train::compute_args::DType;
 use anyhow::{Context, bail, ensure};
 use clap::Args;
+use offshoot_trainer::adapter::Step;
 use offshoot_trainer::generate::{GenerateOptions, Sampling};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::{IsTerminal, Read};
@@ -37,7 +38,7 @@ Examples:
   offshoot generate --adapter run --server trunk.local:50051 --prompt-file question.txt
   offshoot generate --model-name HuggingFaceTB/SmolLM2-135M-Instruct --chat
   offshoot generate --model-name ./merged --chat --system \"Answer briefly.\" --prompt \"Who are you?\"
-  offshoot generate --model-name gpt2 --prompt \"Q: Why?\\nA:\" --stop \"\\nQ:\" --json < /dev/null";
+  offshoot generate --model-name gpt2 --prompt $'Q: Why?\\nA:' --stop $'\\nQ:' --json";
 
 #[derive(Args)]
 #[command(next_help_heading = "Model")]
@@ -53,6 +54,10 @@ pub struct ModelArgs {
     /// [default: none, the base model].
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
+    /// Which checkpoint, if --adapter is a run: latest, best or a step's number [default: the adapter
+    /// that the run has left].
+    #[arg(long, value_name = "STEP", requires = "adapter")]
+    pub step: Option<Step>,
     /// First layer of the trunk [default: what the server has]; another one is an error.
     #[arg(long, value_name = "LAYER")]
     pub split_point_1: Option<usize>,

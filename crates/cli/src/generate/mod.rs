@@ -13,9 +13,7 @@ use offshoot_model::ModelConfig;
 use offshoot_model::weights::Checkpoint;
 use offshoot_trainer::adapter::{Adapter, Visit, VisitOptions};
 use offshoot_trainer::fit;
-use offshoot_trainer::generate::{
-    Decoder, GenerateOptions, Request, WholeModel, end_ids,
-};
+use offshoot_trainer::generate::{Decoder, GenerateOptions, Request, WholeModel, end_ids};
 use offshoot_trainer::tokenizer::Tokenizer;
 use output::Printer;
 use std::process::ExitCode;
@@ -56,7 +54,8 @@ struct Loaded {
 
 impl Loaded {
     fn load(args: &GenerateArgs) -> anyhow::Result<Self> {
-        let adapter = args.model.adapter.as_deref().map(Adapter::read).transpose()?;
+        let path = args.model.adapter.as_deref();
+        let adapter = path.map(|path| Adapter::find(path, args.model.step)).transpose()?;
         let of_adapter = adapter.as_ref().and_then(|adapter| adapter.base_model.clone());
         let Some(name) = args.model.model_name.clone().or(of_adapter) else {
             bail!(
