@@ -85,8 +85,11 @@ pub fn run(args: ExportArgs) -> anyhow::Result<ExitCode> {
     let Some(base_model) = named else {
         bail!("the source does not name its base model; say it with --base-model");
     };
-    let options =
-        ExportOptions { output_dir: &args.output, base_model: &base_model, kind: args.dtype.into() };
+    let options = ExportOptions {
+        output_dir: &args.output,
+        base_model: &base_model,
+        kind: args.dtype.into(),
+    };
     adapter.export(&options)?;
     let spec = &adapter.spec;
     println!(

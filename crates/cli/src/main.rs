@@ -46,7 +46,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Serve(serve::ServeArgs),
-    Train(train::TrainArgs),
+    Train(Box<train::TrainArgs>),
     Checkpoints(checkpoints::CheckpointsArgs),
     Plot(plot::PlotArgs),
     Generate(Box<generate::GenerateArgs>),
@@ -84,7 +84,7 @@ impl Command {
     fn run(self) -> anyhow::Result<ExitCode> {
         match self {
             Command::Serve(args) => serve::run(args),
-            Command::Train(args) => train::run(args),
+            Command::Train(args) => train::run(*args),
             Command::Checkpoints(args) => checkpoints::run(args),
             Command::Plot(args) => plot::run(args),
             Command::Generate(args) => generate::run(*args),
