@@ -54,9 +54,10 @@ pub enum Checkpointing {
 }
 
 impl Checkpointing {
-    /// As large as the widest tensors of a backward take anyway, for models up to a few billion
-    /// parameters.
-    pub const MANY_BYTES: u64 = 512 << 20;
+    /// Measured (benches/README.md, "client memory"): with it a client of a small model with a large
+    /// vocabulary stays below two full tensors of logits. Microbatches of some hundred tokens of
+    /// such models keep everything.
+    pub const MANY_BYTES: u64 = 256 << 20;
 }
 
 /// The client's half of a model: bottom and top around a session that stands for the trunk, each
