@@ -264,3 +264,32 @@ fn ids_of(value: &Value) -> Vec<u32> {
         None => one(value).into_iter().collect(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    #[test]
+    fn end_tokens_are_the_models_and_the_tokenizers() {
+        let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/tiny_text");
+        let dir = tempfile::tempdir().unwrap();
+        for file in std::fs::read_dir(fixture).unwrap().flatten() {
+            std::fs::copy(file.path(), dir.path().join(file.file_name())).unwrap();
+        }
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        let tokenizer = Tokenizer::load(&checkpoint).unwrap();
+        let eos = tokenizer.eos_id().unwrap();
+        assert_eq!(end_ids(&checkpoint, None).unwrap(), [eos], "of config.json");
+
+        let path = dir.path().join("generation_config.json");
+        let found = |json: &str| {
+            std::fs::write(&path, json).unwrap();
+            end_ids(&checkpoint, Some(&tokenizer)).map_err(|error| error.to_string())
+        };
+        assert_eq!(found("{\"eos_token_id\": [300, 301]}").unwrap(), [eos, 300, 301]);
+        assert_eq!(found("{\"eos_token_id\": 300}").unwrap(), [eos, 300]);
+        assert_eq!(found("{}").unwrap(), [eos]);
+        assert!(found("{").unwrap_err().contains("generation_config.json: not JSON"));
+    }
+}
