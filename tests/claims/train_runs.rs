@@ -2,13 +2,14 @@
 
 use super::{Place, assert_same_adapters, run};
 use offshoot_adapters::peft;
+use offshoot_client::Client;
 use offshoot_model::SplitPoints;
 use offshoot_model::weights::Checkpoint;
 use offshoot_tests::{TestServer, fixture};
 use offshoot_trainer::adapter::{Adapter, ImportOptions};
 use offshoot_trainer::checkpoint::{self, Best};
 use offshoot_trainer::options::AdapterChoice;
-use offshoot_trainer::{CancelToken, Schedule, Scheduler, TrainOptions, Warmup, train};
+use offshoot_trainer::{CancelToken, Schedule, Scheduler, TrainOptions, Warmup, dry_run, train};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -160,6 +161,12 @@ async fn a_run_that_begins_with_an_adapter_goes_on_where_it_was() {
     options.lora.target_modules = vec!["q_proj".into(), "down_proj".into()];
     let first = run(options).await;
     let adapter = first.adapter.clone().unwrap();
+    // A run goes on with the adapter that it has, also where the options do not repeat what it is.
+    let mut options = place.options(&server, "longer");
+    options.output.resume = Some(first.checkpoint.display().to_string());
+    options.steps.max_steps = Some(11);
+    let longer = run(options).await.adapter.unwrap();
+    assert_eq!(peft::read_dir(&longer).unwrap().spec, peft::read_dir(&adapter).unwrap().spec);
 
     let mut options = place.options(&server, "second");
     options.lora.init_adapter = Some(adapter.clone());
@@ -243,5 +250,45 @@ async fn each_step_learns_at_the_rate_of_its_schedule() {
     // The server was told as well: the losses part as soon as the rates do.
     assert_eq!(all_losses[0][..4], all_losses[1][..4]);
     assert!(all_losses[0][6..] != all_losses[1][6..] && all_losses[1][6..] != all_losses[2][6..]);
+    server.drain().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dry_run_checks_all_and_leaves_nothing() {
+    let place = Place::new();
+    let mut config = place.server();
+    (config.model.split_point_1, config.model.split_point_2) = (0, 4);
+    let server = TestServer::start_with(config).await;
+    let mut options = place.options(&server, "run");
+    let lines = dry_run(&options).await.unwrap().join("\n");
+    println!("{lines}");
+    for expected in [
+        "trunk [0, 4)",
+        "10 steps, 1 of warm-up",
+        "a step: 2.0 microbatches",
+        "what leaves this machine are token embeddings",
+        "the server can read every label",
+        "no session was opened",
+    ] {
+        assert!(lines.contains(expected), "{expected}");
+    }
+    assert!(!options.output.dir.exists());
+    let client = Client::connect(&server.endpoint()).await.unwrap();
+    assert!(client.list_sessions().await.unwrap().is_empty());
+
+    // What a run would be refused for.
+    options.evaluation.patience = Some(2);
+    options.sources.eval_files.clear();
+    let error = dry_run(&options).await.unwrap_err().to_string();
+    assert!(error.contains("--early-stopping-patience = 2: it needs evaluation data"), "{error}");
+    let mut options = place.options(&server, "run");
+    run(options.clone()).await;
+    let error = dry_run(&options).await.unwrap_err().to_string();
+    assert!(error.contains("it holds checkpoints of another run"), "{error}");
+    options.output.resume = Some("latest".into());
+    (options.steps.batch_size, options.optimizer.max_grad_norm) = (Some(2), 0.5);
+    let lines = dry_run(&options).await.unwrap().join("\n");
+    assert!(lines.contains("goes on at step 10"), "{lines}");
+    assert!(lines.contains("not the run as it began: max_grad_norm was 1.0, is 0.5"), "{lines}");
     server.drain().await;
 }

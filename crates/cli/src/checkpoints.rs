@@ -3,6 +3,7 @@ use bytesize::ByteSize;
 use clap::{Args, Subcommand};
 use offshoot_trainer::checkpoint::{self, Saved};
 use serde::Serialize;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -67,7 +68,8 @@ struct Row {
 
 /// Runs the subcommand.
 pub fn run(args: CheckpointsArgs) -> anyhow::Result<ExitCode> {
-    print!("{}", text(args)?);
+    // Whoever reads it may have seen enough.
+    let _ = std::io::stdout().write_all(text(args)?.as_bytes());
     Ok(ExitCode::SUCCESS)
 }
 

@@ -205,8 +205,10 @@ impl ConfigFile {
         };
         let mut options = BTreeMap::new();
         reading.table(&table, "", &mut options);
-        if !reading.problems.is_empty() {
-            anyhow::bail!("--config {name}: {}", reading.problems.join("\n  "));
+        match &reading.problems[..] {
+            [] => {}
+            [problem] => anyhow::bail!("--config {name}: {problem}"),
+            all => anyhow::bail!("--config {name}: {} mistakes\n  {}", all.len(), all.join("\n  ")),
         }
         Ok(ConfigFile { command, options })
     }

@@ -109,7 +109,7 @@ fn all_mistakes_are_told_at_once_with_file_and_key() {
     );
     println!("{text}");
     for expected in [
-        "run.toml: ",
+        "run.toml: 11 mistakes\n  ",
         "model_nam is not an option; did you mean model_name?",
         "batch_size = \"many\": expected a whole number",
         "lora_rank = 1.5: expected a whole number",

@@ -90,9 +90,7 @@ pub fn run(mut args: TrainArgs) -> anyhow::Result<ExitCode> {
         .context("cannot start threads")?;
     runtime.spawn(stop_on_ctrl_c(cancel.clone()));
     if is_dry {
-        for line in runtime.block_on(dry_run(&options))? {
-            println!("{line}");
-        }
+        println!("{}", runtime.block_on(dry_run(&options))?.join("\n"));
         return Ok(ExitCode::SUCCESS);
     }
     let summary = runtime.block_on(train(options, cancel))?;

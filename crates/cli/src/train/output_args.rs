@@ -1,6 +1,6 @@
 use clap::{Args, ValueEnum};
-use offshoot_trainer::options::{AdapterChoice, EvaluationOptions, OutputOptions, SampleTexts};
 use offshoot_trainer::generate::{GenerateOptions, Sampling};
+use offshoot_trainer::options::{AdapterChoice, EvaluationOptions, OutputOptions, SampleTexts};
 use std::path::PathBuf;
 
 #[derive(Args)]

@@ -1,5 +1,6 @@
 use super::*;
 use crate::data::Place;
+use crate::schedule::Scheduler;
 use offshoot_adapters::LoraSpec;
 use tch::{Device, Kind};
 
@@ -132,4 +133,50 @@ fn another_model_is_refused_and_other_settings_are_named() {
     assert_eq!(was.differences(&now), Ok(vec!["batch_size was 4, is 8".to_string()]));
     now.split_point_2 = 1;
     assert_eq!(was.differences(&now), Err(vec!["split_point_2 was 2, is 1".to_string()]));
+}
+
+#[test]
+fn checkpoints_of_the_first_release_are_read() {
+    let settings = r#"{"model_name": "m", "fingerprint": "f", "split_point_1": 1, "split_point_2": 3,
+        "lora": {"r": 8, "lora_alpha": 16.0, "lora_dropout": 0.1, "use_rslora": false,
+            "target_modules": ["q_proj"]},
+        "seed": 42, "data_fingerprint": "d", "batch_size": 4, "gradient_accumulation_steps": 1,
+        "n_steps": 100, "learning_rate": 0.0001, "weight_decay": 0.01, "warmup_steps": 10,
+        "max_grad_norm": 1.0, "dtype": "f32", "wire_dtype": "bf16"}"#;
+    let text = format!(
+        r#"{{"format": 1, "step": 50, "epoch": 1, "sample": 8, "eval_loss": 2.5,
+            "best": {{"step": 50, "loss": 2.5}}, "session_id": "s", "snapshot_id": "n",
+            "settings": {settings}}}"#
+    );
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("checkpoint_step_50");
+    fs::create_dir(&path).unwrap();
+    fs::write(path.join(STATE_FILE), text).unwrap();
+    let saved = Saved::read(&path).unwrap();
+    assert_eq!(saved.state.snapshot(), Some(("s", "n")));
+    assert_eq!((saved.state.best.unwrap().loss, saved.state.evaluations.len()), (2.5, 0));
+    assert!(saved.saved_at().is_some_and(|time| time.ends_with('Z')), "{:?}", saved.saved_at());
+    // What there was no choice of then is as it is now without one.
+    let was = &saved.state.settings;
+    assert_eq!((was.lr_scheduler, was.min_learning_rate), (Scheduler::Cosine, 0.0));
+    assert_eq!((was.max_tokens_per_batch, was.microbatches_in_flight), (None, 1));
+    let now = crate::options::LossOptions::default().to_string();
+    assert_eq!(was.loss, now);
+}
+
+#[test]
+fn an_imported_adapter_has_no_session_and_a_loss_may_be_nan() {
+    let nan = Best { step: 2, loss: f64::NAN };
+    let state = TrainingState {
+        evaluations: vec![Best { step: 1, loss: 0.1 }, nan],
+        ..TrainingState::without_session(settings())
+    };
+    let text = serde_json::to_string(&state).unwrap();
+    let read: TrainingState = serde_json::from_str(&text).unwrap();
+    assert_eq!(read.snapshot(), None);
+    assert_eq!(read.evaluations[0], state.evaluations[0]);
+    assert!(read.evaluations[1].loss.is_nan());
+    let empty = text.replace("\"session_id\":null", "\"session_id\":\"\"");
+    assert_ne!(empty, text);
+    assert_eq!(serde_json::from_str::<TrainingState>(&empty).unwrap().session_id, None);
 }

@@ -2,6 +2,7 @@ use super::event::{Event, StepEvent};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::collections::BTreeMap;
 use std::io::IsTerminal;
+use std::io::Write;
 use std::time::{Duration, Instant};
 
 /// Lines for people on stdout, with a bar below them if stderr is a terminal.
@@ -51,9 +52,13 @@ impl Console {
     }
 
     pub fn line(&self, text: &str) {
+        // A reader that went away, such as `head`, must not end a run.
+        let print = || {
+            let _ = writeln!(std::io::stdout(), "{text}");
+        };
         match &self.bar {
-            Some(bar) => bar.suspend(|| println!("{text}")),
-            None => println!("{text}"),
+            Some(bar) => bar.suspend(print),
+            None => print(),
         }
     }
 
