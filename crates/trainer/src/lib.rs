@@ -26,12 +26,12 @@ mod error;
 pub mod evaluate;
 pub mod fit;
 pub mod generate;
-pub mod loss;
 mod in_flight;
+pub mod loss;
 pub mod merge;
+pub mod metrics;
 pub mod options;
 mod origin;
-pub mod metrics;
 mod report;
 mod resume;
 mod schedule;
@@ -49,6 +49,7 @@ pub use origin::resolve_lora;
 pub use report::{DoneEvent, EvalEvent, Event, StartEvent, StepEvent, WireErrors};
 pub use schedule::{Schedule, Scheduler, Warmup};
 pub use split::{
-    Accumulated, Checkpointing, ClientState, MicrobatchResult, Microbatches, SplitModel, SplitOptions, clip_factor,
+    Accumulated, Checkpointing, ClientState, MicrobatchResult, Microbatches, SplitModel,
+    SplitOptions, clip_factor,
 };
 pub use train::{Summary, train, train_with_sources};

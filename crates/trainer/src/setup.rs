@@ -94,8 +94,7 @@ pub(crate) async fn prepare(
         seed: options.seed,
     };
     let plan = Plan::new(&data, plan)?;
-    let n_steps =
-        options.steps.max_steps.unwrap_or_else(|| plan.n_steps(options.steps.num_epochs));
+    let n_steps = options.steps.max_steps.unwrap_or_else(|| plan.n_steps(options.steps.num_epochs));
     let schedule = schedule(&options.optimizer, n_steps);
     let lora = resolve_targets(origin.lora(&options.lora), &server, &config);
     let settings = settings(options, &server, fingerprint, lora, &data, n_steps, &schedule);
