@@ -77,6 +77,7 @@ impl Place {
         options.evaluation.interval = 3;
         options.compute.wire_dtype = WireDType::F32;
         options.model.client = quick();
+        options.output.quiet = true;
         options
     }
 }

@@ -137,6 +137,8 @@ pub struct OutputOptions {
     pub save_interval: u64,
     /// Steps between lines.
     pub log_interval: u64,
+    /// Whether no lines for people are printed.
+    pub quiet: bool,
     /// Whether TensorBoard's event files are written, to the folder `tensorboard`.
     pub tensorboard: bool,
     /// Newest checkpoints that stay, beside the best one.
@@ -247,6 +249,7 @@ impl OutputOptions {
             dir,
             save_interval: 500,
             log_interval: 10,
+            quiet: false,
             tensorboard: true,
             keep_last: 5,
             adapter: AdapterChoice::Last,

@@ -173,6 +173,7 @@ impl Run {
             step,
             n_steps: prepared.settings.n_steps,
             log_interval: options.output.log_interval,
+            quiet: options.output.quiet,
             tensorboard: options.output.tensorboard,
         })?;
         let mut run = Run {

@@ -18,6 +18,9 @@ pub struct OutputArgs {
     /// Steps between lines; metrics.jsonl has every step.
     #[arg(long, value_name = "STEPS", default_value_t = 10)]
     log_interval: u64,
+    /// Print nothing; metrics.jsonl has all of it.
+    #[arg(long)]
+    quiet: bool,
     /// Write no event files for TensorBoard; else they are in tensorboard/ in the output directory.
     #[arg(long)]
     no_tensorboard: bool,
@@ -95,6 +98,7 @@ impl OutputArgs {
             dir: self.output_dir,
             save_interval: self.save_interval,
             log_interval: self.log_interval,
+            quiet: self.quiet,
             tensorboard: !self.no_tensorboard,
             keep_last: self.keep_last,
             adapter,

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 /// Lines for people on stdout, with a bar below them if stderr is a terminal.
 pub(super) struct Console {
     bar: Option<ProgressBar>,
+    quiet: bool,
     log_interval: u64,
     n_steps: u64,
     /// Since the last line.
@@ -40,7 +41,13 @@ impl Console {
             let style = ProgressStyle::with_template(style).expect("a fixed template");
             ProgressBar::new(n_steps).with_style(style).with_position(step)
         });
-        Console { bar, log_interval, n_steps, interval: Interval::default(), pace: None }
+        let interval = Interval::default();
+        Console { bar, quiet: false, log_interval, n_steps, interval, pace: None }
+    }
+
+    /// One that prints nothing.
+    pub fn silenced(self) -> Self {
+        Console { bar: None, quiet: true, ..self }
     }
 
     pub fn rewind(&mut self, step: u64) {
@@ -52,6 +59,9 @@ impl Console {
     }
 
     pub fn line(&self, text: &str) {
+        if self.quiet {
+            return;
+        }
         // A reader that went away, such as `head`, must not end a run.
         let print = || {
             let _ = writeln!(std::io::stdout(), "{text}");

@@ -30,6 +30,8 @@ pub(crate) struct ReportOptions<'a> {
     pub n_steps: u64,
     /// Steps between lines for people.
     pub log_interval: u64,
+    /// Whether no lines for people are printed.
+    pub quiet: bool,
     /// Whether there are event files.
     pub tensorboard: bool,
 }
@@ -53,7 +55,8 @@ struct Line<'a> {
 impl Reporter {
     /// Goes on with what is known up to `options.step`.
     pub fn new(options: &ReportOptions<'_>) -> Result<Self, TrainError> {
-        let ReportOptions { output_dir, step, n_steps, log_interval, tensorboard } = *options;
+        let ReportOptions { output_dir, step, n_steps, log_interval, quiet, tensorboard } =
+            *options;
         let path = output_dir.join(METRICS_FILE);
         let metrics = forget_after(&path, step)?;
         let board = match tensorboard {
@@ -61,6 +64,7 @@ impl Reporter {
             false => None,
         };
         let console = Console::new(step, n_steps, log_interval);
+        let console = if quiet { console.silenced() } else { console };
         Ok(Reporter { metrics, path, board, console })
     }
 

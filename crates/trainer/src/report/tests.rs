@@ -5,8 +5,14 @@ fn eval(step: u64) -> Event {
 }
 
 fn reporter(dir: &Path, step: u64) -> Reporter {
-    let options =
-        ReportOptions { output_dir: dir, step, n_steps: 9, log_interval: 1, tensorboard: false };
+    let options = ReportOptions {
+        output_dir: dir,
+        step,
+        n_steps: 9,
+        log_interval: 1,
+        quiet: true,
+        tensorboard: false,
+    };
     Reporter::new(&options).unwrap()
 }
 
