@@ -188,8 +188,14 @@ impl Scanner {
             self.expect(b',', "the next element")?;
             found = self.space()?;
         }
-        if found != Some(b'{') {
-            return Err(self.not(found, "'{' of an object, as the list holds the records"));
+        match found {
+            Some(b'{') => {}
+            Some(b'"' | b'[' | b'0'..=b'9') => {
+                let problem =
+                    "the list holds other things than objects; expected such as {\"text\": ...}";
+                return Err(self.wrong(problem));
+            }
+            found => return Err(self.not(found, "'{' of an object")),
         }
         self.after_element = true;
         self.parsed().map(Some)

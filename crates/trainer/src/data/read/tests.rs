@@ -296,7 +296,7 @@ fn bad_files_are_named_with_the_place() {
         (
             "a.json",
             json("[\"a\"]"),
-            "a.json:1: not JSON: expected '{' of an object, as the list holds the records, found '\\\"'",
+            "a.json:1: the list holds other things than objects; expected such as {\"text\": ...}",
         ),
         (
             "a.json",

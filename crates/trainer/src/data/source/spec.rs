@@ -305,6 +305,9 @@ impl DataSpec {
 
 /// Why a folder with these files gives nothing to learn from.
 fn no_data(files: &[String]) -> String {
+    if files.iter().any(|file| read::is_data(file)) {
+        return "no data file in this folder itself; with --dataset-name those in the folders below are read too".into();
+    }
     let endings = read::Format::endings();
     match files.iter().any(|file| file.ends_with(".arrow")) {
         true => "this folder holds Arrow files, as save_to_disk of the datasets package writes them, which are not read; write the data set with its to_parquet or to_json".into(),

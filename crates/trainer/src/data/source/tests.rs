@@ -133,6 +133,9 @@ fn a_folder_of_train_file_is_all_its_files() {
         error.contains("no data file in this folder; expected names ending with .txt"),
         "{error}"
     );
+    write(dir.path(), "below/a/b.jsonl", &["b"]);
+    let error = open(files(&dir.path().join("below"))).unwrap_err();
+    assert!(error.contains("with --dataset-name those in the folders below"), "{error}");
     fs::write(dir.path().join("empty/data-00000-of-00001.arrow"), "x").unwrap();
     let error = open(files(&dir.path().join("empty"))).unwrap_err();
     assert!(error.contains("write the data set with its to_parquet"), "{error}");
