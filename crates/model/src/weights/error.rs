@@ -14,7 +14,7 @@ pub enum WeightsError {
         source: std::io::Error,
     },
     /// Neither a path that exists nor a name the hub could know.
-    #[error("{name}: no such file or directory, and not a hub name (OWNER/NAME)")]
+    #[error("{name}: no such file or directory, and not a hub name (OWNER/NAME, or NAME)")]
     NotFound {
         /// The name as given.
         name: String,

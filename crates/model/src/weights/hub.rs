@@ -70,14 +70,15 @@ impl HubSettings {
     }
 }
 
-/// Whether `name` can be a hub name: OWNER/NAME, and not a path to a file.
+/// Whether `name` can be a hub name: OWNER/NAME, or one of the old ones without an owner, such as
+/// gpt2, which the hub redirects; and not a path to a file.
 pub(super) fn is_hub_name(name: &str) -> bool {
     let good = |part: &str| {
         part.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '_')
             && part.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c))
     };
     let is_file = name.ends_with(".gguf") || name.ends_with(".safetensors");
-    !is_file && name.split_once('/').is_some_and(|(owner, model)| good(owner) && good(model))
+    !is_file && name.split('/').count() <= 2 && name.split('/').all(good)
 }
 
 /// The directory of the model's files in the cache, after fetching what is not there yet. When
@@ -265,14 +266,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn hub_names_are_owner_slash_name() {
-        for good in ["HuggingFaceTB/SmolLM2-135M-Instruct", "a/b", "o_1/x.y-z"] {
+    fn hub_names_are_names_with_or_without_an_owner() {
+        for good in ["HuggingFaceTB/SmolLM2-135M-Instruct", "a/b", "o_1/x.y-z", "gpt2"] {
             assert!(is_hub_name(good), "{good}");
         }
-        for bad in [
-            "gpt2", "./model", "/model", "a/b/c", "a/", "/b", "../x", "~/m", "d/m.gguf", "a b/c",
-            "",
-        ] {
+        for bad in
+            ["./model", "/model", "a/b/c", "a/", "/b", "../x", "~/m", "d/m.gguf", "a b/c", ""]
+        {
             assert!(!is_hub_name(bad), "{bad}");
         }
     }

@@ -226,11 +226,11 @@ fn bad_gguf_metadata_names_the_key() {
 
 #[test]
 fn a_path_that_does_not_exist_is_no_hub_name() {
-    for name in ["./models/x", "/models/x", "gpt2", "a/b/c", "models/x.gguf"] {
+    for name in ["./models/x", "/models/x", "a/b/c", "models/x.gguf"] {
         let error = Checkpoint::find(name).unwrap_err();
         assert_eq!(
             error.to_string(),
-            format!("{name}: no such file or directory, and not a hub name (OWNER/NAME)")
+            format!("{name}: no such file or directory, and not a hub name (OWNER/NAME, or NAME)")
         );
         assert!(matches!(error, WeightsError::NotFound { .. }));
     }

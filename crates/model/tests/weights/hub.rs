@@ -7,6 +7,8 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 
 const NAME: &str = "offshoot-test/tiny-llama";
+/// What it was called before models had owners: the hub sends the caller on.
+const OLD_NAME: &str = "tiny-llama";
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 const TOKEN: &str = "hf_test";
 
@@ -91,6 +93,10 @@ fn answer(
         // The client may hang up early: it wants the headers only.
         let _ = out.write_all(&[head.as_bytes(), body].concat());
     };
+    if let Some(file) = path.strip_prefix(&format!("/{OLD_NAME}/")) {
+        let location = format!("Location: /{NAME}/{file}\r\n");
+        return send("307 Temporary Redirect", &location, b"");
+    }
     let body = file.as_ref().and_then(|file| std::fs::read(file).ok());
     match (status, body) {
         (Some(status), _) => send(&format!("{status} Refused"), "", b""),
@@ -172,6 +178,19 @@ fn hub_model_in_one_file() {
     let checkpoint = Checkpoint::find_with(NAME, &settings).unwrap();
     assert!(checkpoint.contains("model.norm.weight"));
     assert!(hub.take_seen().iter().all(|seen| seen.token.is_none()));
+}
+
+#[test]
+fn hub_model_under_its_old_name_without_an_owner() {
+    let (files, cache) = (model_files(), tempfile::tempdir().unwrap());
+    let hub = Hub::start(files.path().to_path_buf(), None);
+    let settings = HubSettings { token: None, ..hub.settings(cache.path()) };
+    let checkpoint = Checkpoint::find_with(OLD_NAME, &settings).unwrap();
+    assert!(checkpoint.contains("model.norm.weight"));
+    assert_eq!(checkpoint.name(), OLD_NAME);
+    // And again from the cache.
+    let offline = HubSettings { offline: true, ..settings };
+    assert_eq!(Checkpoint::find_with(OLD_NAME, &offline).unwrap().path(), checkpoint.path());
 }
 
 #[test]
