@@ -5,7 +5,7 @@ use crate::origin::Origin;
 use crate::resume;
 use crate::setup::{self, Prepared};
 
-/// Does what [`train`](crate::train) does before it opens a session: checks the options, reads the
+/// Does what [`train`](crate::train()) does before it opens a session: checks the options, reads the
 /// data, compares with the server and loads bottom and top. Gives what would be trained, in lines
 /// for people. It writes nothing, except for the cache of tokens.
 pub async fn dry_run(options: &TrainOptions) -> Result<Vec<String>, TrainError> {
