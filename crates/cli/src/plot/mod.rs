@@ -97,7 +97,7 @@ fn columns(asked: Option<u16>) -> usize {
     usize::from(asked.or(on_terminal).unwrap_or(USUAL_WIDTH)).max(40)
 }
 
-/// As https://no-color.org asks for.
+/// As <https://no-color.org> asks for.
 fn colours() -> bool {
     let refused = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
     std::io::stdout().is_terminal() && !refused
