@@ -282,6 +282,10 @@ async fn a_dry_run_checks_all_and_leaves_nothing() {
     let error = dry_run(&options).await.unwrap_err().to_string();
     assert!(error.contains("--early-stopping-patience = 2: it needs evaluation data"), "{error}");
     let mut options = place.options(&server, "run");
+    options.lora.r = Some(1000);
+    let error = dry_run(&options).await.unwrap_err().to_string();
+    assert!(error.contains("--lora-rank = 1000: the server takes at most 256"), "{error}");
+    let mut options = place.options(&server, "run");
     run(options.clone()).await;
     let error = dry_run(&options).await.unwrap_err().to_string();
     assert!(error.contains("it holds checkpoints of another run"), "{error}");
@@ -291,4 +295,20 @@ async fn a_dry_run_checks_all_and_leaves_nothing() {
     assert!(lines.contains("goes on at step 10"), "{lines}");
     assert!(lines.contains("not the run as it began: max_grad_norm was 1.0, is 0.5"), "{lines}");
     server.drain().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_folder_takes_one_run_at_a_time() {
+    let place = Place::new();
+    let server = server_with(&place, 30).await;
+    let options = place.options(&server, "run");
+    fs::create_dir_all(&options.output.dir).unwrap();
+    // As a run that goes on holds it.
+    let folder = fs::File::open(&options.output.dir).unwrap();
+    folder.lock().unwrap();
+    let error = train(options.clone(), CancelToken::default()).await.unwrap_err().to_string();
+    assert!(error.contains("another run writes there now"), "{error}");
+    assert_eq!(fs::read_dir(&options.output.dir).unwrap().count(), 0);
+    drop(folder);
+    run(options).await;
 }

@@ -14,7 +14,8 @@ use crate::report::{Event, ReportOptions, Reporter};
 use crate::resume;
 use crate::setup::{self, Prepared};
 use offshoot_client::{ClientError, Session, SessionId};
-use std::path::PathBuf;
+use std::fs::{File, TryLockError};
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// Rollbacks in a row without a step beyond the ones before: then something is broken for good.
@@ -93,6 +94,21 @@ async fn run(
     run.end().await
 }
 
+/// Holds a run's folder until the process ends or this is dropped.
+fn hold(dir: &Path) -> Result<File, TrainError> {
+    let folder = File::open(dir).map_err(TrainError::io(dir))?;
+    match folder.try_lock() {
+        Err(TryLockError::WouldBlock) => Err(TrainError::Option {
+            option: "output-dir",
+            value: dir.display().to_string(),
+            problem: "another run writes there now; wait for its end, or name another folder"
+                .into(),
+        }),
+        // Some network file systems have no locks.
+        Ok(()) | Err(TryLockError::Error(_)) => Ok(folder),
+    }
+}
+
 /// What this call has used up so far, replayed steps included.
 pub(crate) struct Spent {
     pub began: Instant,
@@ -145,11 +161,15 @@ pub(crate) struct Run {
     pub evaluations: Vec<Best>,
     /// The most checkpoints of which it is known whether the server has their snapshots.
     pub n_compared: usize,
+    /// No other run writes into the folder while this is held.
+    _folder: File,
 }
 
 impl Run {
     async fn begin(options: TrainOptions, own: Option<Sources>) -> Result<Self, TrainError> {
         let dir = &options.output.dir;
+        // Before the session is touched: a resumption would take it from the run that has it.
+        let held = if dir.is_dir() { Some(hold(dir)?) } else { None };
         let origin = Origin::find(&options)?;
         let resumed = origin.checkpoint().cloned();
         resume::check_output_dir(&options, resumed.as_ref())?;
@@ -163,6 +183,7 @@ impl Run {
         };
         // Nothing is written before it is certain that the run can begin.
         std::fs::create_dir_all(dir).map_err(TrainError::io(dir))?;
+        let held = held.map_or_else(|| hold(dir), Ok)?;
         if let Some(text) = &options.output.config {
             let file = dir.join("config.toml");
             std::fs::write(&file, text).map_err(TrainError::io(&file))?;
@@ -190,6 +211,7 @@ impl Run {
             losses: Vec::new(),
             evaluations: Vec::new(),
             n_compared: 0,
+            _folder: held,
             options,
         };
         run.describe();
