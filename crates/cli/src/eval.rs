@@ -57,7 +57,7 @@ pub struct EvalArgs {
     #[arg(long, value_name = "TOKENS", default_value_t = 2048, help_heading = "Compute")]
     max_tokens_per_batch: usize,
     /// Print JSON instead of a table.
-    #[arg(long)]
+    #[arg(long, help_heading = "Output")]
     json: bool,
 }
 

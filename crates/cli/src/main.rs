@@ -105,7 +105,7 @@ fn main() -> ExitCode {
         Err(error) => match error.downcast::<clap::Error>() {
             Ok(error) => error.exit(),
             Err(error) => {
-                eprintln!("error: {error:#}");
+                eprintln!("error: {}", said(&error));
                 return ExitCode::from(2);
             }
         },
@@ -126,8 +126,19 @@ fn main() -> ExitCode {
         Ok(code) => return code,
         Err(error) => error,
     };
-    eprintln!("error: {error:#}");
+    eprintln!("error: {}", said(&error));
     ExitCode::FAILURE
+}
+
+/// An error with its causes. Many say their cause themselves; it is not said again.
+fn said(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
 }
 
 #[cfg(test)]
@@ -136,6 +147,17 @@ mod docs_tests;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cause_is_said_once() {
+        let cause = || std::io::Error::other("no room");
+        let with_cause = anyhow::Error::new(cause()).context("cannot write: no room; make some");
+        assert_eq!(said(&with_cause), "cannot write: no room; make some");
+        assert_eq!(
+            said(&anyhow::Error::new(cause()).context("cannot write")),
+            "cannot write: no room"
+        );
+    }
 
     #[test]
     fn the_options_are_consistent() {

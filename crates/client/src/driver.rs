@@ -21,6 +21,9 @@ struct Reply {
     since: Instant,
 }
 
+/// After so long people are told why nothing goes on.
+const LONG_OUTAGE: Duration = Duration::from_secs(5);
+
 /// Why a stream ended.
 enum End {
     Broken(String),
@@ -120,6 +123,7 @@ impl Driver {
         let retry = self.client.options().retry;
         let mut backoff = self.outage.take().unwrap_or_else(|| Backoff::new(retry));
         let mut cause = broken.unwrap_or_default().to_string();
+        let mut told = false;
         while backoff.attempt().await {
             if self.is_over() {
                 return Err(ClientError::Closed);
@@ -137,6 +141,13 @@ impl Driver {
                 Ok(wire) => {
                     self.epoch = wire.attached.epoch;
                     self.check(&wire.attached)?;
+                    if told {
+                        tracing::warn!(
+                            "{} answers again after {:.0} s; going on",
+                            self.client.endpoint(),
+                            backoff.elapsed().as_secs_f64(),
+                        );
+                    }
                     if let Some(why) = broken {
                         tracing::info!(
                             session = %self.id, why, attempts = backoff.attempts(),
@@ -152,6 +163,15 @@ impl Driver {
                 Err(Failed::Broken(why)) => cause = why,
             }
             tracing::debug!(session = %self.id, cause, "cannot attach, will try again");
+            if !told && backoff.elapsed() >= LONG_OUTAGE {
+                told = true;
+                tracing::warn!(
+                    "no answer from {} for {:.0} s ({cause}); trying again for up to {:.0} s",
+                    self.client.endpoint(),
+                    backoff.elapsed().as_secs_f64(),
+                    retry.max_elapsed.as_secs_f64(),
+                );
+            }
         }
         Err(ClientError::Unreachable {
             endpoint: self.client.endpoint().to_string(),
@@ -354,7 +374,8 @@ impl Driver {
     /// The session cannot go on: every call gets the error, until nobody can call any more.
     async fn end(mut self, error: ClientError) {
         if !matches!(error, ClientError::Closed) {
-            tracing::warn!(session = %self.id, %error, "the session has ended");
+            // Every caller gets it, and says what it means to them.
+            tracing::debug!(session = %self.id, %error, "the session has ended");
         }
         for entry in self.window.drain() {
             let _ = entry.reply.to.send(Err(error.clone()));

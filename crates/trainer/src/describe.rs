@@ -3,6 +3,7 @@
 use crate::options::TrainOptions;
 use crate::origin::Origin;
 use crate::report::StartEvent;
+use crate::schedule::Warmup;
 use crate::setup::Prepared;
 use crate::train::Run;
 use offshoot_adapters::LoraSpec;
@@ -33,13 +34,23 @@ pub(crate) fn lines(options: &TrainOptions, prepared: &Prepared) -> Vec<String> 
         n_values(lora, config, s1..s2),
     ));
     lines.push(format!(
-        "{}{}; {} samples for evaluation",
+        "{}{}; {}",
         data.stats,
         if data.cached { " (tokens from the cache)" } else { "" },
-        eval.as_ref().map_or(0, |data| data.len()),
+        match eval.as_ref().map(|data| data.len()) {
+            None => "no evaluation".to_string(),
+            Some(1) => "1 sample for evaluation".into(),
+            Some(n) => format!("{n} samples for evaluation"),
+        },
     ));
+    let cut = match options.optimizer.warmup {
+        Warmup::Steps(asked) if asked > schedule.n_warmup => {
+            format!(" (at most a tenth of the run; --warmup-steps is {asked})")
+        }
+        _ => String::new(),
+    };
     lines.push(format!(
-        "{} steps, {} of warm-up{}",
+        "{} steps, {} of warm-up{cut}{}",
         settings.n_steps,
         schedule.n_warmup,
         plan.fill()

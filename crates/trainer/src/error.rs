@@ -34,6 +34,9 @@ pub enum TrainError {
     /// A directory that is no checkpoint, not of this run, or without its snapshot.
     #[error("checkpoint {}: {problem}", path.display())]
     Checkpoint { path: PathBuf, problem: String },
+    /// A path that holds no adapter.
+    #[error("adapter {}: {problem}", path.display())]
+    NoAdapter { path: PathBuf, problem: String },
     /// A run's metrics that are not there, or from which nothing can be drawn.
     #[error("{}: {problem}", path.display())]
     Metrics { path: PathBuf, problem: String },

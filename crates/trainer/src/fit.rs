@@ -38,6 +38,21 @@ pub fn wire_dtype(server: &ServerDescription, wanted: WireDType) -> Result<(), T
     mismatch(format!("--wire-dtype is {}, the server takes {}", wanted.name(), known.join(", ")))
 }
 
+/// The server lets an adapter have this rank.
+pub fn rank(server: &ServerDescription, rank: usize) -> Result<(), TrainError> {
+    let most = server.limits.max_rank as usize;
+    if rank <= most {
+        return Ok(());
+    }
+    Err(TrainError::Option {
+        option: "lora-rank",
+        value: rank.to_string(),
+        problem: format!(
+            "the server takes at most {most}; lower it, or raise the server's limits.max_rank"
+        ),
+    })
+}
+
 /// A family that somebody asked for is the model's.
 pub fn model_type(
     model_name: &str,

@@ -36,6 +36,9 @@ impl Run {
             place.sample,
             saved.path.display()
         ));
+        if self.step >= self.prepared.settings.n_steps {
+            self.report.line("the run is at its last step already: there is nothing to train");
+        }
         for difference in differences {
             self.report.line(&format!("not the run as it began: {difference}"));
         }

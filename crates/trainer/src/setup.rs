@@ -60,6 +60,7 @@ pub(crate) async fn prepare(
     fit::model_type(&model.name, &config, model.model_type.as_deref())?;
     fit::fingerprint(&server, &model.name, &config, &fingerprint)?;
     let origin = origin.fit(&config, &fingerprint, &options.lora)?;
+    fit::rank(&server, origin.lora(&options.lora).r)?;
 
     let template = options.data.chat_template.as_deref();
     let tokenizer = Tokenizer::load_with(&checkpoint, template)?;

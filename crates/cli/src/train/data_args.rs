@@ -38,7 +38,7 @@ pub struct DataArgs {
     /// records follows from --seed and from what is in them: the same ones in every run, and equal
     /// records stay on one side. Without it, without --eval-file and without an evaluation split,
     /// nothing is evaluated.
-    #[arg(long, value_name = "FRACTION", default_value_t = 0.0)]
+    #[arg(long, value_name = "FRACTION", default_value_t = 0.0, allow_negative_numbers = true)]
     eval_fraction: f64,
     /// Train on the first so many samples only.
     #[arg(long, value_name = "N")]

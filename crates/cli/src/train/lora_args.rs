@@ -19,10 +19,10 @@ pub struct LoraArgs {
     #[arg(long, value_name = "R", default_value = "8", default_value_ifs = OPEN)]
     lora_rank: Option<usize>,
     /// The adapter counts alpha / rank times; twice the rank is usual.
-    #[arg(long, value_name = "ALPHA", default_value = "16", default_value_ifs = OPEN)]
+    #[arg(long, value_name = "ALPHA", default_value = "16", default_value_ifs = OPEN, allow_negative_numbers = true)]
     lora_alpha: Option<f64>,
     /// Chance that an input of an adapter is left out in training.
-    #[arg(long, value_name = "P", default_value = "0.1", default_value_ifs = OPEN)]
+    #[arg(long, value_name = "P", default_value = "0.1", default_value_ifs = OPEN, allow_negative_numbers = true)]
     lora_dropout: Option<f64>,
     /// Count the adapter alpha / sqrt(rank) times.
     #[arg(long)]

@@ -31,7 +31,7 @@ pub struct OutputArgs {
     #[arg(long, value_name = "N")]
     early_stopping_patience: Option<usize>,
     /// By how much the evaluation loss must fall below the last one that counted, to count.
-    #[arg(long, value_name = "LOSS", default_value_t = 0.0)]
+    #[arg(long, value_name = "LOSS", default_value_t = 0.0, allow_negative_numbers = true)]
     early_stopping_threshold: f64,
     /// Which step's adapter is exported at the end. With `best` each evaluation that is the best so
     /// far is followed by a checkpoint [default: best with --early-stopping-patience, else last].
@@ -47,7 +47,7 @@ pub struct OutputArgs {
     #[arg(long, value_name = "N", default_value_t = 40)]
     sample_tokens: usize,
     /// 0 takes the likeliest token each time; higher draws more freely, from the 50 likeliest.
-    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    #[arg(long, value_name = "T", default_value_t = 0.0, allow_negative_numbers = true)]
     sample_temperature: f64,
 }
 

@@ -25,25 +25,36 @@ pub struct TrainingArgs {
     #[arg(long, value_name = "N", default_value_t = 2)]
     microbatches_in_flight: usize,
     /// Highest learning rate; it rises linearly during the warm-up, then --lr-scheduler takes over.
-    #[arg(long, value_name = "LR", default_value_t = 1e-4)]
+    #[arg(
+        long,
+        alias = "lr",
+        value_name = "LR",
+        default_value_t = 1e-4,
+        allow_negative_numbers = true
+    )]
     learning_rate: f64,
     /// How the learning rate goes after the warm-up.
     #[arg(long, value_enum, default_value_t = LrScheduler::Cosine)]
     lr_scheduler: LrScheduler,
     /// Where a falling learning rate ends.
-    #[arg(long, value_name = "LR", default_value_t = 0.0)]
+    #[arg(long, value_name = "LR", default_value_t = 0.0, allow_negative_numbers = true)]
     min_learning_rate: f64,
     /// Decoupled weight decay of AdamW.
-    #[arg(long, value_name = "X", default_value_t = 0.01)]
+    #[arg(long, value_name = "X", default_value_t = 0.01, allow_negative_numbers = true)]
     weight_decay: f64,
     /// Steps of warm-up; at most a tenth of the run.
     #[arg(long, value_name = "STEPS", default_value_t = 100)]
     warmup_steps: u64,
     /// Warm-up as a share of all steps, such as 0.03, instead of --warmup-steps.
-    #[arg(long, value_name = "SHARE", conflicts_with = "warmup_steps")]
+    #[arg(
+        long,
+        value_name = "SHARE",
+        conflicts_with = "warmup_steps",
+        allow_negative_numbers = true
+    )]
     warmup_ratio: Option<f64>,
     /// Gradients of the whole model, trunk included, are scaled down to this norm; 0 for never.
-    #[arg(long, value_name = "NORM", default_value_t = 1.0)]
+    #[arg(long, value_name = "NORM", default_value_t = 1.0, allow_negative_numbers = true)]
     max_grad_norm: f64,
     /// How often all samples are seen.
     #[arg(long, value_name = "N", default_value_t = 3)]

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 use tch::{Kind, Tensor};
 
 /// Tensors that an error names of each kind of problem.
-const NAMED: usize = 3;
+const NAMED: usize = 1;
 
 /// See [`Adapter::fit`].
 pub(super) fn fit(mut adapter: Adapter, config: &ModelConfig) -> Result<Adapter, TrainError> {
@@ -32,7 +32,7 @@ pub(super) fn fit(mut adapter: Adapter, config: &ModelConfig) -> Result<Adapter,
         let cause = problems.cause(&adapter, config);
         return Err(does_not_fit(
             &adapter.origin,
-            format!("{problems}{cause}{}", made_for(&adapter)),
+            format!("{cause}{}. {problems}", made_for(&adapter)).replace("?.", "?"),
         ));
     }
     adapter.spec.target_modules = shortest_targets(config, &sites);
@@ -110,14 +110,14 @@ impl Problems {
         let r = adapter.spec.r;
         match (self.other_rank, layers) {
             (Some(rank), _) => format!(
-                ". Its settings say r = {r} and its tensors have rank {rank}: are the two files of one adapter?"
+                "its settings say r = {r} and its tensors have rank {rank}: are the two files of one adapter?"
             ),
             (None, Some(last)) if last + 1 != config.n_layers => format!(
-                ". It has layers 0 to {last}, the model has {}: was it made for another model?",
+                "it has layers 0 to {last}, the model has {}: was it made for another model?",
                 config.n_layers
             ),
-            _ if !self.not_finite.is_empty() => ". Its training has diverged".into(),
-            _ => ". Was it made for another model?".into(),
+            _ if !self.not_finite.is_empty() => "its training has diverged".into(),
+            _ => "was it made for another model?".into(),
         }
     }
 }

@@ -120,7 +120,7 @@ fn nothing(path: &Path) -> TrainError {
     } else {
         "there is nothing of that kind in it".into()
     };
-    TrainError::Checkpoint {
+    TrainError::NoAdapter {
         path: path.into(),
         problem: format!(
             "{found}. Expected an adapter: a PEFT directory ({} and {}), a {CHECKPOINT}N directory, or the --output-dir of a run",

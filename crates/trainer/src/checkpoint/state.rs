@@ -142,7 +142,16 @@ impl RunSettings {
             let is = &now[&field];
             if was != *is && !MAY_DIFFER.contains(&&*field) {
                 let list = if MUST_AGREE.contains(&&*field) { &mut hard } else { &mut soft };
-                list.push(format!("{field} was {was}, is {is}"));
+                match was.as_object() {
+                    Some(parts) => list.extend(
+                        parts.iter().filter(|(part, was)| **was != is[part.as_str()]).map(
+                            |(part, was)| {
+                                format!("{field}.{part} was {was}, is {}", is[part.as_str()])
+                            },
+                        ),
+                    ),
+                    None => list.push(format!("{field} was {was}, is {is}")),
+                }
             }
         }
         if hard.is_empty() { Ok(soft) } else { Err(hard) }

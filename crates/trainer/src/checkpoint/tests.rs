@@ -133,6 +133,11 @@ fn another_model_is_refused_and_other_settings_are_named() {
     assert_eq!(was.differences(&now), Ok(vec!["batch_size was 4, is 8".to_string()]));
     now.split_point_2 = 1;
     assert_eq!(was.differences(&now), Err(vec!["split_point_2 was 2, is 1".to_string()]));
+    // Of LoRA only what differs.
+    let mut other_rank = was.clone();
+    other_rank.lora.r += 1;
+    let lora = Err(vec![format!("lora.r was {}, is {}", was.lora.r, was.lora.r + 1)]);
+    assert_eq!(was.differences(&other_rank), lora);
 }
 
 #[test]

@@ -48,9 +48,12 @@ pub enum DataSetError {
     )]
     Unreachable { name: String, endpoint: String, reason: String },
     #[error(
-        "HF_HUB_OFFLINE is set, and {file} of the data set {name} is not in {}; fetch it once with a network, or give the texts as files with --train-file", cache.display()
+        "HF_HUB_OFFLINE is set, and {} of the data set {name} {} in {}; fetch it once with a network, or give the texts as files with --train-file",
+        file.as_deref().unwrap_or("no file"),
+        if file.is_some() { "is not" } else { "is" },
+        cache.display()
     )]
-    NotCached { name: String, file: String, cache: PathBuf },
+    NotCached { name: String, file: Option<String>, cache: PathBuf },
     #[error("fetching {file} of the data set {name} from {endpoint} failed: {reason}")]
     Failed { name: String, file: String, endpoint: String, reason: String },
     #[error(
@@ -138,7 +141,7 @@ impl Snapshot {
         if !path.exists() {
             let (hub, repo) = self.hub.as_ref().ok_or_else(|| DataSetError::NotCached {
                 name: self.name.clone(),
-                file: file.into(),
+                file: Some(file.into()),
                 cache: self.cache.clone(),
             })?;
             hub.fetch(repo, file, &path)?;
@@ -296,11 +299,8 @@ impl Hub {
 /// The same from the cache alone.
 fn cached(name: &str, config: Option<&str>, settings: &HubSettings) -> Result<Found, DataSetError> {
     let cache = &settings.cache;
-    let nothing = || DataSetError::NotCached {
-        name: name.into(),
-        file: "any file".into(),
-        cache: cache.clone(),
-    };
+    let nothing =
+        || DataSetError::NotCached { name: name.into(), file: None, cache: cache.clone() };
     let repo = cached_repo(name, cache).ok_or_else(nothing)?;
     let mut problem = None;
     for revision in [MAIN, CONVERTED] {

@@ -58,9 +58,9 @@ impl fmt::Display for LoadStats {
         let share = |n: usize, of: usize| 100.0 * n as f64 / of.max(1) as f64;
         write!(
             f,
-            "{} records, {} samples, {} tokens ({:.0}% learned)",
-            self.n_records,
-            self.n_samples,
+            "{}, {}, {} tokens ({:.0}% learned)",
+            counted(self.n_records, "record"),
+            counted(self.n_samples, "sample"),
             self.n_tokens,
             share(self.n_learned, self.n_tokens),
         )?;
@@ -70,11 +70,16 @@ impl fmt::Display for LoadStats {
             (self.n_skipped, "passed over"),
         ] {
             if n > 0 {
-                write!(f, ", {n} records {what} ({:.1}%)", share(n, self.n_records))?;
+                let records = counted(n, "record");
+                write!(f, ", {records} {what} ({:.1}%)", share(n, self.n_records))?;
             }
         }
         Ok(())
     }
+}
+
+fn counted(n: usize, what: &str) -> String {
+    if n == 1 { format!("1 {what}") } else { format!("{n} {what}s") }
 }
 
 impl Default for DataSet {

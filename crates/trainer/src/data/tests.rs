@@ -288,8 +288,8 @@ fn what_has_nothing_to_predict_is_passed_over_and_counted() {
     let data = load("a.jsonl", lines, &options(30)).unwrap();
     assert_eq!((data.len(), data.stats.n_skipped, data.stats.n_records), (1, 1, 2));
     let line = data.stats.to_string();
-    assert!(line.starts_with("2 records, 1 samples, "), "{line}");
-    assert!(line.ends_with(", 1 records passed over (50.0%)"), "{line}");
+    assert!(line.starts_with("2 records, 1 sample, "), "{line}");
+    assert!(line.ends_with(", 1 record passed over (50.0%)"), "{line}");
     let only = "{\"prompt\": \"a prompt\", \"completion\": \"\"}";
     let error = load("a.jsonl", only, &options(30)).unwrap_err().to_string();
     assert!(error.contains("raise --max-seq-length"), "{error}");

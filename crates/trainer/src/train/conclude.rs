@@ -24,14 +24,20 @@ impl Run {
             return;
         };
         let dir = dir.display();
+        let model = &self.prepared.settings.model_name;
+        // It knows the cross-entropy only, not preferences.
+        let eval = match self.options.loss.wants_pairs() {
+            true => String::new(),
+            false => {
+                format!("  offshoot eval --model-name {model} --adapter {dir} --eval-file FILE\n")
+            }
+        };
         self.report.line(&format!(
             "done at step {} of {n_steps}; the adapter for the whole model, of step {step}, is in {dir}\n  \
-             offshoot generate --adapter {dir} --prompt \"...\"\n  \
-             offshoot eval --model-name {} --adapter {dir} --eval-file FILE\n  \
-             offshoot plot {run}\n  \
+             offshoot generate --adapter {dir} --prompt \"...\"\n\
+             {eval}  offshoot plot {run}\n  \
              PeftModel.from_pretrained(model, {:?})  # in Python",
             self.step,
-            self.prepared.settings.model_name,
             dir.to_string(),
         ));
     }
@@ -44,8 +50,12 @@ impl Run {
         let mean = |part: &[(u64, f64)]| part.iter().map(|(_, loss)| loss).sum::<f64>() / n as f64;
         let (first, last) = (mean(&self.losses[..n]), mean(&self.losses[self.losses.len() - n..]));
         let of = if n == 1 { "step".to_string() } else { format!("{n} steps") };
-        let best = self.best.map_or(String::new(), |best| {
-            format!("; lowest evaluation loss {:.4}, at step {}", best.loss, best.step)
+        let best = self.best.map_or(String::new(), |best| match best.step {
+            0 => format!(
+                "; on the evaluation data no step was better than the model as it was (loss {:.4})",
+                best.loss
+            ),
+            step => format!("; lowest evaluation loss {:.4}, at step {step}", best.loss),
         });
         self.report.line(&format!(
             "training loss {first:.4} in the first {of}, {last:.4} in the last{best}"
@@ -70,9 +80,13 @@ impl Run {
         ));
         let may_be_halved = self.options.steps.most_samples() != Some(1);
         if share > MUCH_WAITING && self.spent.microbatches == 1 && may_be_halved {
-            self.report.line(
-                "a step of one microbatch has nothing to do meanwhile: half the --batch-size with twice the --gradient-accumulation-steps takes the same samples into a step and waits less",
-            );
+            let (size, same) = match self.options.steps.max_tokens_per_batch {
+                Some(_) => ("--max-tokens-per-batch", "about the same samples"),
+                None => ("--batch-size", "the same samples"),
+            };
+            self.report.line(&format!(
+                "a step of one microbatch has nothing to do meanwhile: half the {size} with twice the --gradient-accumulation-steps takes {same} into a step and waits less",
+            ));
         }
     }
 }

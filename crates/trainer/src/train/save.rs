@@ -159,8 +159,11 @@ impl Run {
             exported = Some(self.export().await?);
         }
         let wire_error = WireErrors::of(&self.session, &self.prepared.client).await?;
-        let wire_dtype = self.session.wire_dtype().name();
-        self.report.line(&format!("wire dtype {wire_dtype}, {wire_error}"));
+        // A finished run that was resumed has sent nothing.
+        if self.spent.microbatches > 0 {
+            let wire_dtype = self.session.wire_dtype().name();
+            self.report.line(&format!("wire dtype {wire_dtype}, {wire_error}"));
+        }
         self.report.event(&Event::Done(DoneEvent {
             step: self.step,
             interrupted,

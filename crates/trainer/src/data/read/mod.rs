@@ -197,6 +197,23 @@ pub(crate) fn folder_files(folder: &Path) -> Result<Vec<PathBuf>, TrainError> {
     Ok(files)
 }
 
+/// The names of the folders in a folder that have data files themselves, sorted. What cannot be
+/// looked into has none.
+pub(crate) fn folders_with_data(folder: &Path) -> Result<Vec<String>, TrainError> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(folder).map_err(TrainError::io(folder))? {
+        let entry = entry.map_err(TrainError::io(folder))?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let path = entry.path();
+        let is_open = !name.starts_with(['.', '_']) && path.is_dir();
+        if is_open && folder_files(&path).is_ok_and(|files| !files.is_empty()) {
+            names.push(name);
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
 /// All files below a folder, as paths within it with slashes, sorted.
 pub(crate) fn files_below(folder: &Path) -> Result<Vec<String>, TrainError> {
     let mut files = Vec::new();

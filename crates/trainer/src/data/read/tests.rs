@@ -416,3 +416,13 @@ fn preferences_come_from_a_table_too() {
     };
     assert_eq!(read("a.csv", csv).unwrap(), [at("a.csv:2", expected)]);
 }
+
+#[test]
+fn folders_below_that_have_data_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    for (folder, file) in [("more", "a.txt"), ("_hidden", "b.txt"), ("code", "c.py")] {
+        fs::create_dir(dir.path().join(folder)).unwrap();
+        fs::write(dir.path().join(folder).join(file), "a").unwrap();
+    }
+    assert_eq!(super::folders_with_data(dir.path()).unwrap(), ["more"]);
+}

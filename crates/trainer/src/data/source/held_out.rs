@@ -37,7 +37,9 @@ impl HeldOut {
             true => {
                 "no record fell into the part that is held out; raise --eval-fraction, or name a file with --eval-file"
             }
-            false => "every record fell into the part that is held out; lower --eval-fraction",
+            false => {
+                "every record fell into the part that is held out; lower --eval-fraction, or name a file with --eval-file. (A record of a text file is a paragraph: blank lines part them)"
+            }
         };
         TrainError::Data { path: self.name().into(), line: None, problem: problem.into() }
     }

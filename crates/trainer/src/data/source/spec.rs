@@ -212,6 +212,15 @@ impl DataSpec {
                 return wrong(no_data(&read::files_below(path)?));
             }
             tell_of_splits(path, &inside);
+            let below = read::folders_with_data(path)?;
+            if !below.is_empty() {
+                tracing::warn!(
+                    folder = %path.display(),
+                    files_read = inside.len(),
+                    folders_not_read = below.join(", "),
+                    "a folder stands for the files in it, not for those in the folders below; name those too, or the whole with --dataset-name"
+                );
+            }
             sources.extend(inside.into_iter().map(|file| FileSource::local(file, &self.columns)));
         }
         Ok(sources)
