@@ -296,6 +296,6 @@ async fn another_runs_folder_is_not_written_over() {
     options.output.resume = Some("latest".into());
     options.lora.r = Some(4);
     let error = train(options, CancelToken::default()).await.unwrap_err().to_string();
-    assert!(error.contains("another model, cut or adapter: lora was"), "{error}");
+    assert!(error.contains("another model, cut or adapter: lora.r was 8, is 4;"), "{error}");
     server.drain().await;
 }
