@@ -29,9 +29,10 @@ use tch::Kind;
 #[derive(Args)]
 #[command(after_help = EXAMPLES)]
 pub struct EvalArgs {
-    /// The model: a Hugging Face directory, a GGUF file or a hub name.
-    #[arg(long, value_name = "NAME|PATH")]
-    model_name: String,
+    /// The model: a Hugging Face directory, a GGUF file or a hub name [default: the one that the
+    /// adapter names].
+    #[arg(long, value_name = "NAME|PATH", required_unless_present = "adapter")]
+    model_name: Option<String>,
     /// A PEFT directory, the --output-dir of a run, or a checkpoint_step_N.
     #[arg(long, value_name = "PATH")]
     adapter: Option<PathBuf>,
@@ -108,7 +109,12 @@ Examples:
 pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
     let device = accelerator::device(&args.device)?;
     let adapter = args.adapter.as_deref().map(|path| Adapter::find(path, args.step)).transpose()?;
-    let checkpoint = Checkpoint::find(&args.model_name)?;
+    let of_adapter = adapter.as_ref().and_then(|adapter| adapter.base_model.clone());
+    let model_name = args
+        .model_name
+        .or(of_adapter)
+        .context("--model-name is missing, and the adapter names no base model")?;
+    let checkpoint = Checkpoint::find(&model_name)?;
     let config = ModelConfig::from_json(checkpoint.config())?;
     let adapter = adapter.map(|adapter| adapter.fit(&config)).transpose()?;
     let kind = Kind::from(args.dtype);
@@ -140,7 +146,7 @@ pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
     };
     if args.json {
         let mut result = json!({
-            "model": args.model_name,
+            "model": model_name,
             "adapter": args.adapter,
             "server": server,
             "dtype": dtype_name(kind),

@@ -24,10 +24,10 @@ pub struct ImportArgs {
     #[arg(long, value_name = "DIR")]
     output_dir: PathBuf,
     /// First layer of the trunk.
-    #[arg(long, value_name = "LAYER", required_unless_present = "server")]
+    #[arg(long, value_name = "LAYER")]
     split_point_1: Option<usize>,
     /// First layer behind the trunk.
-    #[arg(long, value_name = "LAYER", required_unless_present = "server")]
+    #[arg(long, value_name = "LAYER")]
     split_point_2: Option<usize>,
     /// Cut where this server's trunk is, and check that it has the same model.
     #[arg(long, value_name = "URL", conflicts_with_all = ["split_point_1", "split_point_2"])]
@@ -52,10 +52,9 @@ pub fn run(args: ImportArgs) -> anyhow::Result<ExitCode> {
     let config = ModelConfig::from_json(checkpoint.config())?;
     let (s1, s2) = match &args.server {
         Some(url) => split_of_server(url, &checkpoint)?,
-        None => (
-            args.split_point_1.context("--split-point-1 is missing")?,
-            args.split_point_2.context("--split-point-2 is missing")?,
-        ),
+        None => args.split_point_1.zip(args.split_point_2).context(
+            "where is the model cut? Name --split-point-1 and --split-point-2, or with --server the server that has the trunk",
+        )?,
     };
     let split = SplitPoints::new(s1, s2, config.n_layers)?;
     let (r, alpha) = (adapter.spec.r, adapter.spec.lora_alpha);

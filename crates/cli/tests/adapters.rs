@@ -95,6 +95,19 @@ fn base_adapter_and_merged_model_are_evaluated() {
     assert!((loss(&both["base"]) - loss(&both["adapter"])).abs() > 0.1, "{both}");
     assert_eq!(both["predicted_tokens"], 135);
 
+    // The model that an adapter names need not be named.
+    let mut settings: Value = serde_json::from_str(
+        &fs::read_to_string(Path::new(&adapter).join("adapter_config.json")).unwrap(),
+    )
+    .unwrap();
+    settings["base_model_name_or_path"] = model.clone().into();
+    fs::create_dir(dir.path().join("named")).unwrap();
+    fs::write(dir.path().join("named/adapter_config.json"), settings.to_string()).unwrap();
+    let weights = "adapter_model.safetensors";
+    fs::copy(Path::new(&adapter).join(weights), dir.path().join("named").join(weights)).unwrap();
+    let named = parse(&eval(&["--adapter", "named", "--json"]));
+    assert_eq!(named["adapter"], both["adapter"]);
+
     refused(&offshoot(dir.path(), &merge), &["--output-dir = merged: it has something in it"]);
     refused(
         &eval(&["--model-name", &model, "--adapter", "nowhere"]),
@@ -114,6 +127,8 @@ fn an_adapter_is_imported_where_there_is_no_run() {
         offshoot(dir.path(), &[&line[..], &cut].concat())
     };
     refused(&cut("9"), &["split points 0 and 9 do not fit"]);
+    let uncut = ["import", &adapter, "--model-name", &model, "--output-dir", "run"];
+    refused(&offshoot(dir.path(), &uncut), &["where is the model cut?", "--server"]);
     let out = said(&cut("2"));
     assert!(out.contains("r 4, alpha 6; bottom [0, 0), trunk [0, 2), top [2, 4)"), "{out}");
     assert!(out.contains("--resume latest"), "{out}");

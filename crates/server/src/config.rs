@@ -334,7 +334,7 @@ impl ServerConfig {
             "model.split_point_2",
             model.split_point_2 > model.split_point_1,
             model.split_point_2.to_string(),
-            "a layer behind model.split_point_1",
+            "a layer behind model.split_point_1 (--split-point-2 LAYER)",
         );
         check(
             "model.device",

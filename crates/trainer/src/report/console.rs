@@ -157,7 +157,9 @@ impl Interval {
 }
 
 fn extras(values: &BTreeMap<String, f64>, n: f64) -> String {
-    values.iter().map(|(name, sum)| format!("  {name} {:.3}", sum / n)).collect()
+    // The group that TensorBoard files a name under makes a line too long.
+    let short = |name: &'_ str| name.rsplit('/').next().unwrap_or_default().to_string();
+    values.iter().map(|(name, sum)| format!("  {} {:.3}", short(name), sum / n)).collect()
 }
 
 impl Pace {
