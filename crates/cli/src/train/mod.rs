@@ -202,6 +202,15 @@ mod tests {
     }
 
     #[test]
+    fn a_negative_number_meets_the_range_and_lr_is_short_for_the_learning_rate() {
+        let options = parse("--model-name m --train-file t --learning-rate -1").unwrap();
+        let error = options.validate().unwrap_err().to_string();
+        assert_eq!(error, "--learning-rate = -1: expected a positive number such as 1e-4");
+        let options = parse("--model-name m --train-file t --lr 1e-3").unwrap();
+        assert_eq!(options.optimizer.learning_rate, 1e-3);
+    }
+
+    #[test]
     fn servers_and_targets_are_lists_and_addresses() {
         let line = "--model-name m --train-file a --train-file b --target-modules q_proj,v_proj";
         let options = parse(&format!("{line} --server http://h:7")).unwrap();
