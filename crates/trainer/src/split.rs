@@ -57,7 +57,7 @@ impl Checkpointing {
     /// Measured (benches/README.md, "client memory"): with it a client of a small model with a large
     /// vocabulary stays below two full tensors of logits. Microbatches of some hundred tokens of
     /// such models keep everything.
-    pub const MANY_BYTES: u64 = 256 << 20;
+    pub const MANY_BYTES: u64 = 128 << 20;
 }
 
 /// The client's half of a model: bottom and top around a session that stands for the trunk, each

@@ -16,7 +16,7 @@ pub struct ComputeArgs {
     devices: Vec<String>,
     /// Whether this side's layers are computed again in the backward, which takes less memory and
     /// more time and changes no number. auto: on the CPU, where one microbatch would take more than
-    /// 256 MiB.
+    /// 128 MiB.
     #[arg(long, value_enum, default_value_t = GradientCheckpointing::Auto)]
     gradient_checkpointing: GradientCheckpointing,
     /// Type of this side's frozen layers. With bf16 they take half the memory, and products run in

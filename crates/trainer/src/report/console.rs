@@ -120,8 +120,12 @@ impl Console {
         }
         let due = event.step.is_multiple_of(self.log_interval) || event.step == self.n_steps;
         if due || event.step == 1 {
-            let line = self.interval.line(event, &self.place(event.step));
-            self.line(&format!("{line}  left {:>6}", duration(left)));
+            let mut line = self.interval.line(event, &self.place(event.step));
+            // The bar tells it, where there is one, and lines of a terminal should be short.
+            if self.bar.is_none() {
+                line += &format!("  left {:>6}", duration(left));
+            }
+            self.line(&line);
             self.interval = Interval::default();
         }
     }
