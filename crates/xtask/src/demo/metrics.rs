@@ -31,8 +31,9 @@ impl Metrics {
         Self { path: path.to_owned(), read_bytes: 0, events: Vec::new() }
     }
 
+    /// Whether something went through the model: a run's first line only says what it is going to do.
     pub fn has_started(&self) -> bool {
-        !self.events.is_empty()
+        self.events.iter().any(|event| !matches!(event, Event::Other))
     }
 
     /// The events that came since the last call. A line that is not whole yet waits.
