@@ -40,8 +40,10 @@ impl Memory {
 
     /// Keeps a reading that was taken with `n_sessions` live.
     pub fn add(&mut self, n_sessions: usize, bytes: u64) {
-        // Freed memory makes a server without sessions larger after a session than before one.
-        if n_sessions > 0 {
+        // What a session leaves stays with the server, so only readings on the way up tell what so
+        // many sessions take.
+        let on_the_way_up = self.readings[n_sessions + 1..].iter().all(Vec::is_empty);
+        if n_sessions > 0 && on_the_way_up {
             self.readings[n_sessions].push(bytes);
         }
     }
