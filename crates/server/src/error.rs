@@ -365,6 +365,7 @@ impl Error {
             code: self.class().frame_code() as i32,
             message: self.to_string(),
             retry_after_millis: u32::try_from(retry_after.as_millis()).unwrap_or(u32::MAX),
+            quota: None,
         };
         v1::ServerFrame { sequence, body: Some(v1::server_frame::Body::Error(error)) }
     }

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 fn record() -> Record {
     Record {
+        tenant: String::new(),
         name: "team".into(),
         lora: LoraSpec::default(),
         adamw: AdamW::default(),

@@ -191,7 +191,7 @@ async fn a_drained_and_restarted_session_goes_on_with_the_same_numbers() {
     let mut stream = Stream::attach(&mut rpc, &session, 2).await;
     assert_eq!((stream.attached.last_applied, stream.attached.step), (3, 1));
     // The answer that the client had not seen.
-    assert!(matches!(stream.ask(3, step()).await, Answer::Step(v1::StepDone { step: 1 })));
+    assert!(matches!(stream.ask(3, step()).await, Answer::Step(v1::StepDone { step: 1, .. })));
     assert_eq!(stream.train(4).await, norms[1]);
     assert_eq!(export(&mut rpc, &session).await, expected);
     drop(stream);
@@ -231,7 +231,7 @@ async fn a_drain_lets_an_open_microbatch_finish_and_its_step_comes_later() {
     let (server, mut rpc) = start(store.path()).await;
     let mut stream = Stream::attach(&mut rpc, &session, 2).await;
     assert_eq!((stream.attached.last_applied, stream.attached.step), (2, 0));
-    assert!(matches!(stream.ask(3, step()).await, Answer::Step(v1::StepDone { step: 1 })));
+    assert!(matches!(stream.ask(3, step()).await, Answer::Step(v1::StepDone { step: 1, .. })));
     drop(stream);
     assert_eq!(server.drain(PATIENCE).await, 0);
 }
@@ -268,7 +268,7 @@ async fn what_stands_behind_a_refused_frame_is_refused_and_changes_nothing() {
     let answer = stream.ask(2, backward(1, 5)).await;
     let Answer::Backward(done) = answer else { panic!("{answer:?}") };
     assert_eq!(done.grad_norm_squared, norms[0]);
-    assert!(matches!(stream.ask(3, step()).await, Answer::Step(v1::StepDone { step: 1 })));
+    assert!(matches!(stream.ask(3, step()).await, Answer::Step(v1::StepDone { step: 1, .. })));
     assert_eq!(stream.train(4).await, norms[1]);
     drop(stream);
     assert_eq!(server.drain(PATIENCE).await, 0);

@@ -157,6 +157,7 @@ impl Registry {
     fn new_record(&self, name: String, settings: &Settings) -> Record {
         let trunk = self.engine.trunk();
         Record {
+            tenant: String::new(),
             name,
             lora: settings.lora.clone(),
             adamw: settings.adamw.clone(),

@@ -120,6 +120,7 @@ mod tests {
 
     fn record() -> Record {
         Record {
+            tenant: String::new(),
             name: String::new(),
             lora: Default::default(),
             adamw: Default::default(),
@@ -140,7 +141,7 @@ mod tests {
         let answer = |sequence| Recorded {
             sequence,
             digest: [sequence as u8; 32],
-            answer: ServerFrame { sequence, body: Some(Body::Step(StepDone { step: 9 })) },
+            answer: ServerFrame { sequence, body: Some(Body::Step(StepDone { step: 9, snapshot: false })) },
         };
         let resume = Resume { applied: 5, step: 2, answers: vec![answer(4), answer(5)] };
         let adapters = Arc::new(AdapterState {
@@ -201,7 +202,7 @@ mod tests {
 
     #[test]
     fn cut_off_answers_are_an_error() {
-        let answer = ServerFrame { sequence: 1, body: Some(Body::Step(StepDone { step: 9 })) };
+        let answer = ServerFrame { sequence: 1, body: Some(Body::Step(StepDone { step: 9, snapshot: false })) };
         let bytes = encode_answers(&[Recorded { sequence: 1, digest: [1; 32], answer }]);
         assert_eq!(decode_answers(&bytes).unwrap().len(), 1);
         for cut in 1..bytes.len() {

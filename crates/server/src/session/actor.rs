@@ -142,6 +142,7 @@ impl SessionActor {
             open_microbatches: self.state.open().keys().copied().collect(),
             limits: Some(self.limits),
             epoch: self.newest.epoch,
+            snapshots: Vec::new(),
         };
         ServerFrame { sequence: 0, body: Some(Body::Attached(attached)) }
     }

@@ -62,7 +62,7 @@ impl Answer {
                 refused(error, Some(microbatch))
             }
             Answer::Step(Ok(StepResult { step })) => {
-                applied(Body::Step(v1::StepDone { step }), 0, Some(step))
+                applied(Body::Step(v1::StepDone { step, snapshot: false }), 0, Some(step))
             }
             Answer::Discard(Ok(DiscardResult)) => {
                 applied(Body::Discard(v1::DiscardDone {}), 0, None)

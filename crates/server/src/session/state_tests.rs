@@ -14,7 +14,7 @@ fn head(sequence: u64, effect: Effect) -> Head {
 
 /// An answer that tells which frame it answers.
 fn answer(sequence: u64) -> ServerFrame {
-    ServerFrame { sequence, body: Some(Body::Step(StepDone { step: sequence })) }
+    ServerFrame { sequence, body: Some(Body::Step(StepDone { step: sequence, snapshot: false })) }
 }
 
 fn run(state: &mut SessionState, head: &Head) -> Ticket {

@@ -6,6 +6,9 @@ use serde::{Deserialize, Serialize};
 /// A session as it lies on disk.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Record {
+    /// Whose session it is; empty without a tenants file.
+    #[serde(default)]
+    pub tenant: String,
     pub name: String,
     pub lora: LoraSpec,
     pub adamw: AdamW,
