@@ -1,13 +1,13 @@
-//! A TCP proxy that breaks connections on purpose.
+//! A TCP proxy that breaks, delays and repeats connections on purpose.
+
+mod carry;
 
 use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 /// Passes bytes on to a server, until it is told to stop.
@@ -22,10 +22,27 @@ struct Shared {
     /// How many bytes, both ways together, each of the next connections may carry.
     plan: Mutex<VecDeque<i64>>,
     connections: AtomicUsize,
-    /// Counts up to end all connections that there are.
-    cuts: watch::Sender<u64>,
+    /// How all connections that there are shall end.
+    ends: watch::Sender<Ends>,
     /// What the server says is dropped.
     muted: AtomicBool,
+    /// Nothing is passed on.
+    held: watch::Sender<bool>,
+    /// Bytes of clients that are held back.
+    n_held: AtomicUsize,
+    /// Counts up to send what the ends of stranded connections still have.
+    deliveries: watch::Sender<u64>,
+    n_stranded: AtomicUsize,
+    n_late: AtomicUsize,
+    /// What was, or will be, delivered late.
+    late: Mutex<Vec<u8>>,
+}
+
+/// Counted up, so that a connection knows whether it is meant.
+#[derive(Debug, Clone, Copy, Default)]
+struct Ends {
+    cuts: u64,
+    strandings: u64,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -41,8 +58,14 @@ impl Proxy {
             upstream: Mutex::new(Some(upstream)),
             plan: Mutex::default(),
             connections: AtomicUsize::new(0),
-            cuts: watch::channel(0).0,
+            ends: watch::channel(Ends::default()).0,
             muted: AtomicBool::new(false),
+            held: watch::channel(false).0,
+            n_held: AtomicUsize::new(0),
+            deliveries: watch::channel(0).0,
+            n_stranded: AtomicUsize::new(0),
+            n_late: AtomicUsize::new(0),
+            late: Mutex::default(),
         });
         let accepting = tokio::spawn(accept(listener, shared.clone()));
         Ok(Proxy { address, shared, accepting })
@@ -66,13 +89,50 @@ impl Proxy {
 
     /// Ends all connections now.
     pub fn cut(&self) {
-        self.shared.cuts.send_modify(|n| *n += 1);
+        self.shared.ends.send_modify(|ends| ends.cuts += 1);
     }
 
     /// From now on, what clients say arrives and what the server answers does not. A connection that
     /// has lost bytes must be [`cut`](Proxy::cut) before the proxy is loud again.
     pub fn mute(&self, muted: bool) {
         self.shared.muted.store(muted, Ordering::SeqCst);
+    }
+
+    /// From now on nothing arrives, either way, until it is released; then all of it does, in order.
+    pub fn hold(&self, held: bool) {
+        self.shared.held.send_replace(held);
+    }
+
+    /// Bytes of clients that [`hold`](Proxy::hold) keeps back now.
+    pub fn n_held(&self) -> usize {
+        self.shared.n_held.load(Ordering::SeqCst)
+    }
+
+    /// Ends all connections for their clients only. The server's ends stay open, as those of a
+    /// network that has bytes on a long way; [`deliver_late`](Proxy::deliver_late) lets what was held
+    /// back arrive there.
+    pub fn strand(&self) {
+        self.shared.ends.send_modify(|ends| ends.strandings += 1);
+    }
+
+    /// Connections that were stranded so far.
+    pub fn n_stranded(&self) -> usize {
+        self.shared.n_stranded.load(Ordering::SeqCst)
+    }
+
+    /// The bytes of stranded connections arrive now.
+    pub fn deliver_late(&self) {
+        self.shared.deliveries.send_modify(|n| *n += 1);
+    }
+
+    /// Connections whose late bytes have been written to the server.
+    pub fn n_late(&self) -> usize {
+        self.shared.n_late.load(Ordering::SeqCst)
+    }
+
+    /// Whether this text is in what stranded connections carried late.
+    pub fn is_late(&self, text: &str) -> bool {
+        lock(&self.shared.late).windows(text.len()).any(|window| window == text.as_bytes())
     }
 
     /// Connections accepted so far.
@@ -83,6 +143,11 @@ impl Proxy {
     /// Cuts that are planned and have not happened.
     pub fn cuts_left(&self) -> usize {
         lock(&self.shared.plan).len()
+    }
+
+    /// Forgets planned cuts.
+    pub fn forget_plan(&self) {
+        lock(&self.shared.plan).clear();
     }
 }
 
@@ -96,42 +161,7 @@ impl Drop for Proxy {
 async fn accept(listener: TcpListener, shared: Arc<Shared>) {
     while let Ok((client, _)) = listener.accept().await {
         shared.connections.fetch_add(1, Ordering::SeqCst);
-        let cuts = shared.cuts.subscribe();
-        tokio::spawn(carry(client, shared.clone(), cuts));
-    }
-}
-
-async fn carry(client: TcpStream, shared: Arc<Shared>, mut cuts: watch::Receiver<u64>) {
-    let Some(upstream) = *lock(&shared.upstream) else { return };
-    let budget = AtomicI64::new(lock(&shared.plan).pop_front().unwrap_or(i64::MAX));
-    let Ok(server) = TcpStream::connect(upstream).await else { return };
-    let (from_client, to_client) = client.into_split();
-    let (from_server, to_server) = server.into_split();
-    let never = AtomicBool::new(false);
-    // Whichever ends first takes the other with it, and all four halves are closed.
-    tokio::select! {
-        () = pass(from_client, to_server, &budget, &never) => {}
-        () = pass(from_server, to_client, &budget, &shared.muted) => {}
-        _ = cuts.changed() => {}
-    }
-}
-
-async fn pass(
-    mut from: OwnedReadHalf,
-    mut to: OwnedWriteHalf,
-    budget: &AtomicI64,
-    muted: &AtomicBool,
-) {
-    let mut buffer = vec![0; 16 << 10];
-    loop {
-        let Ok(read @ 1..) = from.read(&mut buffer).await else { return };
-        if muted.load(Ordering::SeqCst) {
-            continue;
-        }
-        let left = budget.fetch_sub(read as i64, Ordering::SeqCst).max(0);
-        let part = read.min(usize::try_from(left).unwrap_or(usize::MAX));
-        if to.write_all(&buffer[..part]).await.is_err() || part < read {
-            return;
-        }
+        let (ends, deliveries) = (shared.ends.subscribe(), shared.deliveries.subscribe());
+        tokio::spawn(carry::carry(client, shared.clone(), ends, deliveries));
     }
 }
