@@ -1,16 +1,17 @@
 use crate::driver::Driver;
+use crate::identity::is_loopback;
 use crate::loss::SentLoss;
 use crate::options::{Backoff, ClientOptions, Retry};
 use crate::session::Session;
 use crate::types::{
     ExportedAdapter, OpenSession, Restored, ServerDescription, SessionId, SessionInfo, missing,
 };
-use crate::{ClientError, status};
+use crate::{ClientError, status, tls_failure};
 use offshoot_proto::WireDType;
 use offshoot_proto::outgoing::ClientTransport;
 use offshoot_proto::v1::{self, trunk_service_client::TrunkServiceClient};
 use std::sync::Arc;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Code, Status};
 
 pub(crate) type Rpc = TrunkServiceClient<ClientTransport<Channel>>;
@@ -41,6 +42,7 @@ struct Shared {
     endpoint: String,
     options: ClientOptions,
     channel: Channel,
+    uri: Uri,
     /// Largest message on a session's stream.
     frame_bytes: usize,
     hidden_size: usize,
@@ -52,6 +54,8 @@ struct Call {
     repeat: Repeat,
     retry: Retry,
     answer_bytes: usize,
+    /// The first one to this address: what is wrong with the address is wrong for good.
+    first: bool,
 }
 
 /// Whether a call may be repeated when it is unknown how far the first one came.
@@ -63,8 +67,8 @@ enum Repeat {
 }
 
 impl Client {
-    /// Connects to `host:port` or `http://host:port` with the default options, and asks the server
-    /// what it holds.
+    /// Connects to `host:port`, `http://host:port` or `https://host:port` with the default options, and
+    /// asks the server what it holds.
     pub async fn connect(endpoint: &str) -> Result<Client, ClientError> {
         Client::connect_with(endpoint, ClientOptions::default()).await
     }
@@ -74,18 +78,21 @@ impl Client {
         endpoint: &str,
         options: ClientOptions,
     ) -> Result<Client, ClientError> {
-        let channel = to_endpoint(endpoint, &options)?.connect_lazy();
+        let address = to_endpoint(endpoint, &options)?;
+        let (uri, channel) = (address.uri().clone(), address.connect_lazy());
         let patience = Retry { max_elapsed: options.connect_patience, ..options.retry };
         let mut client = Client {
             shared: Arc::new(Shared {
                 endpoint: endpoint.to_string(),
                 options: options.clone(),
                 channel: channel.clone(),
+                uri: uri.clone(),
                 frame_bytes: MARGIN_BYTES,
                 hidden_size: 0,
             }),
         };
-        let server = client.describe_within(patience).await.map_err(|error| match error {
+        let call = Call { retry: patience, first: true, ..client.call("Describe") };
+        let server = client.describe_by(call).await.map_err(|error| match error {
             ClientError::Refused { message, .. } => {
                 ClientError::NotATrunkServer { endpoint: endpoint.to_string(), cause: message }
             }
@@ -96,6 +103,7 @@ impl Client {
             endpoint: endpoint.to_string(),
             options,
             channel,
+            uri,
             // Tensors in f32, the widest dtype; per token a position and a length beside them.
             frame_bytes: tokens
                 .saturating_mul(4 * server.hidden_size + 16)
@@ -107,11 +115,10 @@ impl Client {
 
     /// What the server holds, and the bytes that it uses now.
     pub async fn describe(&self) -> Result<ServerDescription, ClientError> {
-        self.describe_within(self.shared.options.retry).await
+        self.describe_by(self.call("Describe")).await
     }
 
-    async fn describe_within(&self, retry: Retry) -> Result<ServerDescription, ClientError> {
-        let call = Call { retry, ..self.call("Describe") };
+    async fn describe_by(&self, call: Call) -> Result<ServerDescription, ClientError> {
         let ask = |mut rpc: Rpc, request| async move { rpc.describe(request).await };
         let answer = self.unary(call, v1::DescribeRequest {}, ask).await?;
         ServerDescription::from_proto(answer)
@@ -234,7 +241,8 @@ impl Client {
 
     fn call(&self, name: &'static str) -> Call {
         let retry = self.shared.options.retry;
-        Call { name, repeat: Repeat::Harmless, retry, answer_bytes: CONTROL_BYTES }
+        let (repeat, answer_bytes) = (Repeat::Harmless, CONTROL_BYTES);
+        Call { name, repeat, retry, answer_bytes, first: false }
     }
 
     /// Makes a unary call, again with backoff while the server is away.
@@ -242,35 +250,38 @@ impl Client {
         &self,
         call: Call,
         request: Q,
-        ask: impl Fn(Rpc, Q) -> F,
+        ask: impl Fn(Rpc, tonic::Request<Q>) -> F,
     ) -> Result<A, ClientError>
     where
         F: Future<Output = Result<tonic::Response<A>, Status>>,
     {
-        let Call { name, repeat, retry, answer_bytes } = call;
+        let Call { name, repeat, retry, answer_bytes, first } = call;
         let rpc = self.rpc(answer_bytes);
         let mut backoff = Backoff::new(retry);
         let mut cause = String::new();
         let mut refused = None;
         while backoff.attempt().await {
-            let status = match ask(rpc.clone(), request.clone()).await {
+            let status = match ask(rpc.clone(), self.request(request.clone())).await {
                 Ok(response) => return Ok(response.into_inner()),
                 Err(status) => status,
             };
+            if first {
+                self.explain_failure(&status).await?;
+            }
             let pushback = status::pushback(&status);
             backoff.wait_at_least(pushback.unwrap_or_default());
             let undone = status::is_unsent(&status) || pushback.is_some();
             let passing = status::is_transport(&status) || status.code() == Code::Unavailable;
             if !(undone || passing && repeat == Repeat::Harmless) {
-                return Err(ClientError::refused(name, &status));
+                return Err(self.refused(name, &status));
             }
-            cause = status::text(&status);
+            cause = self.cause(&status);
             tracing::debug!(call = name, cause, "no answer, will try again");
             refused = (!status::is_transport(&status)).then_some(status);
         }
         // A server that says no to the end can be reached.
         if let Some(status) = refused {
-            return Err(ClientError::refused(name, &status));
+            return Err(self.refused(name, &status));
         }
         Err(ClientError::Unreachable {
             endpoint: self.shared.endpoint.clone(),
@@ -278,6 +289,56 @@ impl Client {
             attempts: backoff.attempts(),
             cause,
         })
+    }
+
+    /// With what the server knows this client by.
+    pub(crate) fn request<T>(&self, message: T) -> tonic::Request<T> {
+        let mut request = tonic::Request::new(message);
+        if let Some(token) = &self.shared.options.token {
+            token.sign(&mut request);
+        }
+        request
+    }
+
+    /// What the server said no with.
+    fn refused(&self, call: &'static str, status: &Status) -> ClientError {
+        match status.code() {
+            Code::Unauthenticated => self.unauthenticated(status),
+            _ => ClientError::refused(call, status),
+        }
+    }
+
+    pub(crate) fn unauthenticated(&self, status: &Status) -> ClientError {
+        ClientError::Unauthenticated {
+            endpoint: self.shared.endpoint.clone(),
+            message: status.message().to_string(),
+            token_sent: self.shared.options.token.is_some(),
+        }
+    }
+
+    /// Why there was no answer, for people.
+    pub(crate) fn cause(&self, status: &Status) -> String {
+        tls_failure::explain(status, &self.shared.options).unwrap_or_else(|| status::text(status))
+    }
+
+    /// An error if trying again cannot help, because one side speaks TLS in a way that the other does
+    /// not, or not at all.
+    async fn explain_failure(&self, status: &Status) -> Result<(), ClientError> {
+        let Shared { endpoint, options, uri, .. } = &*self.shared;
+        let problem = if uri.scheme_str() == Some("https") {
+            tls_failure::explain(status, options)
+        } else if status::is_transport(status)
+            && !status::is_unsent(status)
+            && tls_failure::speaks_tls(uri, options.connect_timeout).await
+        {
+            Some("it speaks TLS, and this client does not; use https:// (and --tls-ca for a CA of your own)".into())
+        } else {
+            None
+        };
+        match problem {
+            Some(problem) => Err(ClientError::Tls { endpoint: endpoint.clone(), problem }),
+            None => Ok(()),
+        }
     }
 
     fn rpc(&self, answer_bytes: usize) -> Rpc {
@@ -311,25 +372,44 @@ impl Client {
     }
 }
 
+/// The address with its scheme and with what TLS needs. Nothing is sent yet.
 fn to_endpoint(text: &str, options: &ClientOptions) -> Result<Endpoint, ClientError> {
     let bad = |reason: &str| ClientError::BadEndpoint {
         endpoint: text.to_string(),
         reason: reason.to_string(),
     };
     let uri = match text.split_once("://") {
+        None if options.tls.is_given() => format!("https://{text}"),
         None => format!("http://{text}"),
-        Some(("http", _)) => text.to_string(),
-        Some(("https", _)) => return Err(bad("this version speaks no TLS")),
-        Some(_) => return Err(bad("the scheme is not http")),
+        Some(("http", _)) if options.tls.is_given() => {
+            return Err(bad(
+                "http:// is without TLS, and there are settings for TLS; use https://",
+            ));
+        }
+        Some(("http" | "https", _)) => text.to_string(),
+        Some(_) => return Err(bad("the scheme is neither http nor https")),
     };
     let endpoint = Endpoint::from_shared(uri).map_err(|e| bad(&e.to_string()))?;
-    let parts = endpoint.uri();
+    let parts = endpoint.uri().clone();
     if parts.port_u16().is_none() {
         return Err(bad("the port is missing"));
     }
     if !matches!(parts.path(), "" | "/") || parts.query().is_some() {
         return Err(bad("there is something behind the port"));
     }
+    let endpoint = if parts.scheme_str() == Some("https") {
+        let config = options.tls.to_config()?.timeout(options.connect_timeout);
+        endpoint.tls_config(config).map_err(|error| ClientError::Tls {
+            endpoint: text.to_string(),
+            problem: status::innermost(&error),
+        })?
+    } else {
+        let stays = options.allow_insecure_token || is_loopback(parts.host().unwrap_or_default());
+        if options.token.is_some() && !stays {
+            return Err(ClientError::InsecureToken { endpoint: text.to_string() });
+        }
+        endpoint
+    };
     Ok(endpoint
         .connect_timeout(options.connect_timeout)
         .tcp_nodelay(true)
@@ -345,6 +425,7 @@ fn to_endpoint(text: &str, options: &ClientOptions) -> Result<Endpoint, ClientEr
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{TlsOptions, Token};
 
     /// Compiled, not run: whatever a session can do, it can do in a task of its own.
     #[allow(dead_code)]
@@ -365,13 +446,15 @@ mod tests {
     #[test]
     fn addresses_with_and_without_a_scheme() {
         let options = ClientOptions::default();
-        for fine in ["127.0.0.1:50051", "http://[::1]:7", "http://trunk.local:50051/", "a:1"] {
+        for fine in
+            ["127.0.0.1:50051", "http://[::1]:7", "http://trunk.local:50051/", "a:1", "https://a:1"]
+        {
             assert!(to_endpoint(fine, &options).is_ok(), "{fine}");
         }
         for (text, reason) in [
             ("trunk.local", "port"),
             ("http://trunk.local", "port"),
-            ("https://trunk.local:1", "TLS"),
+            ("https://trunk.local", "port"),
             ("ftp://trunk.local:1", "scheme"),
             ("a:1/model", "behind the port"),
             ("", ""),
@@ -380,5 +463,30 @@ mod tests {
             let error = to_endpoint(text, &options).unwrap_err().to_string();
             assert!(error.contains(reason) && error.contains("host:port"), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn settings_for_tls_turn_it_on() {
+        let tls = TlsOptions { name: Some("trunk".into()), ..TlsOptions::default() };
+        let options = ClientOptions { tls, ..ClientOptions::default() };
+        assert_eq!(to_endpoint("a:1", &options).unwrap().uri().scheme_str(), Some("https"));
+        let error = to_endpoint("http://a:1", &options).unwrap_err().to_string();
+        assert!(error.contains("use https://"), "{error}");
+    }
+
+    #[test]
+    fn a_token_stays_on_this_machine_or_behind_tls() {
+        let token = Some(Token::new("ofs_1_secret").unwrap());
+        let mut options = ClientOptions { token, ..ClientOptions::default() };
+        for fine in ["127.0.0.1:1", "localhost:1", "[::1]:1", "https://trunk.local:1"] {
+            assert!(to_endpoint(fine, &options).is_ok(), "{fine}");
+        }
+        for open in ["trunk.local:1", "http://10.0.0.1:1"] {
+            let error = to_endpoint(open, &options).unwrap_err().to_string();
+            assert!(error.contains("--allow-insecure-token"), "{error}");
+            assert!(!error.contains("secret"), "{error}");
+        }
+        options.allow_insecure_token = true;
+        assert!(to_endpoint("trunk.local:1", &options).is_ok());
     }
 }

@@ -237,7 +237,7 @@ impl Driver {
                         return end;
                     },
                     Ok(None) => return End::Broken("the server ended the stream".to_string()),
-                    Err(status) => return wire::judge(&self.id, &status).into(),
+                    Err(status) => return wire::judge(&self.client, &self.id, &status).into(),
                 },
                 command = self.commands.recv(), if listens => if let Some(command) = command {
                     self.take_command(command);

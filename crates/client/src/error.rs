@@ -1,5 +1,6 @@
 use crate::types::{SessionId, SnapshotInfo};
 use offshoot_proto::{TensorError, v1};
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// Everything that can go wrong. Cheap enough to clone: a session that has ended gives the same
@@ -8,14 +9,60 @@ use std::time::Duration;
 pub enum ClientError {
     /// The text given to `connect` is no address.
     #[error(
-        "{endpoint:?} is no server address ({reason}); expected host:port or http://host:port, \
-         such as 127.0.0.1:50051"
+        "{endpoint:?} is no server address ({reason}); expected host:port, http://host:port or \
+         https://host:port, such as 127.0.0.1:50051"
     )]
     BadEndpoint {
         /// What was given.
         endpoint: String,
         /// What is wrong with it.
         reason: String,
+    },
+    /// A text that no token can be.
+    #[error(
+        "the token cannot be used: {problem}; expected one word such as ofs_..., in the environment \
+         as OFFSHOOT_TOKEN or in the file of --token-file"
+    )]
+    BadToken {
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+    /// A token, and a way to the server on which others can read it.
+    #[error(
+        "the token would travel to {endpoint} in clear text, where anybody on the way can take it; \
+         reach the server with TLS (https://, --tls-ca), or say --allow-insecure-token if the way is \
+         safe, as through a tunnel"
+    )]
+    InsecureToken {
+        /// The address.
+        endpoint: String,
+    },
+    /// A file for TLS that cannot be used.
+    #[error("TLS: {}: {problem}", path.display())]
+    TlsFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The server is there, and TLS between it and this client does not come about.
+    #[error("no secure connection to {endpoint}: {problem}")]
+    Tls {
+        /// The address.
+        endpoint: String,
+        /// What is wrong, and what to do.
+        problem: String,
+    },
+    /// The server does not take this client: no token, one that it does not know, or one that has
+    /// expired or been revoked.
+    #[error("{endpoint} does not let this client in: {message}; {}", token_hint(*token_sent))]
+    Unauthenticated {
+        /// The address.
+        endpoint: String,
+        /// The server's text.
+        message: String,
+        /// Whether a token was sent at all.
+        token_sent: bool,
     },
     /// Nobody answers at the address, for as long as the options allow.
     #[error(
@@ -157,6 +204,16 @@ fn code_name(code: v1::ErrorCode) -> &'static str {
         v1::ErrorCode::TakenOver => "taken over",
         v1::ErrorCode::Internal => "internal",
         v1::ErrorCode::Cache => "cache",
+        v1::ErrorCode::Unauthenticated => "unauthenticated",
+    }
+}
+
+fn token_hint(sent: bool) -> &'static str {
+    match sent {
+        false => "no token was sent: set OFFSHOOT_TOKEN or name a file with --token-file",
+        true => {
+            "ask the server's operator for a new token, or look which one OFFSHOOT_TOKEN or --token-file gives"
+        }
     }
 }
 
@@ -219,6 +276,11 @@ impl ClientError {
             | ClientError::TooLarge { .. }
             | ClientError::Tensor { .. } => false,
             ClientError::BadEndpoint { .. }
+            | ClientError::BadToken { .. }
+            | ClientError::InsecureToken { .. }
+            | ClientError::TlsFile { .. }
+            | ClientError::Tls { .. }
+            | ClientError::Unauthenticated { .. }
             | ClientError::Unreachable { .. }
             | ClientError::NotATrunkServer { .. }
             | ClientError::RolledBack { .. }

@@ -82,10 +82,15 @@ mod driver;
 mod entry;
 mod error;
 mod extend;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
+mod identity;
 mod loss;
 mod options;
 mod session;
 mod status;
+mod tls_failure;
 mod types;
 mod window;
 mod wire;
@@ -93,6 +98,7 @@ mod wire;
 pub use client::Client;
 pub use error::ClientError;
 pub use extend::{ExtendInput, PendingDropCache, PendingExtend};
+pub use identity::{TlsOptions, Token};
 pub use offshoot_proto::{HostTensor, Payload, Rounding, WireDType};
 pub use options::{ClientOptions, Retry};
 pub use session::{

@@ -1,3 +1,4 @@
+use crate::identity::{TlsOptions, Token};
 use std::time::Duration;
 
 /// How a [`Client`](crate::Client) reaches its server and how long it keeps trying.
@@ -15,6 +16,12 @@ pub struct ClientOptions {
     pub keepalive_interval: Duration,
     /// Without a sign of life for so long the connection counts as broken.
     pub keepalive_timeout: Duration,
+    /// What the server knows this client by, if it has a tenants file.
+    pub token: Option<Token>,
+    /// Whether a token may travel without TLS to another machine.
+    pub allow_insecure_token: bool,
+    /// How TLS is spoken. Without any of it, TLS is on if the address begins with `https://`.
+    pub tls: TlsOptions,
 }
 
 impl Default for ClientOptions {
@@ -25,6 +32,9 @@ impl Default for ClientOptions {
             retry: Retry::default(),
             keepalive_interval: Duration::from_secs(20),
             keepalive_timeout: Duration::from_secs(20),
+            token: None,
+            allow_insecure_token: false,
+            tls: TlsOptions::default(),
         }
     }
 }

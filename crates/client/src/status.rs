@@ -62,7 +62,8 @@ pub(crate) fn error_code(code: Code) -> ErrorCode {
         // in the session.
         Code::FailedPrecondition => ErrorCode::Invalid,
         Code::InvalidArgument | Code::OutOfRange | Code::AlreadyExists => ErrorCode::Invalid,
-        Code::NotFound | Code::PermissionDenied | Code::Unauthenticated => ErrorCode::NotFound,
+        Code::NotFound | Code::PermissionDenied => ErrorCode::NotFound,
+        Code::Unauthenticated => ErrorCode::Unauthenticated,
         Code::ResourceExhausted => ErrorCode::Exhausted,
         Code::Unavailable => ErrorCode::Draining,
         Code::Aborted => ErrorCode::TakenOver,
@@ -78,15 +79,20 @@ pub(crate) fn error_code(code: Code) -> ErrorCode {
 
 /// The status with its innermost cause, which is what tells people something.
 pub(crate) fn text(status: &Status) -> String {
-    let mut innermost: Option<&(dyn Error + 'static)> = status.source();
-    while let Some(next) = innermost.and_then(Error::source) {
-        innermost = Some(next);
-    }
-    match innermost {
-        Some(cause) if !status.message().contains(&cause.to_string()) => {
+    match status.source().map(innermost) {
+        Some(cause) if !status.message().contains(&cause) => {
             format!("{}: {cause}", status.message())
         }
         _ if status.message().is_empty() => status.code().description().to_string(),
         _ => status.message().to_string(),
     }
+}
+
+/// What an error goes back to.
+pub(crate) fn innermost(error: &(dyn Error + 'static)) -> String {
+    let mut innermost = error;
+    while let Some(next) = innermost.source() {
+        innermost = next;
+    }
+    innermost.to_string()
 }

@@ -54,10 +54,10 @@ async fn say_hello(
     if out.try_send(frame).is_err() {
         return Err(Failed::Broken("the stream closed at once".to_string()));
     }
-    let judge = |status| judge(id, &status);
+    let judge = |status| judge(client, id, &status);
     let mut rpc = client.stream_rpc();
     let outgoing = Outgoing::new(ReceiverStream::new(frames).map(Ok), client.frame_bytes());
-    let mut request = tonic::Request::new(tokio_stream::empty());
+    let mut request = client.request(tokio_stream::empty());
     request.extensions_mut().insert(outgoing);
     let mut answers = rpc.train(request).await.map_err(judge)?.into_inner();
     let answer = answers.message().await.map_err(judge)?;
@@ -72,9 +72,12 @@ async fn say_hello(
 }
 
 /// A status that ended the stream.
-pub(crate) fn judge(id: &SessionId, status: &tonic::Status) -> Failed {
+pub(crate) fn judge(client: &Client, id: &SessionId, status: &tonic::Status) -> Failed {
     if status::is_passing(status) {
-        return Failed::Broken(status::text(status));
+        return Failed::Broken(client.cause(status));
+    }
+    if status.code() == tonic::Code::Unauthenticated {
+        return Failed::Refused(client.unauthenticated(status));
     }
     let (session, message) = (id.clone(), status.message().to_string());
     Failed::Refused(match status::error_code(status.code()) {

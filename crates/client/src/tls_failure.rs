@@ -1,0 +1,96 @@
+//! Why TLS did not come about, in words that say what to do.
+
+use crate::ClientOptions;
+use rustls::{AlertDescription, CertificateError, Error as Tls};
+use std::error::Error;
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tonic::Status;
+use tonic::transport::Uri;
+
+/// How HTTP/2 begins.
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+/// The first two bytes of a TLS alert: its type, and the major version of all versions.
+const ALERT: [u8; 2] = [21, 3];
+
+/// What went wrong between this client's TLS and the server's, if that is why a call failed.
+pub(crate) fn explain(status: &Status, options: &ClientOptions) -> Option<String> {
+    let mut cause = status.source();
+    while let Some(error) = cause {
+        if let Some(tls) = as_tls(error) {
+            return Some(in_words(tls, options));
+        }
+        // Once connected, an alert has gone through layers that keep its text only.
+        if error.to_string().contains("received fatal alert") {
+            return Some(alert_in_words(&error.to_string(), options));
+        }
+        cause = error.source();
+    }
+    None
+}
+
+fn as_tls<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a Tls> {
+    let inner = || error.downcast_ref::<std::io::Error>()?.get_ref()?.downcast_ref::<Tls>();
+    error.downcast_ref::<Tls>().or_else(inner)
+}
+
+fn in_words(error: &Tls, options: &ClientOptions) -> String {
+    match error {
+        Tls::InvalidCertificate(problem) => certificate_in_words(problem, options),
+        Tls::AlertReceived(alert) => alert_in_words(&format!("{alert:?}"), options),
+        Tls::InvalidMessage(_) => {
+            "it answers without TLS; use http://, or give the server its [tls] settings".into()
+        }
+        other => other.to_string(),
+    }
+}
+
+fn certificate_in_words(problem: &CertificateError, options: &ClientOptions) -> String {
+    match problem {
+        CertificateError::UnknownIssuer => match &options.tls.ca {
+            Some(ca) => format!(
+                "its certificate is not signed by the CA in {}; --tls-ca takes the file of the one that signed it",
+                ca.display()
+            ),
+            None => "its certificate is signed by no CA that this system trusts; name the file of the one that signed it with --tls-ca".into(),
+        },
+        CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
+            format!("{problem}; use that name as the address, or say it with --tls-name")
+        }
+        CertificateError::Expired | CertificateError::ExpiredContext { .. } => {
+            format!("{problem}; the server needs a new one, or a clock is wrong")
+        }
+        other => format!("its certificate is not taken: {other}"),
+    }
+}
+
+fn alert_in_words(alert: &str, options: &ClientOptions) -> String {
+    let is = |one: AlertDescription| alert.contains(&format!("{one:?}"));
+    let shows_one = options.tls.cert.is_some();
+    if is(AlertDescription::CertificateRequired)
+        || is(AlertDescription::HandshakeFailure) && !shows_one
+    {
+        return "it asks for a client certificate; name one with --tls-cert and --tls-key".into();
+    }
+    if shows_one {
+        return format!(
+            "it refuses this client's certificate ({alert}); is it signed by the CA that the server takes clients from ([tls] client_ca), and not expired?"
+        );
+    }
+    format!("it ends the TLS handshake: {alert}")
+}
+
+/// Whether the server at this address begins to speak TLS when it is spoken to without.
+pub(crate) async fn speaks_tls(uri: &Uri, patience: Duration) -> bool {
+    let (Some(host), Some(port)) = (uri.host(), uri.port_u16()) else { return false };
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    let ask = async {
+        let mut stream = TcpStream::connect((host, port)).await?;
+        stream.write_all(PREFACE).await?;
+        let mut first = [0; 2];
+        stream.read_exact(&mut first).await?;
+        std::io::Result::Ok(first == ALERT)
+    };
+    matches!(tokio::time::timeout(patience, ask).await, Ok(Ok(true)))
+}
