@@ -156,7 +156,7 @@ impl DirectEngine {
         let bytes = client.trunk().adapter_bytes(&lora);
         let no_room = |shortage| Error::NoRoom { shortage, retry_after: None };
         let reserved = client.ledger().reserve(BytesKind::Adapters, bytes).map_err(no_room)?;
-        let settings = Settings { lora, adamw: AdamW::default(), seed, wire_dtype };
+        let settings = Settings { tenant: Default::default(), lora, adamw: AdamW::default(), seed, wire_dtype };
         let plan = Plan { settings, start: Start::Fresh, reserved };
         let (session, _) = client.admit(plan).await?;
         Ok(DirectSession { session, sequence: 0, microbatch: 0, open: VecDeque::new() })
@@ -226,7 +226,7 @@ impl DirectSession {
 impl<T> Pending<T> {
     /// Its answer.
     pub async fn done(self) -> Result<T, Error> {
-        self.answer.await.map_err(|_| Error::Gone { part: "engine" })?
+        self.answer.await.map_err(|_| Error::engine_down())?
     }
 }
 

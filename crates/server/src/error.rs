@@ -1,6 +1,7 @@
 use crate::config::Mistakes;
 use crate::ledger::{BytesKind, Shortage};
 use crate::session::SessionId;
+use crate::tls::TlsError;
 use offshoot_adapters::AdapterError;
 use offshoot_model::ModelError;
 use offshoot_proto::v1::ErrorCode;
@@ -30,6 +31,8 @@ pub enum Error {
          more, hold fewer layers, or compute in a narrower dtype"
     )]
     TrunkTooLarge { weights: u64, budget: u64 },
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     #[error("gRPC server on {address}: {source}")]
     Transport { address: SocketAddr, source: tonic::transport::Error },
     #[error("gRPC reflection: {0}")]
@@ -58,6 +61,16 @@ pub enum Error {
          earlier snapshot"
     )]
     StoreDamaged { path: PathBuf, found: String },
+
+    // Who gets in.
+    #[error("tenants file {path}: {cause}")]
+    TenantsFile { path: PathBuf, cause: String },
+    #[error(
+        "this server wants a token that is valid: \"authorization: Bearer TOKEN\" in the call's metadata, \
+         which the offshoot command takes from OFFSHOOT_TOKEN or --token-file; ask the server's operator \
+         for a new one"
+    )]
+    Unauthenticated,
 
     // A request.
     #[error(transparent)]
@@ -180,6 +193,14 @@ pub enum Error {
          limits.max_cache_tokens or what the model was made for; shorten the prompt or generate less"
     )]
     CacheTokens { found: u64, limit: usize },
+    #[error("{limit} large requests are coming in already, the limit; try again later")]
+    LargeRequests { limit: usize },
+    #[error("{limit} sessions are being opened already, the limit; try again later")]
+    Opens { limit: usize },
+    #[error(
+        "the request came too slowly, {bytes} bytes so far; is the connection that slow? Send it again"
+    )]
+    SlowRequest { bytes: usize },
     #[error("{limit} jobs are waiting for the device, the limit; try again later")]
     QueueFull { limit: usize },
     #[error(
@@ -198,6 +219,11 @@ pub enum Error {
     TakenOver,
     #[error("the server is draining and makes its sessions durable; reconnect and go on")]
     Draining { retry_after: Duration },
+    #[error(
+        "the server's engine failed and is starting again; what is not in a session's last snapshot is \
+         lost there: reconnect, and go on from that snapshot"
+    )]
+    EngineDown { retry_after: Duration },
     #[error("the session was closed or set back by another call; this stream ends")]
     Ended,
     #[error("the session is in use again")]
@@ -217,6 +243,19 @@ pub enum Error {
     Poisoned,
     #[error("the server's {part} is gone")]
     Gone { part: &'static str },
+    #[error(
+        "the model's files have changed: the trunk that was loaded had fingerprint {was}, now it is \
+         {found}; put the old files back, or start the server anew to serve the new ones"
+    )]
+    TrunkChanged { was: String, found: String },
+    #[error(
+        "the engine failed {n_times} times within {minutes} minutes, last with: {cause}. The server ends; \
+         every session is at its last snapshot. If it happens again after a start, look at the device \
+         and its driver"
+    )]
+    EngineLost { n_times: usize, minutes: u64, cause: String },
+    #[error("the server stopped listening: {cause}")]
+    Deaf { cause: String },
 }
 
 /// What an error means to a client.
@@ -234,6 +273,8 @@ pub enum Class {
     Draining,
     NotFound,
     TakenOver,
+    /// Without a valid token.
+    Unauthenticated,
     /// The request was fine.
     Internal,
 }
@@ -250,6 +291,11 @@ fn try_again(kind: BytesKind, retry_after: Option<Duration>) -> String {
 }
 
 impl Error {
+    /// The engine does not run; it does again soon.
+    pub fn engine_down() -> Error {
+        Error::EngineDown { retry_after: Duration::from_secs(1) }
+    }
+
     /// The class of each error; a new variant must choose.
     pub fn class(&self) -> Class {
         use Error::*;
@@ -257,8 +303,10 @@ impl Error {
             Config(_) | Bind { .. } | Thread { .. } | Device { .. } | Transport { .. } => {
                 Class::Internal
             }
-            TrunkTooLarge { .. } => Class::Internal,
+            TrunkTooLarge { .. } | TenantsFile { .. } => Class::Internal,
+            Unauthenticated => Class::Unauthenticated,
             Reflection(_) | Gone { .. } | Panic { .. } | Poisoned | Busy => Class::Internal,
+            TrunkChanged { .. } | EngineLost { .. } | Deaf { .. } => Class::Internal,
             StoreLocked { .. } | StoreVersion { .. } | StoreFile { .. } => Class::Internal,
             StoreRecords { .. } | StoreDamaged { .. } => Class::Internal,
             Model(_) | Adapter(_) | Tensor(_) | Missing { .. } | Setting { .. } => Class::Invalid,
@@ -274,10 +322,11 @@ impl Error {
             CacheTokens { .. } => Class::Invalid,
             OpenCaches { .. } => Class::Exhausted,
             InFlight { .. } | OpenMicrobatches { .. } | QueueFull { .. } => Class::Exhausted,
+            LargeRequests { .. } | Opens { .. } | SlowRequest { .. } => Class::Exhausted,
             NoRoom { .. } | LiveSessions { .. } | OutOfMemory { .. } => Class::Exhausted,
             UnknownSession(_) | UnknownSnapshot { .. } | Ended => Class::NotFound,
             TakenOver => Class::TakenOver,
-            Draining { .. } => Class::Draining,
+            Draining { .. } | EngineDown { .. } => Class::Draining,
         }
     }
 
@@ -289,6 +338,7 @@ impl Error {
             Bind { .. } => "bind",
             Thread { .. } => "thread",
             Device { .. } => "device",
+            Tls(_) => "tls",
             Transport { .. } => "transport",
             TrunkTooLarge { .. } => "trunk_too_large",
             Reflection(_) => "reflection",
@@ -299,6 +349,8 @@ impl Error {
             StoreFile { .. } => "store_file",
             StoreRecords { .. } => "store_records",
             StoreDamaged { .. } => "store_damaged",
+            TenantsFile { .. } => "tenants_file",
+            Unauthenticated => "unauthenticated",
             Tensor(_) => "tensor",
             Missing { .. } => "missing",
             Setting { .. } => "setting",
@@ -329,6 +381,9 @@ impl Error {
             OpenCaches { .. } => "open_caches",
             InFlight { .. } => "in_flight",
             OpenMicrobatches { .. } => "open_microbatches",
+            LargeRequests { .. } => "large_requests",
+            Opens { .. } => "opens",
+            SlowRequest { .. } => "slow_request",
             QueueFull { .. } => "queue_full",
             NoRoom { .. } => "no_room",
             LiveSessions { .. } => "live_sessions",
@@ -336,21 +391,27 @@ impl Error {
             UnknownSnapshot { .. } => "unknown_snapshot",
             TakenOver => "taken_over",
             Draining { .. } => "draining",
+            EngineDown { .. } => "engine_down",
             Ended => "ended",
             Busy => "busy",
             Panic { .. } => "panic",
             OutOfMemory { .. } => "out_of_memory",
             Poisoned => "poisoned",
             Gone { .. } => "gone",
+            TrunkChanged { .. } => "trunk_changed",
+            EngineLost { .. } => "engine_lost",
+            Deaf { .. } => "deaf",
         }
     }
 
     /// When trying again may help.
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
-            Error::Draining { retry_after } => Some(*retry_after),
+            Error::Draining { retry_after } | Error::EngineDown { retry_after } => Some(*retry_after),
             Error::NoRoom { retry_after, .. } => *retry_after,
             Error::LiveSessions { .. } => Some(Duration::from_secs(5)),
+            Error::LargeRequests { .. } | Error::Opens { .. } => Some(Duration::from_secs(1)),
+            Error::SlowRequest { .. } => Some(Duration::from_secs(1)),
             Error::InFlight { .. } | Error::QueueFull { .. } | Error::Busy => {
                 Some(Duration::from_millis(100))
             }
@@ -382,6 +443,7 @@ impl Class {
             Class::Draining => ErrorCode::Draining,
             Class::NotFound => ErrorCode::NotFound,
             Class::TakenOver => ErrorCode::TakenOver,
+            Class::Unauthenticated => ErrorCode::Unauthenticated,
             Class::Internal => ErrorCode::Internal,
         }
     }
@@ -396,6 +458,7 @@ impl Class {
             Class::Draining => tonic::Code::Unavailable,
             Class::NotFound => tonic::Code::NotFound,
             Class::TakenOver => tonic::Code::Aborted,
+            Class::Unauthenticated => tonic::Code::Unauthenticated,
             Class::Internal => tonic::Code::Internal,
         }
     }

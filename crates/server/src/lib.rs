@@ -20,10 +20,12 @@
 //! # }
 //! ```
 
+pub mod access;
 mod config;
 pub mod direct;
 mod engine;
 mod error;
+mod faults;
 mod finite;
 mod grpc;
 mod host_memory;
@@ -35,10 +37,12 @@ mod scheduler;
 mod server;
 mod session;
 mod store;
+mod tls;
+mod transport;
 
 pub use config::{
     ComputeDType, DrainConfig, LimitsConfig, ListenConfig, LoraBatching, Mistake, Mistakes,
-    ServerConfig, SessionConfig, StoreConfig, TrunkConfig,
+    ServerConfig, SessionConfig, StoreConfig, TlsConfig, TrunkConfig,
 };
 pub use engine::TrunkInfo;
 pub use error::{Class, Error};

@@ -45,6 +45,8 @@ pub enum FrameWork {
 /// What a session's adapter is, all its life.
 #[derive(Debug, Clone)]
 pub struct Settings {
+    /// Whose session it is; empty without a tenants file.
+    pub tenant: Arc<str>,
     pub lora: LoraSpec,
     pub adamw: AdamW,
     /// Of the initial values and of dropout.

@@ -27,7 +27,7 @@ pub(super) struct Slot {
 impl Slot {
     pub fn new(part: &Part, plan: Plan) -> Result<Slot, Error> {
         let Plan { settings, start, reserved } = plan;
-        let Settings { lora, adamw, seed, wire_dtype } = settings;
+        let Settings { tenant: _, lora, adamw, seed, wire_dtype } = settings;
         let (sites, device) = (part.sites(&lora.target_modules)?, part.device());
         let (adapters, applied) = match start {
             Start::Fresh => (AdapterSet::init(lora, sites, seed, device)?, 0),

@@ -77,6 +77,7 @@ impl Rig {
         };
         let plan = Plan {
             settings: Settings {
+                tenant: "".into(),
                 lora,
                 adamw: AdamW::default(),
                 seed: lane,

@@ -12,6 +12,7 @@ use crate::session::{
 use offshoot_adapters::{AdamW, LoraSpec};
 use offshoot_proto::v1::{self, client_frame::Body};
 use offshoot_proto::{HostTensor, WireDType};
+use std::sync::Arc;
 
 /// Longest name of a session.
 const MAX_NAME_BYTES: usize = 256;
@@ -233,6 +234,7 @@ pub fn opening(
     request: v1::OpenSessionRequest,
     trunk: &TrunkInfo,
     limits: &v1::Limits,
+    tenant: Arc<str>,
 ) -> Result<Opening, Error> {
     let name = request.name;
     if name.len() > MAX_NAME_BYTES {
@@ -260,7 +262,7 @@ pub fn opening(
         tensors if tensors.is_empty() => Start::Fresh,
         tensors => Start::Given(tensors.into_iter().map(adapter).collect::<Result<_, _>>()?),
     };
-    let settings = Settings { lora, adamw, seed: request.seed, wire_dtype };
+    let settings = Settings { tenant, lora, adamw, seed: request.seed, wire_dtype };
     Ok(Opening { name, settings, start })
 }
 

@@ -69,7 +69,8 @@ impl TrunkService for TrunkGrpc {
         &self,
         request: Request<v1::OpenSessionRequest>,
     ) -> Result<Response<v1::OpenSessionResponse>, Status> {
-        let opening = decode::opening(request.into_inner(), self.engine.trunk(), &self.limits)?;
+        let (trunk, tenant) = (self.engine.trunk(), Arc::default());
+        let opening = decode::opening(request.into_inner(), trunk, &self.limits, tenant)?;
         let registry = self.registry.clone();
         let (id, admitted) = finish(async move { registry.open(opening).await }).await?;
         Ok(Response::new(v1::OpenSessionResponse {

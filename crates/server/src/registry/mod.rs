@@ -16,10 +16,10 @@ pub use snapshot::{Copied, fits, to_proto as snapshot_info};
 use crate::engine::{Admitted, EngineClient, Exported, Plan, Settings, Start, export_state};
 use crate::error::Error;
 use crate::pool::ActorPool;
-use crate::residency::{Activity, Away, Home, Profile, Residency};
+use crate::residency::{Activity, Away, Home, Profile, Residency, Writes};
 use crate::session::{
     Attach, DRAIN_RETRY, Export, ExportOf, Greeting, Info, Permit, Reason, Resume, Retire,
-    SessionActor, SessionId, SessionSeed, SessionView, StreamEnds, epoch_now,
+    SessionActor, SessionId, SessionSeed, SessionView, SnapshotEvery, StreamEnds, epoch_now,
 };
 use crate::store::{Origin, Record, SnapshotRecord, Store};
 use actix::{Actor, Addr};
@@ -40,6 +40,7 @@ pub struct Registry {
     pool: ActorPool,
     limits: v1::Limits,
     lease: Duration,
+    snapshots: SnapshotEvery,
     idle: mpsc::Sender<SessionId>,
     max_live_sessions: usize,
     draining: AtomicBool,
@@ -54,6 +55,8 @@ pub struct Parts {
     pub pool: ActorPool,
     pub limits: v1::Limits,
     pub lease: Duration,
+    /// How often sessions are made durable while they train.
+    pub snapshots: SnapshotEvery,
     pub max_live_sessions: usize,
 }
 
@@ -110,6 +113,7 @@ impl Registry {
             pool: parts.pool,
             limits: parts.limits,
             lease: parts.lease,
+            snapshots: parts.snapshots,
             idle,
             max_live_sessions: parts.max_live_sessions,
             draining: AtomicBool::new(false),
@@ -157,7 +161,7 @@ impl Registry {
     fn new_record(&self, name: String, settings: &Settings) -> Record {
         let trunk = self.engine.trunk();
         Record {
-            tenant: String::new(),
+            tenant: settings.tenant.to_string(),
             name,
             lora: settings.lora.clone(),
             adamw: settings.adamw.clone(),
@@ -180,7 +184,8 @@ impl Registry {
         let live = self.revive(&mut held, id, &record)?;
         let StreamEnd { greeting, hello, farewell, ends } = end;
         let durable = record.head().map(snapshot::to_proto);
-        let attach = Attach { greeting, durable, hello, farewell, ends };
+        let snapshots = record.newest_first().map(snapshot::to_proto).collect();
+        let attach = Attach { greeting, durable, snapshots, hello, farewell, ends };
         let attached = live.actor.send(attach).await.map_err(gone)??;
         let (number, wire_dtype) = (attached.number, live.profile.settings.wire_dtype);
         Ok(AttachedStream { actor: live.actor, number, wire_dtype })
@@ -228,7 +233,7 @@ impl Registry {
         // Read before anything ends: a damaged snapshot leaves the session as it is.
         drop(self.read(id, &record, &snapshot).await?);
         let settings = snapshot::settings(&record)?;
-        retire(held.put(None)).await;
+        end(held.put(None)).await;
         let (store, head) = (self.store.clone(), snapshot.id.clone());
         blocking(move || store.set_head(id, &head)).await?;
         let trunk = self.engine.trunk();
@@ -306,7 +311,7 @@ impl Registry {
             tracing::info!(session = %id, step = snapshot.step, "session closed");
             return Ok(Some(snapshot));
         }
-        retire(held.put(None)).await;
+        end(held.put(None)).await;
         let store = self.store.clone();
         blocking(move || store.forget(id)).await?;
         tracing::info!(session = %id, "session forgotten");
@@ -332,8 +337,19 @@ impl Registry {
         let (limits, lease, idle) = (self.limits, self.lease, self.idle.clone());
         let (residency, known) = (self.residency.clone(), profile.clone());
         let alive = residency.count_in();
-        let seed =
-            SessionSeed { alive, profile, residency, home, resume, epoch, limits, lease, idle };
+        let snapshots = self.snapshots;
+        let seed = SessionSeed {
+            alive,
+            profile,
+            residency,
+            home,
+            resume,
+            epoch,
+            limits,
+            snapshots,
+            lease,
+            idle,
+        };
         let start = move |_: &mut _| SessionActor::new(seed);
         let actor = SessionActor::start_in_arbiter(self.pool.arbiter(), start);
         Live { actor, profile: known }
@@ -381,7 +397,16 @@ impl Registry {
 }
 
 fn profile(id: SessionId, settings: Settings) -> Arc<Profile> {
-    Arc::new(Profile { id, settings, activity: Activity::default() })
+    Arc::new(Profile { id, settings, activity: Activity::default(), writes: Writes::default() })
+}
+
+/// Ends an actor whose session is set back or deleted; what was being written of it has landed.
+async fn end(live: Option<Live>) {
+    if let Some(live) = live {
+        let profile = live.profile.clone();
+        retire(Some(live)).await;
+        drop(profile.writes.in_turn().await);
+    }
 }
 
 /// Ends an actor. One that has died already is fine, too.

@@ -91,7 +91,8 @@ pub fn fits(
 pub(super) fn settings(record: &Record) -> Result<Settings, Error> {
     let wire_dtype = wire_dtype(record)?;
     let (lora, adamw, seed) = (record.lora.clone(), record.adamw.clone(), record.seed);
-    Ok(Settings { lora, adamw, seed, wire_dtype })
+    let tenant = record.tenant.as_str().into();
+    Ok(Settings { tenant, lora, adamw, seed, wire_dtype })
 }
 
 fn wire_dtype(record: &Record) -> Result<WireDType, Error> {
@@ -116,6 +117,7 @@ pub fn to_proto(snapshot: &SnapshotRecord) -> SnapshotInfo {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::Kept;
     use offshoot_proto::v1::{StepDone, server_frame::Body};
 
     fn record() -> Record {
@@ -154,7 +156,7 @@ mod tests {
         let new = Copied { adapters: adapters.clone(), resume: resume.clone() };
         let new = new.encode(Origin::Server);
         let dir = tempfile::tempdir().unwrap();
-        let store = crate::store::Store::open(dir.path(), 2).unwrap();
+        let store = crate::store::Store::open(dir.path(), Kept { of_client: 2, of_server: 1 }).unwrap();
         let taken = store.create(SessionId::new(), record(), new).unwrap();
         let back = Copied::decode(store.read(&taken).unwrap()).unwrap();
         assert_eq!(back.adapters, adapters);

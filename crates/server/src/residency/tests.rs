@@ -5,6 +5,7 @@ use super::*;
 use crate::config::{LimitsConfig, TrunkConfig};
 use crate::engine::Engine;
 use crate::pool::{ActorPool, PoolThreads};
+use crate::store::Kept;
 use crate::registry::{AttachedStream, Opening, Parts, Registry, StreamEnd};
 use crate::session::{
     BackwardWork, Digest, ForwardWork, Frame, Frames, Greeting, Head, Mode, StepWork, Work,
@@ -62,7 +63,7 @@ impl Fixture {
         limits.memory_bytes = Some(weights + on_device * adapter + adapter / 2);
 
         let dir = tempfile::tempdir().unwrap();
-        let store = Arc::new(Store::open(dir.path(), 8).unwrap());
+        let store = Arc::new(Store::open(dir.path(), Kept { of_client: 8, of_server: 1 }).unwrap());
         let engine = Engine::start(model, &limits).await.unwrap();
         let (pool, threads) = ActorPool::start(1).await.unwrap();
         let slots = Arc::<Slots>::default();
@@ -90,6 +91,7 @@ impl Fixture {
                 max_cache_tokens: 32,
             },
             lease: Duration::from_secs(3600),
+            snapshots: Default::default(),
             max_live_sessions: 100,
         });
         Fixture { registry, engine, threads, _dir: dir, store }
@@ -97,7 +99,7 @@ impl Fixture {
 
     async fn open(&self, seed: u64) -> Training {
         let settings =
-            Settings { lora: lora(), adamw: Default::default(), seed, wire_dtype: WireDType::F32 };
+            Settings { tenant: "".into(), lora: lora(), adamw: Default::default(), seed, wire_dtype: WireDType::F32 };
         let opening = Opening { name: String::new(), settings, start: Start::Fresh };
         let (id, _) = self.registry.open(opening).await.unwrap();
         let (out, mut answers) = mpsc::channel(6);

@@ -1,0 +1,242 @@
+//! Who gets in: tenants with their tokens and quotas, from a file that is read again whenever it
+//! changes.
+//!
+//! Every call is authenticated before anything of it is decoded; behind that a call has a
+//! [`Caller`], and a session knows its tenant by name. Without a tenants file there is one tenant
+//! with an empty name, whom everybody is.
+
+mod file;
+mod tenant;
+mod token;
+
+pub use file::{is_tenant_name, parse_tenants};
+pub use tenant::{Quotas, Tenant};
+pub use token::{NewToken, TokenHash};
+
+use crate::error::Error;
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
+use std::time::{Duration, SystemTime};
+use tokio::sync::watch;
+use tonic::codegen::http::HeaderMap;
+
+/// How often the tenants file is looked at. Its content is compared: Kubernetes swaps links, and
+/// clocks of file systems are coarse.
+const LOOK: Duration = Duration::from_secs(1);
+/// A token's end is looked at again at least so often, so that a clock that is set counts.
+const LONGEST_SLEEP: Duration = Duration::from_secs(30);
+
+/// Who gets in. Shared; reloads by itself.
+pub struct Access {
+    /// None: the server is open.
+    path: Option<PathBuf>,
+    state: RwLock<Arc<State>>,
+    /// The text that was read last, valid or not, so that a mistake is logged once.
+    seen: Mutex<Seen>,
+    /// Counts the states.
+    changes: watch::Sender<u64>,
+}
+
+#[derive(Default)]
+struct State {
+    tenants: HashMap<String, Arc<Tenant>>,
+    tokens: HashMap<TokenHash, Known>,
+}
+
+struct Known {
+    tenant: Arc<Tenant>,
+    id: Arc<str>,
+    expires: Option<SystemTime>,
+}
+
+#[derive(PartialEq)]
+enum Seen {
+    Text(String),
+    /// It could not be read.
+    Failed(String),
+}
+
+/// Who makes a call.
+#[derive(Debug, Clone)]
+pub struct Caller {
+    pub tenant: Arc<Tenant>,
+    /// Empty on an open server.
+    pub token_id: Arc<str>,
+    pub peer: Option<SocketAddr>,
+    hash: Option<TokenHash>,
+}
+
+impl Access {
+    /// Reads the tenants file, which must be whole the first time. None: everybody gets in.
+    pub fn start(path: Option<PathBuf>) -> Result<Arc<Access>, Error> {
+        let (state, seen) = match &path {
+            Some(path) => {
+                let text = read(path).map_err(|cause| file_error(path, cause))?;
+                let state = State::parse(&text).map_err(|cause| file_error(path, cause))?;
+                (state, Seen::Text(text))
+            }
+            None => (State::open(), Seen::Text(String::new())),
+        };
+        let access = Arc::new(Access {
+            path,
+            state: RwLock::new(Arc::new(state)),
+            seen: Mutex::new(seen),
+            changes: watch::Sender::new(0),
+        });
+        if access.path.is_some() {
+            tokio::spawn(keep_up(Arc::downgrade(&access)));
+        }
+        Ok(access)
+    }
+
+    /// Whether everybody gets in.
+    pub fn is_open(&self) -> bool {
+        self.path.is_none()
+    }
+
+    /// Who sends these headers. All refusals are the same, so that nobody learns which tokens there
+    /// were.
+    pub fn authenticate(
+        &self,
+        headers: &HeaderMap,
+        peer: Option<SocketAddr>,
+    ) -> Result<Caller, Error> {
+        let state = self.state();
+        if self.is_open() {
+            let tenant = state.tenants.get("").ok_or(Error::Unauthenticated)?.clone();
+            return Ok(Caller { tenant, token_id: Arc::default(), peer, hash: None });
+        }
+        let hash = sent_token(headers).ok_or(Error::Unauthenticated)?;
+        let known = state.valid(hash).ok_or(Error::Unauthenticated)?;
+        let (tenant, token_id) = (known.tenant.clone(), known.id.clone());
+        Ok(Caller { tenant, token_id, peer, hash: Some(hash) })
+    }
+
+    /// A tenant as it is now.
+    pub fn tenant(&self, name: &str) -> Option<Arc<Tenant>> {
+        self.state().tenants.get(name).cloned()
+    }
+
+    /// Ends when the caller's token is not valid any more: it expired, or was taken out of the file.
+    pub async fn ended(&self, caller: &Caller) {
+        let Some(hash) = caller.hash else { return std::future::pending().await };
+        let mut changes = self.changes.subscribe();
+        loop {
+            let left = match self.state().valid(hash) {
+                // Given to somebody else meanwhile.
+                Some(known) if known.tenant.name != caller.tenant.name => return,
+                Some(Known { expires: Some(end), .. }) => {
+                    end.duration_since(SystemTime::now()).unwrap_or_default()
+                }
+                Some(_) => LONGEST_SLEEP,
+                None => return,
+            };
+            // A little later: timers and the clock do not agree to the millisecond.
+            let sleep = (left + Duration::from_millis(1)).min(LONGEST_SLEEP);
+            tokio::select! {
+                changed = changes.changed() => if changed.is_err() { return },
+                () = tokio::time::sleep(sleep) => {}
+            }
+        }
+    }
+
+    /// Changes whenever another file has become valid.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
+    }
+
+    /// Reads the file again if it is another one. What is broken changes nothing and is logged once.
+    /// Blocks. Gives back what is to be told, if there was anything new.
+    pub fn reload(&self) -> Option<Result<usize, Error>> {
+        let path = self.path.as_deref()?;
+        // Held to the end: two that reload at once do it one after the other.
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = match read(path) {
+            Ok(text) => Seen::Text(text),
+            Err(cause) => Seen::Failed(cause),
+        };
+        if found == *seen {
+            return None;
+        }
+        *seen = found;
+        let parsed = match &*seen {
+            Seen::Text(text) => State::parse(text),
+            Seen::Failed(cause) => Err(cause.clone()),
+        };
+        Some(match parsed {
+            Ok(state) => {
+                let n_tenants = state.tenants.len();
+                *self.state.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(state);
+                self.changes.send_modify(|n| *n += 1);
+                tracing::info!(path = %path.display(), tenants = n_tenants, "tenants file read");
+                Ok(n_tenants)
+            }
+            Err(cause) => {
+                let error = file_error(path, cause);
+                tracing::error!("{error}; the tenants stay as they were");
+                Err(error)
+            }
+        })
+    }
+
+    fn state(&self) -> Arc<State> {
+        self.state.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// Looks at the file now and then, as long as the access is in use.
+async fn keep_up(access: Weak<Access>) {
+    loop {
+        tokio::time::sleep(LOOK).await;
+        let Some(access) = access.upgrade() else { return };
+        // Fails only when the runtime ends.
+        let _ = tokio::task::spawn_blocking(move || drop(access.reload())).await;
+    }
+}
+
+fn read(path: &Path) -> Result<String, String> {
+    std::fs::read_to_string(path).map_err(|error| error.to_string())
+}
+
+fn file_error(path: &Path, cause: String) -> Error {
+    Error::TenantsFile { path: path.to_path_buf(), cause }
+}
+
+/// The token that was sent: one header, with one scheme.
+fn sent_token(headers: &HeaderMap) -> Option<TokenHash> {
+    let mut values = headers.get_all("authorization").iter();
+    let value = values.next().filter(|_| values.next().is_none())?.to_str().ok()?;
+    let (scheme, token) = value.split_once(' ')?;
+    if scheme.eq_ignore_ascii_case("bearer") { TokenHash::of_sent(token) } else { None }
+}
+
+impl State {
+    fn open() -> State {
+        let anybody = Arc::new(Tenant::anybody());
+        State { tenants: HashMap::from([(String::new(), anybody)]), tokens: HashMap::new() }
+    }
+
+    fn parse(text: &str) -> Result<State, String> {
+        let mut state = State::default();
+        for tenant in parse_tenants(text)? {
+            let tenant = Arc::new(tenant);
+            for token in &tenant.tokens {
+                let (tenant, id) = (tenant.clone(), token.id.as_str().into());
+                state.tokens.insert(token.hash, Known { tenant, id, expires: token.expires });
+            }
+            state.tenants.insert(tenant.name.clone(), tenant);
+        }
+        Ok(state)
+    }
+
+    fn valid(&self, hash: TokenHash) -> Option<&Known> {
+        let known = self.tokens.get(&hash)?;
+        let over = known.expires.is_some_and(|end| end <= SystemTime::now());
+        (!over).then_some(known)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,45 @@
+use std::time::SystemTime;
+
+/// Somebody with sessions of his own. Immutable: a reload of the tenants file makes new ones.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tenant {
+    /// Empty for everybody on a server without a tenants file.
+    pub name: String,
+    /// Share of the device against other tenants, 1 to 1000.
+    pub weight: u32,
+    pub quotas: Quotas,
+    pub(super) tokens: Vec<TokenEntry>,
+}
+
+/// What a tenant may have. None: the server's own limits only.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Quotas {
+    /// Live ones.
+    pub sessions: Option<u64>,
+    /// Those in the store, live ones included.
+    pub stored_sessions: Option<u64>,
+    /// Adapters, gradients and moments of the tenant's sessions on the device.
+    pub adapter_bytes: Option<u64>,
+    /// Tapes and caches.
+    pub open_bytes: Option<u64>,
+    /// Of forwards, averaged over a few seconds.
+    pub tokens_per_second: Option<u64>,
+    pub tokens_per_microbatch: Option<u64>,
+    /// LoRA's r.
+    pub rank: Option<u64>,
+}
+
+/// A token as the tenants file knows it: by its hash.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct TokenEntry {
+    pub id: String,
+    pub hash: super::TokenHash,
+    pub expires: Option<SystemTime>,
+}
+
+impl Tenant {
+    /// Who calls a server without a tenants file.
+    pub fn anybody() -> Tenant {
+        Tenant { name: String::new(), weight: 1, quotas: Quotas::default(), tokens: Vec::new() }
+    }
+}
