@@ -5,7 +5,7 @@ use crate::train::compute_args::DType;
 use crate::train::samples_args::SamplesArgs;
 use anyhow::{Context, ensure};
 use clap::Args;
-use offshoot_client::{Client, WireDType};
+use offshoot_client::{Client, ClientOptions, WireDType};
 use offshoot_model::ModelConfig;
 use offshoot_model::weights::Checkpoint;
 use offshoot_trainer::adapter::{Adapter, Step};
@@ -142,7 +142,10 @@ pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
     let server = args.server.address();
     let rows = match &server {
         None => task.uncut()?,
-        Some(address) => runtime.block_on(task.split(address))?,
+        Some(address) => {
+            let way = args.server.connection.options(ClientOptions::default())?;
+            runtime.block_on(task.split(address, way))?
+        }
     };
     if args.json {
         let mut result = json!({
@@ -187,8 +190,8 @@ impl Task<'_> {
         each.map(|adapter| Ok((name(adapter), model.evaluate(adapter, &batches)?))).collect()
     }
 
-    async fn split(&self, address: &str) -> anyhow::Result<Vec<Row>> {
-        let client = Client::connect(address).await?;
+    async fn split(&self, address: &str, way: ClientOptions) -> anyhow::Result<Vec<Row>> {
+        let client = Client::connect_with(address, way).await?;
         let server = client.describe().await?;
         // Before the data are read, which may take longer.
         let Subject { checkpoint, config, .. } = self.subject;

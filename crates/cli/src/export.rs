@@ -1,6 +1,7 @@
+use crate::connection_args::ConnectionArgs;
 use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
-use offshoot_client::{Client, SessionId};
+use offshoot_client::{Client, ClientOptions, SessionId};
 use offshoot_model::ModelConfig;
 use offshoot_model::weights::Checkpoint;
 use offshoot_trainer::adapter::{Adapter, ExportOptions, Step};
@@ -43,6 +44,8 @@ pub struct ExportArgs {
     #[arg(long, value_name = "ID", requires = "server", requires = "model_name")]
     #[arg(conflicts_with = "source")]
     session: Option<String>,
+    #[command(flatten)]
+    connection: ConnectionArgs,
 }
 
 #[derive(Clone, Copy, PartialEq, Debug, ValueEnum)]
@@ -105,7 +108,8 @@ pub fn run(args: ExportArgs) -> anyhow::Result<ExitCode> {
 }
 
 async fn from_server(args: &ExportArgs, server: &str) -> anyhow::Result<Adapter> {
-    let client = Client::connect(server).await?;
+    let client =
+        Client::connect_with(server, args.connection.options(ClientOptions::default())?).await?;
     Ok(match (&args.session, &args.source) {
         (Some(id), _) => Adapter::of_trunk(&client, &SessionId::from(id.clone())).await?,
         (None, Some(source)) => {

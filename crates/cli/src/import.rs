@@ -1,6 +1,7 @@
+use crate::connection_args::ConnectionArgs;
 use anyhow::{Context, ensure};
 use clap::Args;
-use offshoot_client::Client;
+use offshoot_client::{Client, ClientOptions};
 use offshoot_model::weights::Checkpoint;
 use offshoot_model::{ModelConfig, SplitPoints};
 use offshoot_trainer::adapter::{Adapter, ImportOptions, Step};
@@ -35,6 +36,8 @@ pub struct ImportArgs {
     /// Which checkpoint, if ADAPTER is a run: latest, best or a step's number.
     #[arg(long, value_name = "STEP")]
     step: Option<Step>,
+    #[command(flatten)]
+    connection: ConnectionArgs,
 }
 
 const EXAMPLES: &str = "\
@@ -51,7 +54,7 @@ pub fn run(args: ImportArgs) -> anyhow::Result<ExitCode> {
     let checkpoint = Checkpoint::find(&args.model_name)?;
     let config = ModelConfig::from_json(checkpoint.config())?;
     let (s1, s2) = match &args.server {
-        Some(url) => split_of_server(url, &checkpoint)?,
+        Some(url) => split_of_server(url, &args.connection, &checkpoint)?,
         None => args.split_point_1.zip(args.split_point_2).context(
             "where is the model cut? Name --split-point-1 and --split-point-2, or with --server the server that has the trunk",
         )?,
@@ -74,9 +77,14 @@ pub fn run(args: ImportArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn split_of_server(url: &str, checkpoint: &Checkpoint) -> anyhow::Result<(usize, usize)> {
+fn split_of_server(
+    url: &str,
+    connection: &ConnectionArgs,
+    checkpoint: &Checkpoint,
+) -> anyhow::Result<(usize, usize)> {
+    let options = connection.options(ClientOptions::default())?;
     let server = tokio::runtime::Runtime::new()?
-        .block_on(async { Client::connect(url).await?.describe().await })?;
+        .block_on(async { Client::connect_with(url, options).await?.describe().await })?;
     ensure!(
         server.fingerprint == checkpoint.fingerprint(),
         "the server {url} holds another model: {} ({}, {} layers)",

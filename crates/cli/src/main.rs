@@ -3,6 +3,7 @@
 mod accelerator;
 mod bench;
 mod checkpoints;
+mod connection_args;
 mod eval;
 mod export;
 mod generate;

@@ -1,3 +1,4 @@
+use crate::connection_args::ConnectionArgs;
 use crate::train::compute_args::Wire;
 use crate::train::model_args::address;
 use clap::Args;
@@ -6,7 +7,7 @@ use clap::Args;
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Server")]
 pub struct ServerArgs {
-    /// The trunk server, such as trunk.local:50051. With it, or with --server-host or --server-port,
+    /// The trunk server, such as trunk.local:50051 or https://trunk.local:50051. With it, or with --server-host or --server-port,
     /// this side holds the first and last layers only; without one, the whole model.
     #[arg(long, value_name = "URL", conflicts_with_all = ["server_host", "server_port"])]
     server: Option<String>,
@@ -19,6 +20,8 @@ pub struct ServerArgs {
     /// Type of what travels, both ways.
     #[arg(long, value_enum, default_value_t = Wire::F32)]
     pub wire_dtype: Wire,
+    #[command(flatten)]
+    pub connection: ConnectionArgs,
 }
 
 impl ServerArgs {
@@ -52,8 +55,8 @@ mod tests {
         };
         assert_eq!(address(""), None);
         assert_eq!(address("--server trunk:7").as_deref(), Some("trunk:7"));
-        assert_eq!(address("--server-host trunk").as_deref(), Some("http://trunk:50051"));
-        assert_eq!(address("--server-port 7").as_deref(), Some("http://localhost:7"));
+        assert_eq!(address("--server-host trunk").as_deref(), Some("trunk:50051"));
+        assert_eq!(address("--server-port 7").as_deref(), Some("localhost:7"));
         let both = "x --server trunk:7 --server-port 8".split_whitespace();
         assert!(Line::try_parse_from(both).is_err());
     }

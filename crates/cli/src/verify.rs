@@ -1,9 +1,10 @@
 use crate::accelerator;
+use crate::connection_args::ConnectionArgs;
 use crate::own_server::OwnServer;
 use anyhow::{bail, ensure};
 use clap::Args;
 use offshoot_adapters::peft;
-use offshoot_client::Client;
+use offshoot_client::{Client, ClientOptions};
 use offshoot_model::weights::Checkpoint;
 use offshoot_model::{ModelConfig, Part, PartSpec, SplitPoints};
 use offshoot_server::ServerConfig;
@@ -47,6 +48,8 @@ pub struct VerifyArgs {
     /// Where the trunk of the server in this process runs: cpu, cuda or cuda:N.
     #[arg(long, default_value = "cpu")]
     device: String,
+    #[command(flatten)]
+    connection: ConnectionArgs,
 }
 
 const EXAMPLES: &str = "\
@@ -67,7 +70,10 @@ async fn compare(args: VerifyArgs) -> anyhow::Result<ExitCode> {
     let checkpoint = Checkpoint::find(&args.model)?;
     let config = ModelConfig::from_json(checkpoint.config())?;
     let there = match &args.server {
-        Some(url) => Some(Client::connect(url).await?),
+        Some(url) => {
+            let options = args.connection.options(ClientOptions::default())?;
+            Some(Client::connect_with(url, options).await?)
+        }
         None => None,
     };
     let split = split_points(&args, &config, there.as_ref()).await?;

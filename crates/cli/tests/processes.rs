@@ -203,7 +203,7 @@ fn mistakes_are_said_before_anything_begins() {
     let text = failure(
         &offshoot("train --model-name nowhere --train-file t --server-port 1").output().unwrap(),
     );
-    assert!(text.contains("no answer from http://localhost:1"), "{text}");
+    assert!(text.contains("no answer from localhost:1"), "{text}");
     let text =
         failure(&offshoot("train --model-name m --train-file t --device cuda").output().unwrap());
     assert!(text.contains("LD_LIBRARY_PATH") || text.contains("driver"), "{text}");

@@ -53,15 +53,18 @@ pub struct Retry {
 
 impl Default for Retry {
     fn default() -> Self {
-        Retry {
-            first_delay: Duration::from_millis(100),
-            max_delay: Duration::from_secs(5),
-            max_elapsed: Duration::from_secs(60),
-        }
+        Retry::DEFAULT
     }
 }
 
 impl Retry {
+    /// What it is unless somebody says otherwise: up to a minute.
+    pub const DEFAULT: Retry = Retry {
+        first_delay: Duration::from_millis(100),
+        max_delay: Duration::from_secs(5),
+        max_elapsed: Duration::from_secs(60),
+    };
+
     /// The delay after failed attempt number `attempt` (0, 1, 2, ...), or nothing once `elapsed`
     /// since the first failure is too long. `jitter` is in [0, 1).
     pub(crate) fn delay(&self, attempt: u32, elapsed: Duration, jitter: f64) -> Option<Duration> {

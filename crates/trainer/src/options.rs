@@ -7,11 +7,15 @@ pub use crate::loss::LossOptions;
 use crate::schedule::{Scheduler, Warmup};
 pub use crate::split::Checkpointing;
 use offshoot_adapters::{AdamW, LoraSpec};
-use offshoot_client::{ClientOptions, WireDType};
+use offshoot_client::{ClientOptions, Retry, WireDType};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 use tch::{Device, Kind};
+
+/// How long a run waits for its server: longer than other commands, since it may be a night's work.
+pub const TRAINING_RETRY: Retry = Retry { max_elapsed: Duration::from_secs(600), ..Retry::DEFAULT };
 
 /// A training run, as `offshoot train` is asked for it: one struct for each group of its options.
 #[derive(Clone, Debug)]
@@ -269,7 +273,7 @@ impl TrainOptions {
                 split_point_1: None,
                 split_point_2: None,
                 server: server.into(),
-                client: ClientOptions::default(),
+                client: ClientOptions { retry: TRAINING_RETRY, ..ClientOptions::default() },
                 session_name: String::new(),
             },
             sources: DataSpec::files(vec![train_file]),

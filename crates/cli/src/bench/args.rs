@@ -1,3 +1,4 @@
+use crate::connection_args::ConnectionArgs;
 use anyhow::{bail, ensure};
 use clap::{Args, ValueEnum};
 use offshoot_client::WireDType;
@@ -27,6 +28,8 @@ pub struct BenchArgs {
     pub wire: WireArgs,
     #[command(flatten)]
     pub measure: MeasureArgs,
+    #[command(flatten)]
+    pub connection: ConnectionArgs,
 }
 
 const EXAMPLES: &str = "\

@@ -16,7 +16,7 @@ use args::{Mode, Variety};
 use link::{Link, Proxy};
 use memory::MemoryWatch;
 use offshoot_client::{
-    ADAMW_DEFAULTS, Client, LoraConfig, OpenSession, ServerDescription, Session,
+    ADAMW_DEFAULTS, Client, ClientOptions, LoraConfig, OpenSession, ServerDescription, Session,
 };
 use offshoot_server::ServerConfig;
 use report::Report;
@@ -86,15 +86,21 @@ struct Bench<'a> {
     /// Past the slow link, for what is not measured.
     direct: Client,
     server: ServerDescription,
-    /// What sessions connect to.
+    /// What sessions connect to, and how.
     endpoint: String,
+    way: ClientOptions,
     /// The slow link is up as long as this is.
     _proxy: Option<Proxy>,
 }
 
 impl<'a> Bench<'a> {
     async fn new(args: &'a BenchArgs, endpoint: String) -> anyhow::Result<Bench<'a>> {
-        let direct = Client::connect(&endpoint).await?;
+        let way = match args.server.server {
+            Some(_) => args.connection.options(ClientOptions::default())?,
+            // The one in this process has no tenants and no TLS.
+            None => ClientOptions::default(),
+        };
+        let direct = Client::connect_with(&endpoint, way.clone()).await?;
         let server = direct.describe().await?;
         let limits = &server.limits;
         for (option, found, limit) in [
@@ -115,10 +121,14 @@ impl<'a> Bench<'a> {
         };
         let proxy = match link {
             Link { latency: Duration::ZERO, bytes_per_second: None } => None,
-            _ => Some(Proxy::start(resolve(&endpoint).await?, link).await?),
+            _ => {
+                let has_tls = args.connection.has_tls();
+                ensure!(!has_tls, "--server {endpoint}: a slow link carries no TLS");
+                Some(Proxy::start(resolve(&endpoint).await?, link).await?)
+            }
         };
         let endpoint = proxy.as_ref().map_or(endpoint, |proxy| proxy.address().to_string());
-        Ok(Bench { args, direct, server, endpoint, _proxy: proxy })
+        Ok(Bench { args, direct, server, endpoint, way, _proxy: proxy })
     }
 
     /// One entry for each busy session, and the server's bytes meanwhile.
@@ -130,7 +140,7 @@ impl<'a> Bench<'a> {
         let mut drivers = Vec::new();
         for (i, size) in sizes.iter().enumerate() {
             // Every session is another team: it has a connection of its own.
-            let client = Client::connect(&self.endpoint).await?;
+            let client = Client::connect_with(&self.endpoint, self.way.clone()).await?;
             let session = self.open(&client, i).await?;
             drivers.push(Driver::new(session, self.plan(), *size, self.shape()));
         }
@@ -158,7 +168,7 @@ impl<'a> Bench<'a> {
         let plan = Plan { mode: Mode::Train, in_flight: 1, accumulate: 1, ..self.plan() };
         for i in 0..n {
             if i % IDLE_PER_CONNECTION == 0 {
-                client = Client::connect(&self.endpoint).await?;
+                client = Client::connect_with(&self.endpoint, self.way.clone()).await?;
             }
             let session = self.open(&client, self.args.sizes().len() + i).await?;
             let mut driver = Driver::new(session, plan, size, self.shape());

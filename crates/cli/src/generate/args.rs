@@ -231,7 +231,7 @@ mod tests {
                     --compare-no-cache --split-point-1 0 --split-point-2 14 --model-type qwen2 \
                     --server-host localhost --server-port 50051";
         let args = parse(line).unwrap();
-        assert_eq!(args.server.address().as_deref(), Some("http://localhost:50051"));
+        assert_eq!(args.server.address().as_deref(), Some("localhost:50051"));
         let options = args.sampling.options(false).unwrap();
         let sampling = Sampling { seed: options.sampling.seed, ..Sampling::default() };
         assert_eq!(options, GenerateOptions { sampling, ..GenerateOptions::default() });

@@ -8,7 +8,7 @@ use crate::accelerator;
 use anyhow::{Context, bail};
 use args::Work;
 use chat::Conversation;
-use offshoot_client::Client;
+use offshoot_client::{Client, ClientOptions};
 use offshoot_model::ModelConfig;
 use offshoot_model::weights::Checkpoint;
 use offshoot_trainer::adapter::{Adapter, Visit, VisitOptions};
@@ -100,7 +100,8 @@ async fn generate(
             speaker.run(args, work).await
         }
         Some(address) => {
-            let client = Client::connect(&address).await?;
+            let options = args.server.connection.options(ClientOptions::default())?;
+            let client = Client::connect_with(&address, options).await?;
             let server = client.describe().await?;
             let wanted = [args.model.split_point_1, args.model.split_point_2];
             fit::split_points(&address, &server, wanted)?;

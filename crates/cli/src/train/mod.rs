@@ -122,7 +122,7 @@ impl TrainArgs {
         let TrainArgs { model, data, lora, training, loss, output, compute, .. } = self;
         let (sources, data) = data.into_options();
         Ok(TrainOptions {
-            model: model.into_options(&output.output_dir),
+            model: model.into_options(&output.output_dir)?,
             sources,
             data,
             lora: lora.into_options(),
@@ -154,7 +154,7 @@ mod tests {
     #[test]
     fn defaults_are_those_of_the_library_and_of_the_predecessor() {
         let mut options = parse("--model-name m --train-file t").unwrap();
-        let server = "http://localhost:50051";
+        let server = "localhost:50051";
         let mut expected = TrainOptions::new("m", server, "t".into(), "./checkpoints".into());
         expected.model.session_name = "checkpoints".into();
         resolve_lora(&mut options).unwrap();
@@ -175,7 +175,7 @@ mod tests {
              --log-interval 10 --eval-interval 100 --device cpu --mixed-precision",
         )
         .unwrap();
-        assert_eq!(options.model.server, "http://localhost:50052");
+        assert_eq!(options.model.server, "localhost:50052");
         assert_eq!((options.model.split_point_1, options.model.split_point_2), (Some(0), Some(14)));
         assert_eq!(options.sources.max_train_samples, Some(10000));
         assert_eq!(options.compute.kind, Kind::BFloat16);

@@ -1,6 +1,7 @@
+use crate::connection_args::ConnectionArgs;
 use clap::Args;
 use offshoot_client::ClientOptions;
-use offshoot_trainer::options::ModelOptions;
+use offshoot_trainer::options::{ModelOptions, TRAINING_RETRY};
 use std::path::Path;
 
 #[derive(Args)]
@@ -24,36 +25,39 @@ pub struct ModelArgs {
     /// The trunk server's port.
     #[arg(long, value_name = "PORT", default_value_t = 50051)]
     server_port: u16,
-    /// Host and port in one, such as trunk.local:50051.
+    /// Host and port in one, such as trunk.local:50051 or https://trunk.local:50051.
     #[arg(long, value_name = "URL", conflicts_with_all = ["server_host", "server_port"])]
     server: Option<String>,
     /// Shown in the server's list of sessions [default: the output directory's name].
     #[arg(long, value_name = "NAME")]
     session_name: Option<String>,
+    #[command(flatten)]
+    connection: ConnectionArgs,
 }
 
 impl ModelArgs {
     /// What the trainer takes; the session is named after `output_dir` unless it has a name.
-    pub fn into_options(self, output_dir: &Path) -> ModelOptions {
+    pub fn into_options(self, output_dir: &Path) -> anyhow::Result<ModelOptions> {
         let server = self.server.unwrap_or_else(|| address(&self.server_host, self.server_port));
-        ModelOptions {
+        let usual = ClientOptions { retry: TRAINING_RETRY, ..ClientOptions::default() };
+        Ok(ModelOptions {
             name: self.model_name,
             model_type: self.model_type,
             split_point_1: self.split_point_1,
             split_point_2: self.split_point_2,
             server,
-            client: ClientOptions::default(),
+            client: self.connection.options(usual)?,
             session_name: self.session_name.unwrap_or_else(|| last_part(output_dir)),
-        }
+        })
     }
 }
 
 /// An IPv6 address needs brackets before a port.
 pub fn address(host: &str, port: u16) -> String {
     if host.contains(':') && !host.starts_with('[') {
-        format!("http://[{host}]:{port}")
+        format!("[{host}]:{port}")
     } else {
-        format!("http://{host}:{port}")
+        format!("{host}:{port}")
     }
 }
 
