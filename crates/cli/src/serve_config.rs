@@ -83,10 +83,27 @@ struct ListenArgs {
     /// Port to listen on; 0 takes a free one [default: 50051].
     #[arg(long, value_name = "PORT")]
     port: Option<u16>,
-    /// Listen on an address that other machines reach. There is no authentication yet: only in a
+    /// Listen on an address that other machines reach without both --tenants and TLS: only in a
     /// network that keeps strangers out.
     #[arg(long)]
     allow_insecure_network: bool,
+    /// Who may use the server: the file that `offshoot tenant add` writes, read again when it changes
+    /// [default: everybody who reaches it].
+    #[arg(long, value_name = "FILE")]
+    tenants: Option<PathBuf>,
+    /// Write down who opened, exported, deleted what and when, as JSON lines.
+    #[arg(long, value_name = "FILE")]
+    audit_log: Option<PathBuf>,
+    /// The server's TLS certificate, those of its issuers behind it; with --tls-key it turns TLS on.
+    /// Both are read again when they change.
+    #[arg(long, value_name = "PEM")]
+    tls_cert: Option<PathBuf>,
+    /// The private key of --tls-cert.
+    #[arg(long, value_name = "PEM")]
+    tls_key: Option<PathBuf>,
+    /// Let in only who shows a certificate of one of these issuers (mutual TLS).
+    #[arg(long, value_name = "PEM")]
+    tls_client_ca: Option<PathBuf>,
     /// Where sessions survive; one server each [default: offshoot-store].
     #[arg(long, value_name = "DIR")]
     store_dir: Option<PathBuf>,
@@ -176,6 +193,11 @@ impl ServeArgs {
             ("listen", "host", json!(listen.host)),
             ("listen", "port", json!(listen.port)),
             ("listen", "allow_insecure_network", json!(insecure)),
+            ("access", "tenants", json!(listen.tenants)),
+            ("access", "audit_log", json!(listen.audit_log)),
+            ("tls", "cert", json!(listen.tls_cert)),
+            ("tls", "key", json!(listen.tls_key)),
+            ("tls", "client_ca", json!(listen.tls_client_ca)),
             ("store", "dir", json!(listen.store_dir)),
             ("store", "snapshots_kept", json!(listen.snapshots_kept)),
             ("session", "lease_seconds", json!(session.lease_seconds)),

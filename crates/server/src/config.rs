@@ -1,4 +1,6 @@
+use crate::access::AccessConfig;
 use crate::error::Error;
+use crate::session::SnapshotEvery;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::net::IpAddr;
@@ -10,6 +12,8 @@ use std::time::Duration;
 #[serde(default, deny_unknown_fields)]
 pub struct ServerConfig {
     pub listen: ListenConfig,
+    pub tls: TlsConfig,
+    pub access: AccessConfig,
     pub model: TrunkConfig,
     pub limits: LimitsConfig,
     pub session: SessionConfig,
@@ -25,14 +29,34 @@ pub struct ListenConfig {
     pub host: String,
     /// 0: a free one.
     pub port: u16,
-    /// There is no authentication yet: whoever reaches a host other than loopback can train,
-    /// export and delete. True says that the network around it keeps strangers out.
+    /// True allows a host other than loopback without both a tenants file and TLS: whoever reaches
+    /// the server could do everything, or read tokens on their way. It says that the network around
+    /// it keeps strangers out.
     pub allow_insecure_network: bool,
 }
 
 impl Default for ListenConfig {
     fn default() -> Self {
         ListenConfig { host: "127.0.0.1".into(), port: 50051, allow_insecure_network: false }
+    }
+}
+
+/// TLS from PEM files, which are read again when they change.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TlsConfig {
+    /// The server's certificate, those of its issuers behind it. With [`TlsConfig::key`]: TLS is on.
+    pub cert: Option<PathBuf>,
+    /// Its private key.
+    pub key: Option<PathBuf>,
+    /// Mutual TLS: who connects must show a certificate of one of these issuers.
+    pub client_ca: Option<PathBuf>,
+}
+
+impl TlsConfig {
+    /// Whether connections are encrypted.
+    pub fn is_on(&self) -> bool {
+        self.cert.is_some()
     }
 }
 
@@ -137,6 +161,8 @@ pub struct LimitsConfig {
     /// Sessions that clients have open or may come back to within their leases, wherever their
     /// adapters are.
     pub max_live_sessions: usize,
+    /// Connections at a time. The one that has been idle for longest makes room for a new one.
+    pub max_connections: usize,
 }
 
 impl LimitsConfig {
@@ -181,6 +207,7 @@ impl Default for LimitsConfig {
             host_memory_bytes: None,
             admission_wait_seconds: 30.0,
             max_live_sessions: 10_000,
+            max_connections: 4096,
         }
     }
 }
@@ -197,6 +224,11 @@ pub struct SessionConfig {
     /// If more sessions train than the device holds, each keeps its place at least so long between
     /// its microbatches: coming and going costs more than a short turn is worth.
     pub turn_seconds: f64,
+    /// While a session trains, the server makes it durable by itself at the first Step after so long
+    /// since its last snapshot: that much work is the most that a crash costs. 0: never by time.
+    pub snapshot_seconds: f64,
+    /// The same at every so many Steps. 0: never by steps.
+    pub snapshot_steps: u64,
     /// Threads that run session actors; they wait, decide and record, and compute nothing.
     pub n_actor_threads: usize,
 }
@@ -216,6 +248,13 @@ impl SessionConfig {
     pub fn turn(&self) -> Duration {
         Duration::from_secs_f64(self.turn_seconds)
     }
+
+    /// How often the server makes a session durable by itself.
+    pub fn snapshot_every(&self) -> SnapshotEvery {
+        let seconds = Some(self.snapshot_seconds).filter(|&seconds| seconds > 0.0);
+        let time = seconds.map(Duration::from_secs_f64);
+        SnapshotEvery { time, steps: Some(self.snapshot_steps).filter(|&steps| steps > 0) }
+    }
 }
 
 impl Default for SessionConfig {
@@ -224,6 +263,8 @@ impl Default for SessionConfig {
             lease_seconds: 300.0,
             idle_seconds: 60.0,
             turn_seconds: 1.0,
+            snapshot_seconds: 60.0,
+            snapshot_steps: 0,
             n_actor_threads: 2,
         }
     }
@@ -236,14 +277,16 @@ pub struct StoreConfig {
     pub dir: PathBuf,
     /// Snapshots of one session that its client asked for; older ones are deleted, except those
     /// that the client still names, at most as many. The trainer keeps its last five checkpoints and
-    /// the best one. Of those that the server takes by itself, when a session leaves the device, the
-    /// newest is kept.
+    /// the best one.
     pub snapshots_kept: usize,
+    /// Snapshots of one session that the server took by itself: while it trained, or when it left
+    /// the device. The last so many stay.
+    pub server_snapshots_kept: usize,
 }
 
 impl Default for StoreConfig {
     fn default() -> Self {
-        StoreConfig { dir: "offshoot-store".into(), snapshots_kept: 8 }
+        StoreConfig { dir: "offshoot-store".into(), snapshots_kept: 8, server_snapshots_kept: 2 }
     }
 }
 
@@ -299,6 +342,11 @@ impl ListenConfig {
 }
 
 impl ServerConfig {
+    /// Whether only tenants get in, and nobody reads their tokens on the way.
+    fn keeps_strangers_out(&self) -> bool {
+        self.access.tenants.is_some() && self.tls.is_on()
+    }
+
     /// All mistakes at once, or none. Mistakes that only the model shows (split points beyond its
     /// layers, a device that is not there) come when it is loaded.
     pub fn validate(&self) -> Result<(), Error> {
@@ -317,11 +365,38 @@ impl ServerConfig {
         );
         check(
             "listen.host",
-            self.listen.is_loopback() || *allow_insecure_network,
+            self.listen.is_loopback() || *allow_insecure_network || self.keeps_strangers_out(),
             host.clone(),
-            "a loopback address: there is no authentication yet, so whoever reaches this address \
-             could train, export and delete. Use 127.0.0.1 and a tunnel, or set \
-             listen.allow_insecure_network = true in a network that keeps strangers out",
+            match &self.access.tenants {
+                None => {
+                    "a loopback address: without access.tenants whoever reaches this address could \
+                     train, export and delete. Name a tenants file (`offshoot tenant add` writes \
+                     one) and turn TLS on with tls.cert and tls.key, or use 127.0.0.1 and a tunnel, \
+                     or set listen.allow_insecure_network = true in a network that keeps strangers out"
+                }
+                Some(_) => {
+                    "a loopback address: without TLS tokens could be read on their way. Turn it on \
+                     with tls.cert and tls.key, or set listen.allow_insecure_network = true in a \
+                     network that nobody listens to"
+                }
+            },
+        );
+        let TlsConfig { cert, key, client_ca } = &self.tls;
+        let shown = |path: &Option<PathBuf>| {
+            path.as_ref().map_or_else(String::new, |path| path.display().to_string())
+        };
+        check(
+            "tls.cert",
+            cert.is_some() || key.is_none(),
+            shown(cert),
+            "the certificate of tls.key",
+        );
+        check("tls.key", key.is_some() || cert.is_none(), shown(key), "the key of tls.cert");
+        check(
+            "tls.client_ca",
+            client_ca.is_none() || cert.is_some(),
+            shown(client_ca),
+            "nothing, unless tls.cert and tls.key turn TLS on",
         );
         let model = &self.model;
         check(
@@ -354,8 +429,10 @@ impl ServerConfig {
             ("limits.max_queued_jobs", limits.max_queued_jobs),
             ("limits.max_tokens_per_batch", limits.max_tokens_per_batch),
             ("limits.max_live_sessions", limits.max_live_sessions),
+            ("limits.max_connections", limits.max_connections),
             ("session.n_actor_threads", self.session.n_actor_threads),
             ("store.snapshots_kept", self.store.snapshots_kept),
+            ("store.server_snapshots_kept", self.store.server_snapshots_kept),
         ] {
             check(
                 key,
@@ -379,6 +456,13 @@ impl ServerConfig {
             (0.0..=10.0).contains(&wait),
             wait.to_string(),
             "0 to 10 seconds",
+        );
+        let snapshots = self.session.snapshot_seconds;
+        check(
+            "session.snapshot_seconds",
+            (0.0..=1e9).contains(&snapshots),
+            snapshots.to_string(),
+            "0 to 10^9 seconds; 0 takes none by time",
         );
         let turn = self.session.turn_seconds;
         check(

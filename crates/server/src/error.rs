@@ -207,6 +207,10 @@ pub enum Error {
         "{limit} sessions are live already, the limit; close one that is done, or try again later"
     )]
     LiveSessions { limit: usize },
+    #[error(
+        "{limit} sessions are waiting for room on the device already, the limit; try again later"
+    )]
+    WaitingForRoom { limit: usize },
     #[error("no room on the device: {shortage}, the limit; {}", try_again(shortage.kind, *.retry_after))]
     NoRoom { shortage: Shortage, retry_after: Option<Duration> },
 
@@ -303,7 +307,7 @@ impl Error {
             Config(_) | Bind { .. } | Thread { .. } | Device { .. } | Transport { .. } => {
                 Class::Internal
             }
-            TrunkTooLarge { .. } | TenantsFile { .. } => Class::Internal,
+            TrunkTooLarge { .. } | TenantsFile { .. } | Tls(_) => Class::Internal,
             Unauthenticated => Class::Unauthenticated,
             Reflection(_) | Gone { .. } | Panic { .. } | Poisoned | Busy => Class::Internal,
             TrunkChanged { .. } | EngineLost { .. } | Deaf { .. } => Class::Internal,
@@ -323,6 +327,7 @@ impl Error {
             OpenCaches { .. } => Class::Exhausted,
             InFlight { .. } | OpenMicrobatches { .. } | QueueFull { .. } => Class::Exhausted,
             LargeRequests { .. } | Opens { .. } | SlowRequest { .. } => Class::Exhausted,
+            WaitingForRoom { .. } => Class::Exhausted,
             NoRoom { .. } | LiveSessions { .. } | OutOfMemory { .. } => Class::Exhausted,
             UnknownSession(_) | UnknownSnapshot { .. } | Ended => Class::NotFound,
             TakenOver => Class::TakenOver,
@@ -385,6 +390,7 @@ impl Error {
             Opens { .. } => "opens",
             SlowRequest { .. } => "slow_request",
             QueueFull { .. } => "queue_full",
+            WaitingForRoom { .. } => "waiting_for_room",
             NoRoom { .. } => "no_room",
             LiveSessions { .. } => "live_sessions",
             UnknownSession(_) => "unknown_session",
@@ -409,7 +415,7 @@ impl Error {
         match self {
             Error::Draining { retry_after } | Error::EngineDown { retry_after } => Some(*retry_after),
             Error::NoRoom { retry_after, .. } => *retry_after,
-            Error::LiveSessions { .. } => Some(Duration::from_secs(5)),
+            Error::LiveSessions { .. } | Error::WaitingForRoom { .. } => Some(Duration::from_secs(5)),
             Error::LargeRequests { .. } | Error::Opens { .. } => Some(Duration::from_secs(1)),
             Error::SlowRequest { .. } => Some(Duration::from_secs(1)),
             Error::InFlight { .. } | Error::QueueFull { .. } | Error::Busy => {

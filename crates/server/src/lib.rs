@@ -37,14 +37,18 @@ mod scheduler;
 mod server;
 mod session;
 mod store;
+mod supervisor;
 mod tls;
 mod transport;
 
+pub use access::AccessConfig;
 pub use config::{
     ComputeDType, DrainConfig, LimitsConfig, ListenConfig, LoraBatching, Mistake, Mistakes,
     ServerConfig, SessionConfig, StoreConfig, TlsConfig, TrunkConfig,
 };
 pub use engine::TrunkInfo;
 pub use error::{Class, Error};
+#[cfg(feature = "faults")]
+pub use faults::{Fault, Faults};
 pub use server::{RunningServer, Server};
 pub use session::SessionId;

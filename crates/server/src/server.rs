@@ -6,32 +6,20 @@ use crate::host_memory;
 use crate::pool::{ActorPool, PoolThreads};
 use crate::registry::{Parts, Registry, Slots};
 use crate::residency::{Ages, Residency, ResidencyParts};
-use crate::store::Store;
-use offshoot_proto::outgoing::ServerTransport;
-use offshoot_proto::v1::{self, trunk_service_server::TrunkServiceServer};
+use crate::store::{Kept, Store};
+use crate::supervisor::Supervisor;
+use crate::tls::Tls;
+use crate::transport::{Served, Serving, set_health};
+use offshoot_proto::v1;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
-use tokio::task::JoinHandle;
 use tokio::time::Instant;
-use tonic::transport::server::TcpIncoming;
 use tonic_health::ServingStatus;
-use tonic_health::server::HealthReporter;
 
-/// A peer that does not answer a ping for so long is gone.
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(20);
-const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
-/// What a peer may send of one message before it is told that it was read: a whole one, so that
-/// large frames wait for no round trip, within these bounds.
-const WINDOW_BYTES: std::ops::RangeInclusive<usize> = 1 << 20..=64 << 20;
-/// Of one HTTP/2 frame. A message of 16 MiB is 1024 of the usual 16 KiB, each with a call of the
-/// system at both ends; larger ones than this gain nothing and leave the processor's cache.
-const HTTP2_FRAME_BYTES: u32 = 128 << 10;
-/// Calls of one connection at a time, beside its sessions' streams.
-const CONTROL_CALLS: u32 = 1024;
-/// For open connections to notice that the server ends.
+/// For the store to be closed by whoever still has it.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Starts servers.
@@ -40,13 +28,11 @@ pub struct Server;
 /// A server that serves. To end it, [`RunningServer::drain`] it.
 pub struct RunningServer {
     local_addr: SocketAddr,
-    engine: Engine,
+    supervisor: Supervisor,
     client: EngineClient,
     registry: Arc<Registry>,
     threads: PoolThreads,
-    health: HealthReporter,
-    shutdown: oneshot::Sender<()>,
-    served: JoinHandle<Result<(), tonic::transport::Error>>,
+    served: Served,
     store_closed: oneshot::Receiver<()>,
 }
 
@@ -55,13 +41,15 @@ impl Server {
     /// when it returns.
     pub async fn start(config: ServerConfig) -> Result<RunningServer, Error> {
         config.validate()?;
-        let ServerConfig { listen, model, limits, session, store, .. } = config;
+        let ServerConfig { listen, tls, model, limits, session, store, .. } = config;
         // First what fails quickly.
         let address = format!("{}:{}", bracketed(&listen.host), listen.port);
         let bound = TcpListener::bind(&address).await;
         let listener = bound.map_err(|source| Error::Bind { address, source })?;
+        let tls = Tls::start(&tls).await?;
         let opening = tokio::task::spawn_blocking(move || {
-            Store::open(&store.dir, store.snapshots_kept).map(Arc::new)
+            let kept = Kept { of_client: store.snapshots_kept, of_server: store.server_snapshots_kept };
+            Store::open(&store.dir, kept).map(Arc::new)
         });
         let store = opening.await.map_err(|_| Error::Gone { part: "store" })??;
         let store_closed = store.closed();
@@ -75,6 +63,7 @@ impl Server {
             slots: slots.clone(),
             host_bytes: host_bytes(&limits, client.trunk()),
             wait: limits.admission_wait(),
+            max_waiting: limits.max_live_sessions,
             ages: Ages { idle: session.idle(), turn: session.turn() },
         });
         let registry = Registry::start(Parts {
@@ -85,13 +74,16 @@ impl Server {
             pool,
             limits: limits_of(&limits, session.lease(), client.trunk()),
             lease: session.lease(),
+            snapshots: session.snapshot_every(),
             max_live_sessions: limits.max_live_sessions,
         });
         let local_addr = listener
             .local_addr()
             .map_err(|source| Error::Bind { address: listen.host.clone(), source })?;
-        let (shutdown, stop) = oneshot::channel();
-        let (health, served) = serve(listener, &registry, &client, stop).await?;
+        let trunk = TrunkGrpc::new(registry.clone(), client.clone());
+        let max_connections = limits.max_connections;
+        let served = Served::start(Serving { listener, tls, trunk, max_connections }).await?;
+        let supervisor = Supervisor::start(engine, registry.clone(), served.health.clone());
         let trunk = client.trunk();
         tracing::info!(
             address = %local_addr, model = trunk.model_name, layers = ?trunk.layers,
@@ -99,12 +91,10 @@ impl Server {
         );
         Ok(RunningServer {
             local_addr,
-            engine,
+            supervisor,
             client,
             registry,
             threads,
-            health,
-            shutdown,
             served,
             store_closed,
         })
@@ -139,55 +129,6 @@ fn limits_of(limits: &LimitsConfig, lease: Duration, trunk: &TrunkInfo) -> v1::L
     }
 }
 
-type Served = JoinHandle<Result<(), tonic::transport::Error>>;
-
-async fn serve(
-    listener: TcpListener,
-    registry: &Arc<Registry>,
-    engine: &EngineClient,
-    stop: oneshot::Receiver<()>,
-) -> Result<(HealthReporter, Served), Error> {
-    let trunk = TrunkGrpc::new(registry.clone(), engine.clone());
-    let bytes = trunk.max_message_bytes();
-    let trunk = TrunkServiceServer::new(trunk)
-        .max_decoding_message_size(bytes)
-        // An export may bring its gradients.
-        .max_encoding_message_size(2 * bytes);
-    let window = bytes.clamp(*WINDOW_BYTES.start(), *WINDOW_BYTES.end()) as u32;
-    let (health, health_service) = tonic_health::server::health_reporter();
-    set_health(&health, ServingStatus::Serving).await;
-    let reflection = || {
-        tonic_reflection::server::Builder::configure()
-            .register_encoded_file_descriptor_set(offshoot_proto::FILE_DESCRIPTOR_SET)
-            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-    };
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-    let router = tonic::transport::Server::builder()
-        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
-        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
-        // A session has one; the library's own bound would be 200.
-        .max_concurrent_streams(registry.max_live_sessions() as u32 + CONTROL_CALLS)
-        .initial_stream_window_size(window)
-        // Several sessions share a connection; one that is not read must not hold up the others.
-        .initial_connection_window_size(4 * window)
-        .max_frame_size(HTTP2_FRAME_BYTES)
-        .add_service(health_service)
-        .add_service(reflection().build_v1()?)
-        .add_service(reflection().build_v1alpha()?)
-        .add_service(ServerTransport(trunk));
-    let stopped = async move { drop(stop.await) };
-    let served = tokio::spawn(router.serve_with_incoming_shutdown(incoming, stopped));
-    Ok((health, served))
-}
-
-/// Of the server as a whole and of its one service.
-async fn set_health(health: &HealthReporter, status: ServingStatus) {
-    let service = <TrunkServiceServer<TrunkGrpc> as tonic::server::NamedService>::NAME;
-    for name in ["", service] {
-        health.set_service_status(name, status).await;
-    }
-}
-
 impl RunningServer {
     /// Where clients connect.
     pub fn local_addr(&self) -> SocketAddr {
@@ -199,6 +140,21 @@ impl RunningServer {
         self.client.trunk()
     }
 
+    /// Until the server cannot go on: the engine has failed too often, or nothing listens any more. Then
+    /// it should be ended and the process with it, so that whoever runs it can start it afresh.
+    pub async fn failed(&mut self) -> Error {
+        tokio::select! {
+            error = self.supervisor.lost() => error,
+            error = self.served.lost() => error,
+        }
+    }
+
+    /// Failures that a test asks for.
+    #[cfg(feature = "faults")]
+    pub fn faults(&self) -> &crate::faults::Faults {
+        &self.client.stats().faults
+    }
+
     /// Lets open microbatches finish, makes every session durable, and ends, all within some
     /// seconds more than `timeout`. What is still open then is dropped. Returns how many sessions
     /// could not be made durable.
@@ -206,7 +162,7 @@ impl RunningServer {
         let begun = Instant::now();
         tracing::info!(timeout_seconds = timeout.as_secs_f64(), "draining");
         self.registry.begin_drain();
-        set_health(&self.health, ServingStatus::NotServing).await;
+        set_health(&self.served.health, ServingStatus::NotServing).await;
         // Some of the time is for writing.
         let reserve = (timeout / 4).min(Duration::from_secs(5));
         let drained = self.registry.drain(begun + (timeout - reserve));
@@ -217,7 +173,7 @@ impl RunningServer {
                 self.registry.residency().n_live()
             }
         };
-        self.end().await;
+        self.end(false).await;
         let seconds = begun.elapsed().as_secs_f64();
         tracing::info!(seconds, sessions_lost = n_lost, "drained");
         n_lost
@@ -226,23 +182,25 @@ impl RunningServer {
     /// Ends at once, as a crash would: sessions fall back to their last snapshots. The store is
     /// closed and all threads are joined when it returns.
     pub async fn stop_now(self) {
-        self.client.abort();
-        self.end().await;
+        self.end(true).await;
     }
 
-    async fn end(self) {
-        let RunningServer { engine, registry, threads, shutdown, mut served, .. } = self;
+    async fn end(self, at_once: bool) {
+        let RunningServer { supervisor, registry, threads, served, .. } = self;
         let store_closed = self.store_closed;
         registry.begin_drain();
+        // Before the engine ends, which would be a death.
+        let engine = supervisor.stop().await;
+        if at_once {
+            self.client.abort();
+        }
         // Actors first: their streams end with them, so that connections can close.
         join_blocking(move || threads.join()).await;
-        let _ = shutdown.send(());
-        if tokio::time::timeout(CLOSE_TIMEOUT, &mut served).await.is_err() {
-            served.abort();
-            let _ = served.await;
-        }
+        served.end().await;
         self.client.abort();
-        join_blocking(move || engine.join()).await;
+        if let Some(engine) = engine {
+            join_blocking(move || engine.join()).await;
+        }
         drop(registry);
         // A client that came back at the last moment may still be in the registry.
         if tokio::time::timeout(CLOSE_TIMEOUT, store_closed).await.is_err() {

@@ -40,15 +40,19 @@ impl TrunkGrpc {
         TrunkGrpc { registry, engine, limits }
     }
 
+    /// Bytes of the largest frame of a stream.
+    pub fn max_frame_bytes(&self) -> usize {
+        let per_token = self.engine.trunk().hidden_size * WireDType::F32.size() + 2 * NUMBER_BYTES;
+        self.limits.max_tokens_per_microbatch as usize * per_token + MARGIN_BYTES
+    }
+
     /// Bytes of the largest message that a client has reason to send or to expect.
     pub fn max_message_bytes(&self) -> usize {
         let (trunk, limits) = (self.engine.trunk(), &self.limits);
-        let per_token = trunk.hidden_size * WireDType::F32.size() + 2 * NUMBER_BYTES;
-        let frame = limits.max_tokens_per_microbatch as usize * per_token;
         let adapter = trunk.parameters_per_rank * u64::from(limits.max_rank) * 4;
         // With its names.
         let adapter = (adapter + adapter / 8).min(MAX_ADAPTER_BYTES);
-        frame.max(adapter as usize) + MARGIN_BYTES
+        self.max_frame_bytes().max(adapter as usize + MARGIN_BYTES)
     }
 }
 

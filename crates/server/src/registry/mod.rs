@@ -6,6 +6,7 @@
 //! a client that comes back while its session is being parked waits and then gets it revived.
 //! Frames do not come this way: a stream holds its actor's address.
 
+mod loss;
 mod parking;
 mod slots;
 mod snapshot;
@@ -125,11 +126,6 @@ impl Registry {
     /// What every session is told.
     pub fn limits(&self) -> v1::Limits {
         self.limits
-    }
-
-    /// Most sessions that may be live at a time.
-    pub fn max_live_sessions(&self) -> usize {
-        self.max_live_sessions
     }
 
     /// Where the adapters are.
@@ -389,10 +385,15 @@ impl Registry {
     }
 
     fn refuse_while_draining(&self) -> Result<(), Error> {
-        if self.draining.load(Ordering::Relaxed) {
+        if self.is_draining() {
             return Err(Error::Draining { retry_after: DRAIN_RETRY });
         }
-        Ok(())
+        self.engine.check()
+    }
+
+    /// Whether the server is about to end.
+    pub fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed)
     }
 }
 
