@@ -28,12 +28,16 @@ pub fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
         // Before the server starts, so that no signal finds the default handler.
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
-        let server = Server::start(config).await?;
+        let mut server = Server::start(config).await?;
         println!("ready grpc={}", server.local_addr());
         std::io::stdout().flush()?;
         let name = tokio::select! {
             _ = terminate.recv() => "SIGTERM",
             _ = interrupt.recv() => "SIGINT",
+            error = server.failed() => {
+                server.drain(timeout).await;
+                return Err(error.into());
+            }
         };
         tracing::info!(signal = name, "draining");
         anyhow::Ok(server.drain(timeout).await)

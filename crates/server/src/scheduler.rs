@@ -42,7 +42,7 @@ impl<J> Scheduler<J> {
     pub fn submit(&self, id: LaneId, kind: Kind, n_tokens: usize, job: J) -> Result<(), Error> {
         let mut shared = self.lock();
         if shared.closed {
-            return Err(Error::Gone { part: "engine" });
+            return Err(Error::engine_down());
         }
         if kind != Kind::Control && shared.queue.len() >= self.max_queued_jobs {
             return Err(Error::QueueFull { limit: self.max_queued_jobs });
@@ -119,6 +119,21 @@ impl<J> Scheduler<J> {
         drop(shared);
         drop(dropped);
         self.pushed.notify_all();
+    }
+
+    /// Whether jobs enter.
+    pub fn is_open(&self) -> bool {
+        !self.lock().closed
+    }
+
+    /// Jobs enter again, of lanes that are opened from now on: those that there were are gone.
+    pub fn reopen(&self) {
+        let mut shared = self.lock();
+        let fresh = Shared { queue: Queue::default(), closed: false, n_put_back: 0 };
+        let before = std::mem::replace(&mut *shared, fresh);
+        // Dropped outside the lock, as in an abort.
+        drop(shared);
+        drop(before);
     }
 
     fn lock(&self) -> MutexGuard<'_, Shared<J>> {

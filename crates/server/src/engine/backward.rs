@@ -7,6 +7,7 @@ use super::tapes::{OpenTape, Packing, TapeKey};
 use super::wire;
 use super::worker::Worker;
 use crate::error::Error;
+use crate::faults::Fault;
 use crate::scheduler::{Scheduler, Taken};
 use crate::session::BackwardWork;
 use offshoot_model::{Rows, Segment, Tape, TapeSize, Work};
@@ -133,6 +134,7 @@ impl Worker {
 
     fn gradients(&self, chosen: &[Taken<Job>]) -> Result<Vec<Result<Done, Error>>, Error> {
         let (part, device) = (&self.part, self.part.device());
+        self.stats.faults.pass(Fault::Backward);
         let open: Vec<&OpenTape> =
             chosen.iter().map(|taken| self.tape(taken)).collect::<Result<_, _>>()?;
         let upload = |taken| wire::upload(&work(taken).1.grad, part.kind(), device);

@@ -8,6 +8,7 @@ use super::tapes::{Need, NewTape, Packing};
 use super::wire;
 use super::worker::Worker;
 use crate::error::Error;
+use crate::faults::Fault;
 use crate::ledger::{Reservation, Shortage};
 use crate::scheduler::{LaneId, Scheduler, Taken};
 use crate::session::{ExtendWork, ForwardWork, Mode};
@@ -326,6 +327,7 @@ impl Worker {
 
     fn compute(&self, chosen: &[Chosen]) -> Vec<Result<Done, Error>> {
         let (part, device) = (&self.part, self.part.device());
+        self.stats.faults.pass(Fault::Forward);
         let upload = |chosen: &Chosen| wire::upload(chosen.asked().hidden(), part.kind(), device);
         let x = concat(chosen.iter().map(upload).collect()); // [N, H]
         self.injected_limit(x.size()[0]);

@@ -6,7 +6,8 @@
 //! ```
 //!
 //! [`Command`] is everything that can happen to it. Each job runs under its own `catch_unwind`: a
-//! failure is that job's answer and nobody else's.
+//! failure is that job's answer and nobody else's. A panic between jobs, or a device that answers
+//! nothing any more, ends the thread with all that it had; `supervisor` then starts another one.
 
 mod backward;
 mod caches;
@@ -29,14 +30,15 @@ pub use start::{TrunkInfo, parse_device};
 
 use crate::config::{LimitsConfig, TrunkConfig};
 use crate::error::Error;
+use crate::faults::{Fault, Faults};
 use crate::ledger::Ledger;
-use crate::scheduler::{Budget, LaneId, OwnerId, Scheduler, Share};
+use crate::scheduler::{Budget, Kind, LaneId, OwnerId, Scheduler, Share};
 use caches::CacheLimits;
 use offshoot_adapters::AdapterState;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 use worker::{Worker, WorkerLimits};
 
@@ -48,11 +50,22 @@ const IDLE_CACHE: Duration = Duration::from_secs(1);
 /// The engine as its one owner, the server, sees it.
 pub struct Engine {
     client: EngineClient,
-    thread: JoinHandle<()>,
+    config: TrunkConfig,
+    limits: LimitsConfig,
+    running: Running,
     _end: AbortOnDrop,
 }
 
-/// What the rest of the server holds of the engine. Cloning is cheap.
+/// The engine's thread.
+struct Running {
+    /// None: it has died.
+    thread: Option<JoinHandle<()>>,
+    /// Closed by the thread, after all that it had is dropped.
+    ended: oneshot::Receiver<()>,
+}
+
+/// What the rest of the server holds of the engine. Cloning is cheap. It stays the same when the
+/// thread dies and another one begins.
 #[derive(Clone)]
 pub struct EngineClient {
     scheduler: Arc<Scheduler<Job>>,
@@ -68,6 +81,9 @@ pub struct Stats {
     pub n_sessions: AtomicU64,
     pub n_tapes: AtomicU64,
     pub n_caches: AtomicU64,
+    /// What runs, and since when.
+    turn: Mutex<Option<(Kind, Instant)>>,
+    pub faults: Faults,
 }
 
 /// A session's place on the device. Dropping it gives the place back.
@@ -86,40 +102,91 @@ impl Drop for AbortOnDrop {
     }
 }
 
+/// What a thread begins with.
+struct Launch {
+    config: TrunkConfig,
+    limits: LimitsConfig,
+    scheduler: Arc<Scheduler<Job>>,
+    stats: Arc<Stats>,
+    /// Of the thread before.
+    ledger: Option<Ledger>,
+}
+
+/// A thread that has loaded the trunk and waits.
+struct Launched {
+    running: Running,
+    trunk: TrunkInfo,
+    ledger: Ledger,
+    /// Lets it run. Dropped: the thread ends.
+    go: oneshot::Sender<()>,
+}
+
+impl Launch {
+    /// Starts a thread and waits until the trunk is loaded.
+    async fn start(self) -> Result<Launched, Error> {
+        let (ready, loaded) = oneshot::channel();
+        let (go, may_go) = oneshot::channel();
+        let (alive, ended) = oneshot::channel();
+        let name = "engine";
+        let body = move || {
+            // Dropped last.
+            let _alive: oneshot::Sender<()> = alive;
+            self.run(ready, may_go);
+        };
+        let spawned = std::thread::Builder::new().name(name.into()).spawn(body);
+        let thread = spawned.map_err(|source| Error::Thread { name, source })?;
+        let (trunk, ledger) = loaded.await.map_err(|_| Error::Gone { part: name })??;
+        let running = Running { thread: Some(thread), ended };
+        Ok(Launched { running, trunk, ledger, go })
+    }
+
+    fn run(
+        self,
+        ready: oneshot::Sender<Result<(TrunkInfo, Ledger), Error>>,
+        may_go: oneshot::Receiver<()>,
+    ) {
+        let Launch { config, limits, scheduler, stats, ledger } = self;
+        // Whatever ends this thread, nobody waits for it in vain.
+        let _end = AbortOnDrop(scheduler.clone());
+        stats.faults.pass(Fault::Load);
+        let start::Loaded { part, trunk, ledger, weights: _weights } =
+            match start::load(&config, &limits, ledger) {
+                Ok(loaded) => loaded,
+                Err(error) => return drop(ready.send(Err(error))),
+            };
+        // Whoever started it may have given up.
+        if ready.send(Ok((trunk, ledger.clone()))).is_err() || may_go.blocking_recv().is_err() {
+            return;
+        }
+        let caches = CacheLimits {
+            max_open: limits.max_open_caches,
+            max_tokens: limits.max_cache_tokens,
+            idle: IDLE_CACHE,
+        };
+        let budget = Budget { n_tokens: limits.max_tokens_per_batch, wait: limits.batch_wait() };
+        let limits = WorkerLimits { admission_wait: limits.admission_wait(), caches };
+        Worker::new(part, ledger, stats, limits).run(&scheduler, budget);
+    }
+}
+
 impl Engine {
     /// Starts the thread and waits until the trunk is loaded.
     pub async fn start(config: TrunkConfig, limits: &LimitsConfig) -> Result<Engine, Error> {
         let scheduler = Arc::new(Scheduler::new(limits.max_queued_jobs));
         let stats = Arc::new(Stats::default());
-        let budget = Budget { n_tokens: limits.max_tokens_per_batch, wait: limits.batch_wait() };
-        let (ready, loaded) = oneshot::channel();
-        let (queue, counted, limits) = (scheduler.clone(), stats.clone(), limits.clone());
-        let body = move || {
-            // Whatever ends this thread, nobody waits for it in vain.
-            let _end = AbortOnDrop(queue.clone());
-            let start::Loaded { part, trunk, ledger, weights: _weights } =
-                match start::load(&config, &limits) {
-                    Ok(loaded) => loaded,
-                    Err(error) => return drop(ready.send(Err(error))),
-                };
-            // Whoever started the server may have given up; then the queue is closed soon.
-            let _ = ready.send(Ok((trunk, ledger.clone())));
-            let caches = CacheLimits {
-                max_open: limits.max_open_caches,
-                max_tokens: limits.max_cache_tokens,
-                idle: IDLE_CACHE,
-            };
-            let limits = WorkerLimits { admission_wait: limits.admission_wait(), caches };
-            Worker::new(part, ledger, counted, limits).run(&queue, budget);
+        let launch = Launch {
+            config: config.clone(),
+            limits: limits.clone(),
+            scheduler: scheduler.clone(),
+            stats: stats.clone(),
+            ledger: None,
         };
-        let name = "engine";
-        let spawned = std::thread::Builder::new().name(name.into()).spawn(body);
-        let thread = spawned.map_err(|source| Error::Thread { name, source })?;
-        let (trunk, ledger) = loaded.await.map_err(|_| Error::Gone { part: name })??;
+        let Launched { running, trunk, ledger, go } = launch.start().await?;
+        // A thread that died meanwhile is noticed as any other.
+        let _ = go.send(());
         let (next_lane, end) = (Arc::default(), AbortOnDrop(scheduler.clone()));
-        let trunk = Arc::new(trunk);
-        let client = EngineClient { scheduler, trunk, ledger, stats, next_lane };
-        Ok(Engine { client, thread, _end: end })
+        let client = EngineClient { scheduler, trunk: Arc::new(trunk), ledger, stats, next_lane };
+        Ok(Engine { client, config, limits: limits.clone(), running, _end: end })
     }
 
     /// To be handed around.
@@ -127,11 +194,43 @@ impl Engine {
         self.client.clone()
     }
 
+    /// Until the thread has ended, as it does if it dies or is told to; why. All that it had on the
+    /// device is given back. Not to be called again before [`Engine::restart`] has succeeded.
+    pub async fn ended(&mut self) -> String {
+        let _ = (&mut self.running.ended).await;
+        // It has nothing left to do.
+        match self.running.thread.take().map(JoinHandle::join) {
+            Some(Err(panic)) => outcome::panic_text(&*panic).into(),
+            Some(Ok(())) | None => "it was told to end".into(),
+        }
+    }
+
+    /// Loads the trunk again, in another thread, after [`Engine::ended`]. Nobody is on the device
+    /// then; jobs enter again.
+    pub async fn restart(&mut self) -> Result<(), Error> {
+        let launch = Launch {
+            config: self.config.clone(),
+            limits: self.limits.clone(),
+            scheduler: self.client.scheduler.clone(),
+            stats: self.client.stats.clone(),
+            ledger: Some(self.client.ledger.clone()),
+        };
+        let Launched { running, trunk, go, .. } = launch.start().await?;
+        // Adapters were trained on what was there, and clients were told what it is.
+        if trunk != *self.client.trunk {
+            let (was, found) = (self.client.trunk.fingerprint.clone(), trunk.fingerprint);
+            return Err(Error::TrunkChanged { was, found });
+        }
+        self.running = running;
+        self.client.scheduler.reopen();
+        let _ = go.send(());
+        Ok(())
+    }
+
     /// Runs what waits, then ends the thread. Blocks.
-    pub fn join(self) {
+    pub fn join(mut self) {
         self.client.scheduler.close();
-        let Engine { thread, _end, .. } = self;
-        if thread.join().is_err() {
+        if self.running.thread.take().is_some_and(|thread| thread.join().is_err()) {
             tracing::error!("the engine thread had panicked");
         }
     }
@@ -151,6 +250,11 @@ impl EngineClient {
     /// What it takes.
     pub fn stats(&self) -> &Stats {
         &self.stats
+    }
+
+    /// An error while no engine runs.
+    pub fn check(&self) -> Result<(), Error> {
+        if self.scheduler.is_open() { Ok(()) } else { Err(Error::engine_down()) }
     }
 
     /// Drops what waits and ends the thread after its current job.
@@ -195,7 +299,7 @@ impl EngineSession {
 
     /// The adapter set as it is after what was submitted so far.
     pub async fn state(&self) -> Result<AdapterState, Error> {
-        self.request_state()?.await.map_err(|_| Error::Gone { part: "engine" })?
+        self.request_state()?.await.map_err(|_| Error::engine_down())?
     }
 
     /// Gives the place back, and waits until it is free.
@@ -211,7 +315,7 @@ impl EngineSession {
     async fn call<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, Error> {
         let (reply, result) = oneshot::channel();
         self.push(command(reply))?;
-        result.await.map_err(|_| Error::Gone { part: "engine" })?
+        result.await.map_err(|_| Error::engine_down())?
     }
 
     fn push(&self, command: Command) -> Result<(), Error> {
@@ -231,6 +335,18 @@ impl Drop for EngineSession {
 }
 
 impl Stats {
+    /// A batch begins, or all are done.
+    fn set_turn(&self, kind: Option<Kind>) {
+        let turn = kind.map(|kind| (kind, Instant::now()));
+        *self.turn.lock().unwrap_or_else(PoisonError::into_inner) = turn;
+    }
+
+    /// What runs now, and for how long.
+    pub fn turn(&self) -> Option<(Kind, Duration)> {
+        let turn = *self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        turn.map(|(kind, since)| (kind, since.elapsed()))
+    }
+
     fn set(&self, place: &AtomicU64, value: u64) {
         place.store(value, Ordering::Relaxed);
     }

@@ -6,7 +6,7 @@ use super::command::{
 };
 use crate::error::Error;
 use std::any::Any;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 /// Runs a job and sends what comes of it, be it a panic. Whether it was done.
 pub(super) fn answer<T: Outcome>(
@@ -17,13 +17,17 @@ pub(super) fn answer<T: Outcome>(
     send(reply, caught(job, run))
 }
 
-/// Runs a job; a panic is an error.
+/// Runs a job; a panic is an error. But for one that means that the device is lost: it goes on, and
+/// ends the thread.
 pub(super) fn caught<T>(
     job: &'static str,
     run: impl FnOnce() -> Result<T, Error>,
 ) -> Result<T, Error> {
-    let result = catch_unwind(AssertUnwindSafe(run));
-    result.unwrap_or_else(|panic| Err(panicked(job, &*panic)))
+    match catch_unwind(AssertUnwindSafe(run)) {
+        Ok(result) => result,
+        Err(panic) if is_device_lost(panic_text(&*panic)) => resume_unwind(panic),
+        Err(panic) => Err(panicked(job, &*panic)),
+    }
 }
 
 /// The results of all jobs in one pass. Those that fail there, or come out of it with values that are
@@ -57,16 +61,35 @@ pub(super) fn send<T: Outcome>(reply: Reply<T>, result: Result<T, Error>) -> boo
 }
 
 fn panicked(job: &'static str, panic: &(dyn Any + Send)) -> Error {
-    let text = panic.downcast_ref::<String>().map(String::as_str);
-    let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("unknown");
-    // libtorch appends its C++ stack.
-    let line = text.lines().next().unwrap_or_default();
-    if is_out_of_memory(text) {
+    let line = panic_text(panic);
+    if is_out_of_memory(line) {
         tracing::warn!(job, panic = line, "a job ran out of memory");
         return Error::OutOfMemory { job };
     }
     tracing::error!(job, panic = line, "a job panicked");
     Error::Panic { job, panic: line.into() }
+}
+
+/// What a panic says, without the C++ stack that libtorch appends.
+pub(super) fn panic_text(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("unknown");
+    text.lines().next().unwrap_or_default()
+}
+
+/// As CUDA says it: what it calls an inconsistent state, in which every later call fails as well.
+fn is_device_lost(text: &str) -> bool {
+    const LOST: [&str; 8] = [
+        "device-side assert",
+        "illegal memory access",
+        "illegal instruction",
+        "misaligned address",
+        "invalid program counter",
+        "hardware stack error",
+        "unspecified launch failure",
+        "uncorrectable",
+    ];
+    text.contains("CUDA") && LOST.iter().any(|lost| text.contains(lost))
 }
 
 /// As libtorch's allocators say it, on the CPU and on CUDA.
@@ -111,6 +134,16 @@ mod tests {
         assert_eq!(error.label(), "panic");
         let text = error.to_string();
         assert!(text.contains("no such dimension in [1, 2]") && !text.contains("C++"), "{text}");
+    }
+
+    #[test]
+    fn a_lost_device_is_no_jobs_answer() {
+        let lost = "CUDA error: device-side assert triggered\nC++ stack";
+        let ends = catch_unwind(|| caught("Forward", || -> Result<(), Error> { panic!("{lost}") }));
+        assert_eq!(panic_text(&*ends.unwrap_err()), "CUDA error: device-side assert triggered");
+        let passing = "CUDA error: invalid configuration argument";
+        let error = caught("Forward", || -> Result<(), Error> { panic!("{passing}") }).unwrap_err();
+        assert_eq!(error.label(), "panic");
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::ops::Range;
 use tch::{Cuda, Device, Kind};
 
 /// What the engine holds, as [`DescribeResponse`](offshoot_proto::v1::DescribeResponse) tells it.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct TrunkInfo {
     pub model_name: String,
     pub model_type: String,
@@ -89,13 +89,18 @@ pub(super) struct Loaded {
     pub weights: Reservation,
 }
 
-/// Reads the trunk's layers onto the device and opens the device's ledger.
-pub(super) fn load(config: &TrunkConfig, limits: &LimitsConfig) -> Result<Loaded, Error> {
+/// Reads the trunk's layers onto the device and opens the device's ledger, unless there is one.
+pub(super) fn load(
+    config: &TrunkConfig,
+    limits: &LimitsConfig,
+    ledger: Option<Ledger>,
+) -> Result<Loaded, Error> {
     if let Some(n) = config.n_threads {
         tch::set_num_threads(n.into());
     }
     let device = device(config)?;
-    let budget = limits.memory_bytes.or_else(|| usual_budget(device));
+    let usual = || Ledger::new(limits.memory_bytes.or_else(|| usual_budget(device)));
+    let ledger = ledger.unwrap_or_else(usual);
     let checkpoint = Checkpoint::find(&config.name).map_err(ModelError::from)?;
     let model = ModelConfig::from_json(checkpoint.config())?;
     let split = SplitPoints::new(config.split_point_1, config.split_point_2, model.n_layers)?;
@@ -127,7 +132,6 @@ pub(super) fn load(config: &TrunkConfig, limits: &LimitsConfig) -> Result<Loaded
         parameters_per_rank: sites.iter().map(|site| (site.d_in + site.d_out) as u64).sum(),
         sites,
     };
-    let ledger = Ledger::new(budget);
     // Whatever sessions are on the device, the largest microbatch can have its turn.
     let n_tokens = limits.max_tokens_per_microbatch as u64;
     let smallest = TapeSize::Input;

@@ -5,6 +5,7 @@ use super::outcome::{answer, caught, send};
 use super::slot::Slot;
 use super::tapes::Tapes;
 use crate::error::Error;
+use crate::faults::Fault;
 use crate::ledger::Ledger;
 use crate::scheduler::{Batch, Budget, Kind, LaneId, Scheduler, Taken};
 use offshoot_model::Part;
@@ -30,7 +31,7 @@ pub(super) struct Worker {
     pub ledger: Ledger,
     /// How long a forward waits for room.
     pub admission_wait: Duration,
-    stats: Arc<Stats>,
+    pub stats: Arc<Stats>,
     /// Rows beyond which a pass runs out of memory.
     #[cfg(test)]
     pub row_limit: Option<i64>,
@@ -56,8 +57,12 @@ impl Worker {
     pub(super) fn run(mut self, scheduler: &Scheduler<Job>, budget: Budget) {
         // A guard, since `tch::no_grad` does not survive a caught panic.
         let _no_grad = tch::no_grad_guard();
+        self.count();
         while let Some(batch) = scheduler.take(budget) {
+            self.stats.faults.pass(Fault::Engine);
+            self.stats.set_turn(Some(batch.kind));
             self.turn(batch, scheduler);
+            self.stats.set_turn(None);
         }
     }
 
@@ -102,9 +107,13 @@ impl Worker {
             }
             Command::Frame { sequence, work } => match work {
                 FrameWork::Step { work, reply } => {
+                    let faults = self.stats.clone();
                     let result = self.check_order(lane, sequence).and_then(|()| {
                         let slot = self.slot(lane)?;
-                        let result = caught("Step", || Ok(slot.step(&work)))?;
+                        let result = caught("Step", || {
+                            faults.faults.pass(Fault::Step);
+                            Ok(slot.step(&work))
+                        })?;
                         slot.applied = sequence;
                         // They are of older weights now.
                         self.caches.forget(lane);

@@ -3,6 +3,7 @@
 use super::slots::{Held, Live};
 use super::{Copied, Registry, blocking, gone, retire};
 use crate::error::Error;
+use crate::faults::Fault;
 use crate::session::{Cut, DrainWhenQuiet, Keep, Reason, SessionCut, SessionId};
 use crate::store::{Origin, SnapshotRecord};
 use std::sync::atomic::Ordering;
@@ -15,20 +16,29 @@ use tokio::time::Instant;
 pub(super) async fn park_expired(registry: Weak<Registry>, mut expired: mpsc::Receiver<SessionId>) {
     while let Some(id) = expired.recv().await {
         let Some(registry) = registry.upgrade() else { return };
-        let mut held = registry.slots.lock(id).await;
-        if held.live().is_none() {
-            continue;
+        // In a task of its own: if it fails, the next session's does not.
+        let parked = tokio::spawn(async move { registry.park_expired_one(id).await }).await;
+        if let Err(error) = parked {
+            tracing::error!(session = %id, %error, "parking a session failed");
         }
-        match registry.park(id, &mut held, Reason::Lease).await {
+    }
+}
+
+impl Registry {
+    async fn park_expired_one(&self, id: SessionId) {
+        self.engine.stats().faults.pass(Fault::Parking);
+        let mut held = self.slots.lock(id).await;
+        if held.live().is_none() {
+            return;
+        }
+        match self.park(id, &mut held, Reason::Lease).await {
             Ok(snapshot) => tracing::info!(session = %id, step = snapshot.step, "session parked"),
             // The client came back.
             Err(Error::Busy) => {}
             Err(error) => tracing::warn!(session = %id, %error, "session could not be parked"),
         }
     }
-}
 
-impl Registry {
     /// Snapshots a live session and takes it off the device. If it cannot be made durable, it
     /// stays.
     pub(super) async fn park(
@@ -66,6 +76,8 @@ impl Registry {
         match live.actor.send(Cut { reason }).await.map_err(gone)?? {
             SessionCut::Copied { adapters, resume } => {
                 let (store, copied) = (self.store.clone(), Copied { adapters, resume });
+                // Behind what the server is writing by itself, which is of an earlier point.
+                let _in_turn = live.profile.writes.in_turn().await;
                 blocking(move || store.add_snapshot(id, copied.encode(origin))).await
             }
             SessionCut::InStore => match origin {

@@ -13,12 +13,15 @@
 mod list;
 mod policy;
 mod room;
+mod writes;
 
 pub use list::{Activity, Listed};
 pub use policy::{Ages, Tier};
+pub use writes::{OwnSnapshots, Writes, Writing};
 
 use crate::engine::{Admitted, EngineClient, EngineSession, Plan, Settings, Start};
 use crate::error::Error;
+use crate::faults::Faults;
 use crate::ledger::{BytesKind, Ledger, Reservation};
 use crate::registry::{Copied, Slots, blocking, fits};
 use crate::session::{Recorded, Resume, SessionId};
@@ -39,7 +42,8 @@ pub struct Residency {
     wait: Duration,
     ages: Ages,
     runtime: tokio::runtime::Handle,
-    requests: mpsc::UnboundedSender<room::Request>,
+    requests: mpsc::Sender<room::Request>,
+    max_waiting: usize,
     /// Requests that are not answered yet.
     n_waiting: Arc<AtomicUsize>,
     /// A resident has become quiet.
@@ -47,6 +51,7 @@ pub struct Residency {
     list: Arc<List>,
     draining: Arc<AtomicBool>,
     n_live: Arc<AtomicUsize>,
+    own: OwnSnapshots,
 }
 
 /// Counts a live session until it is dropped.
@@ -67,6 +72,8 @@ pub struct ResidencyParts {
     pub host_bytes: u64,
     /// How long a session waits for room.
     pub wait: Duration,
+    /// How many may wait at a time.
+    pub max_waiting: usize,
     pub ages: Ages,
 }
 
@@ -76,6 +83,7 @@ pub struct Profile {
     pub id: SessionId,
     pub settings: Settings,
     pub activity: Activity,
+    pub writes: Writes,
 }
 
 /// A session's adapter on the device.
@@ -116,7 +124,7 @@ pub struct Back {
 impl Residency {
     /// Nobody is there yet.
     pub fn start(parts: ResidencyParts) -> Arc<Residency> {
-        let (requests, asked) = mpsc::unbounded_channel();
+        let (requests, asked) = mpsc::channel(parts.max_waiting.max(1));
         let residency = Arc::new(Residency {
             engine: parts.engine,
             store: parts.store,
@@ -125,11 +133,13 @@ impl Residency {
             ages: parts.ages,
             runtime: tokio::runtime::Handle::current(),
             requests,
+            max_waiting: parts.max_waiting,
             n_waiting: Arc::default(),
             quiet: Arc::default(),
             list: Arc::default(),
             draining: Arc::default(),
             n_live: Arc::default(),
+            own: OwnSnapshots::default(),
         });
         tokio::spawn(room::keep(&residency, parts.slots, asked));
         residency
@@ -138,6 +148,11 @@ impl Residency {
     /// Bytes of the host's memory that sessions off the device take.
     pub fn host(&self) -> &Ledger {
         &self.host
+    }
+
+    /// Failures that tests ask for.
+    pub fn faults(&self) -> &Faults {
+        &self.engine.stats().faults
     }
 
     /// Counts a session that becomes live.
@@ -173,8 +188,13 @@ impl Residency {
         }
         let (reply, reserved) = oneshot::channel();
         let request = room::Request::new(bytes, Instant::now() + self.wait, reply, &self.n_waiting);
+        let limit = self.max_waiting;
+        if self.n_waiting() > limit {
+            return Err(Error::WaitingForRoom { limit });
+        }
         let gone = || Error::Gone { part: "residency" };
-        self.requests.send(request).map_err(|_| gone())?;
+        // There is room for all that may wait.
+        self.requests.try_send(request).map_err(|_| gone())?;
         reserved.await.map_err(|_| gone())?
     }
 
@@ -275,6 +295,7 @@ impl Residency {
         home: &Home,
         resume: Resume,
     ) -> Result<Lowered, Error> {
+        let _in_turn = profile.writes.in_turn().await;
         let adapters = match home {
             Home::Device(on) => {
                 let bytes = on.admitted.bytes;

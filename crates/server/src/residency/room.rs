@@ -4,11 +4,14 @@
 use super::Residency;
 use super::list::List;
 use super::policy::{Ages, Tier, idle, make_room};
+use crate::engine::EngineClient;
 use crate::error::Error;
+use crate::faults::Fault;
 use crate::ledger::{BytesKind, Ledger, Reservation, Shortage};
 use crate::registry::Slots;
 use crate::session::{DRAIN_RETRY, Leave, SessionId};
 use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -72,13 +75,14 @@ struct Room {
     host_need: u64,
     leaving: JoinSet<(SessionId, Result<(), Error>)>,
     draining: Arc<AtomicBool>,
+    engine: EngineClient,
 }
 
 /// Runs until the residency is dropped.
 pub(super) fn keep(
     residency: &Arc<Residency>,
     slots: Arc<Slots>,
-    mut asked: mpsc::UnboundedReceiver<Request>,
+    mut asked: mpsc::Receiver<Request>,
 ) -> impl Future<Output = ()> + Send + use<> {
     let mut room = Room {
         ledger: residency.engine.ledger().clone(),
@@ -92,6 +96,7 @@ pub(super) fn keep(
         host_need: 0,
         leaving: JoinSet::new(),
         draining: residency.draining.clone(),
+        engine: residency.engine.clone(),
     };
     let quiet: Arc<Notify> = residency.quiet.clone();
     let (ledger, host) = (room.ledger.clone(), room.host.clone());
@@ -99,7 +104,8 @@ pub(super) fn keep(
         loop {
             // Made before the look, so that nothing that happens after it is missed.
             let (freed, has_quiet) = (ledger.freed(), quiet.clone().notified_owned());
-            let again = room.look();
+            let looked = catch_unwind(AssertUnwindSafe(|| room.look()));
+            let again = looked.unwrap_or_else(|_| room.start_anew());
             let waits = room.waits();
             tokio::select! {
                 request = asked.recv() => match request {
@@ -122,8 +128,19 @@ impl Room {
         !self.queue.is_empty() || self.work > 0 || self.host_need > 0
     }
 
+    /// After a panic: those who wait are told, and all others are served.
+    fn start_anew(&mut self) -> Instant {
+        tracing::error!(refused = self.queue.len(), "the keeper of room failed and goes on");
+        for Request { reply, .. } in self.queue.drain(..) {
+            let _ = reply.send(Err(Error::Gone { part: "keeper of room" }));
+        }
+        (self.work, self.host_need) = (0, 0);
+        Instant::now() + BUSY_PAUSE
+    }
+
     /// Does all that can be done now. When to look again, even if nothing happens.
     fn look(&mut self) -> Instant {
+        self.engine.stats().faults.pass(Fault::Keeper);
         self.serve();
         let missing = |ledger: &Ledger, kind, need| ledger.missing(kind, need);
         let asked = self.queue.front().map_or(0, |head| head.bytes);

@@ -73,6 +73,7 @@ impl Fixture {
             slots: slots.clone(),
             host_bytes: on_host * adapter,
             wait: Duration::from_secs(30),
+            max_waiting: 100,
             ages: Ages { idle: Duration::from_secs(3600), turn: Duration::ZERO },
         });
         let registry = Registry::start(Parts {

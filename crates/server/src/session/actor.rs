@@ -1,16 +1,21 @@
-use super::frame::{Frame, SessionId, Work};
-use super::home::{Backlog, Place, Waiting};
+use super::cadence::{Cadence, SnapshotEvery};
+use super::frame::{Effect, Frame, SessionId, Work};
+use super::home::{Backlog, Place, Requested, Waiting};
 use super::loss::WireLoss;
 use super::messages::{
-    Attach, Attached, Detach, DrainWhenQuiet, Frames, Info, Keep, Reason, Retire, SessionCut,
+    Attach, Attached, Detach, DrainWhenQuiet, Frames, Info, Keep, Lost, Reason, Retire, SessionCut,
     SessionView,
 };
 use super::newest::Newest;
-use super::outbox::{Answer, CutAsked, CutState, Next, Outbox, Pending, Permit, StreamEnds};
+use super::outbox::{
+    Answer, CutAsked, CutState, CutTo, Next, Outbox, Pending, Permit, StreamEnds,
+};
 use super::state::{Admission, DRAIN_RETRY, FrameLimits, Resume, SessionState, Ticket};
 use crate::engine::FrameWork;
 use crate::error::Error;
-use crate::residency::{Alive, Home, Profile, Residency};
+use crate::faults::Fault;
+use crate::registry::Copied;
+use crate::residency::{Alive, Home, Profile, Residency, Writing};
 use actix::{
     Actor, ActorContext, ActorFutureExt, AsyncContext, Context, Handler, MessageResult,
     ResponseFuture, SpawnHandle, WrapFuture,
@@ -19,7 +24,7 @@ use offshoot_proto::v1::{self, ServerFrame, server_frame::Body};
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 
 /// One client's session while it is live. Messages come one at a time; what takes long happens
@@ -42,6 +47,8 @@ pub struct SessionActor {
     lease: Lease,
     /// A last copy is under way; no new frame is taken in.
     pub(super) ending: Option<Reason>,
+    /// When the server copies it by itself.
+    pub(super) cadence: Cadence,
     /// Who waits for [`SessionState::is_quiet`].
     quiet: Vec<oneshot::Sender<()>>,
 }
@@ -57,6 +64,8 @@ pub struct SessionSeed {
     /// Clients that began before cannot attach.
     pub epoch: u64,
     pub limits: v1::Limits,
+    /// How often it is made durable while it trains.
+    pub snapshots: SnapshotEvery,
     /// How long the session may be without a stream.
     pub lease: Duration,
     /// Told when that is over.
@@ -100,6 +109,7 @@ impl SessionActor {
             n_cuts: 0,
             lease: Lease { duration: seed.lease, idle: seed.idle, timer: None, over: false },
             ending: None,
+            cadence: Cadence::new(seed.snapshots, Instant::now()),
             quiet: Vec::new(),
         }
     }
@@ -134,7 +144,11 @@ impl SessionActor {
         }
     }
 
-    fn attached(&self, durable: Option<v1::SnapshotInfo>) -> ServerFrame {
+    fn attached(
+        &self,
+        durable: Option<v1::SnapshotInfo>,
+        snapshots: Vec<v1::SnapshotInfo>,
+    ) -> ServerFrame {
         let attached = v1::Attached {
             last_applied: self.state.applied(),
             step: self.state.step(),
@@ -142,7 +156,7 @@ impl SessionActor {
             open_microbatches: self.state.open().keys().copied().collect(),
             limits: Some(self.limits),
             epoch: self.newest.epoch,
-            snapshots: Vec::new(),
+            snapshots,
         };
         ServerFrame { sequence: 0, body: Some(Body::Attached(attached)) }
     }
@@ -180,12 +194,14 @@ impl SessionActor {
     }
 
     fn run(&mut self, ticket: Ticket, frame: Frame, permit: Permit, ctx: &mut Context<Self>) {
-        let sequence = frame.head.sequence;
+        let (sequence, is_step) = (frame.head.sequence, frame.head.effect == Effect::Step);
         let span = tracing::debug_span!("frame", session = %self.profile.id, sequence);
         let (work, answer) = with_reply(frame.work);
         let on = self.place.on_device().ok_or(Error::Gone { part: "adapter" });
         let submitted = on.and_then(|on| span.in_scope(|| on.engine.submit(sequence, work)));
-        self.outbox.push(Pending::Frame { ticket, sequence, permit: Some(permit), answer: None });
+        let copy = if is_step && submitted.is_ok() { self.copy_if_due() } else { None };
+        let (permit, copied) = (Some(permit), copy.is_some());
+        self.outbox.push(Pending::Frame { ticket, sequence, permit, answer: None, copied });
         if let Err(error) = submitted {
             // In its turn, as if the engine had refused it.
             self.outbox.answered(ticket, Answer::Refused(error));
@@ -196,6 +212,23 @@ impl SessionActor {
             actor.pump();
         });
         ctx.spawn(finish);
+        if let Some((writing, requested)) = copy {
+            let asked = CutAsked { after: sequence, ends: false, to: CutTo::Store(writing) };
+            self.await_cut(asked, Err(requested), ctx);
+        }
+    }
+
+    /// A Step has gone to the engine: asks for the session right behind it, if a snapshot is due. So
+    /// frames that follow at once are not in the copy, and wait for nothing.
+    fn copy_if_due(&mut self) -> Option<(Writing, Requested)> {
+        let now = Instant::now();
+        if !self.cadence.step(now) || self.state.is_draining() {
+            return None;
+        }
+        let writing = self.residency.begin_copy(&self.profile)?;
+        let requested = self.place.on_device()?.engine.request_state().ok()?;
+        self.cadence.taken(now);
+        Some((writing, requested))
     }
 
     /// Sends and settles what is ready, in order.
@@ -203,9 +236,9 @@ impl SessionActor {
         while let Some(next) = self.outbox.next() {
             match next {
                 Next::Ready { permit, answer } => drop(permit.send(Ok(*answer))),
-                Next::Frame { ticket, sequence, permit, answer } => {
+                Next::Frame { ticket, sequence, permit, answer, copied } => {
                     self.wire_loss.count(&answer);
-                    let (settled, answer) = answer.settle(sequence);
+                    let (settled, answer) = answer.settle(sequence, copied);
                     self.state.settle(ticket, settled);
                     if let Some(permit) = permit {
                         permit.send(Ok(answer));
@@ -242,8 +275,24 @@ impl SessionActor {
             (Some(_), Err(_)) if asked.ends => self.ending = None,
             _ => {}
         }
-        // The caller may have given up.
-        let _ = asked.reply.send(cut);
+        match (asked.to, cut) {
+            (CutTo::Caller(reply), cut) => {
+                if cut.is_ok() {
+                    self.cadence.taken(Instant::now());
+                }
+                // The caller may have given up.
+                let _ = reply.send(cut);
+            }
+            (CutTo::Store(writing), Ok(SessionCut::Copied { adapters, resume })) => {
+                let (residency, profile) = (self.residency.clone(), self.profile.clone());
+                residency.write_behind(profile, Copied { adapters, resume }, writing);
+            }
+            (CutTo::Store(_), Ok(SessionCut::InStore)) => {}
+            (CutTo::Store(_), Err(error)) => {
+                tracing::debug!(session = %self.profile.id, %error, "no snapshot of this Step");
+                self.cadence.missed();
+            }
+        }
     }
 
     pub(super) fn check_cut(&self, reason: &Reason) -> Result<(), Error> {
@@ -266,7 +315,7 @@ type PendingAnswer = Pin<Box<dyn Future<Output = Answer>>>;
 /// A job for the engine, and what will come of it.
 fn with_reply(work: Work) -> (FrameWork, PendingAnswer) {
     async fn wait<T>(result: oneshot::Receiver<Result<T, Error>>) -> Result<T, Error> {
-        result.await.unwrap_or(Err(Error::Gone { part: "engine" }))
+        result.await.unwrap_or(Err(Error::engine_down()))
     }
     match work {
         Work::Forward(work) => {
@@ -306,6 +355,13 @@ fn with_reply(work: Work) -> (FrameWork, PendingAnswer) {
     }
 }
 
+impl Drop for SessionActor {
+    fn drop(&mut self) {
+        // However it ends: whoever comes next begins from what the store holds then.
+        self.profile.writes.end();
+    }
+}
+
 impl Actor for SessionActor {
     type Context = Context<Self>;
 
@@ -328,7 +384,7 @@ impl Handler<Attach> for SessionActor {
         let _ = self.state.acknowledge(attach.greeting.last_answered);
         self.n_streams += 1;
         let number = self.n_streams;
-        attach.hello.send(Ok(self.attached(attach.durable)));
+        attach.hello.send(Ok(self.attached(attach.durable, attach.snapshots)));
         self.stream = Some(Stream { number, farewell: attach.farewell, _ends: attach.ends });
         Ok(Attached { number })
     }
@@ -346,6 +402,7 @@ impl Handler<Frames> for SessionActor {
             self.refuse(message.permit, message.sequence, &draining);
             return self.pump();
         }
+        self.residency.faults().pass(Fault::Actor);
         self.backlog.push(Waiting::Frames(Box::new(message)));
         self.serve_backlog(ctx);
     }
@@ -381,6 +438,16 @@ impl Handler<Retire> for SessionActor {
 
     fn handle(&mut self, _: Retire, ctx: &mut Context<Self>) {
         self.end_stream(&Error::Ended);
+        self.profile.writes.end();
+        ctx.stop();
+    }
+}
+
+impl Handler<Lost> for SessionActor {
+    type Result = ();
+
+    fn handle(&mut self, _: Lost, ctx: &mut Context<Self>) {
+        self.end_stream(&Error::engine_down());
         ctx.stop();
     }
 }

@@ -4,14 +4,16 @@
 
 use super::actor::SessionActor;
 use super::messages::{Cut, Export, ExportOf, Frames, Leave, SessionCut};
-use super::outbox::{CutAsked, CutState, Pending};
+use super::outbox::{CutAsked, CutState, CutTo, Pending};
 use crate::error::Error;
 use crate::residency::{Away, Back, Home, OnDevice, Tier};
 use actix::{
     ActorFutureExt, AsyncContext, Context, Handler, ResponseActFuture, ResponseFuture, WrapFuture,
 };
+use offshoot_adapters::AdapterState;
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Instant;
 use tokio::sync::oneshot;
 
 /// Where a session's adapter is.
@@ -20,6 +22,9 @@ pub(super) enum Place {
     /// Under way, down or up.
     Moving,
 }
+
+/// A copy that the engine was asked for.
+pub(super) type Requested = oneshot::Receiver<Result<AdapterState, Error>>;
 
 /// What waits for the adapter.
 pub(super) enum Waiting {
@@ -154,14 +159,24 @@ impl SessionActor {
         if ends {
             self.ending = Some(reason);
         }
+        let after = self.state.expected_applied();
+        self.await_cut(CutAsked { after, ends, to: CutTo::Caller(reply) }, state, ctx);
+    }
+
+    /// In its turn behind the frames that were taken in. `state`: at hand, or requested.
+    pub(super) fn await_cut(
+        &mut self,
+        asked: CutAsked,
+        state: Result<CutState, Requested>,
+        ctx: &mut Context<Self>,
+    ) {
         self.n_cuts += 1;
         let id = self.n_cuts;
-        let asked = CutAsked { after: self.state.expected_applied(), ends, reply };
         let state = match state {
             Ok(at_hand) => Some(Ok(at_hand)),
             Err(requested) => {
                 let finish = requested.into_actor(self).map(move |state, actor, _| {
-                    let state = state.unwrap_or(Err(Error::Gone { part: "engine" }));
+                    let state = state.unwrap_or(Err(Error::engine_down()));
                     actor.outbox.copied(id, state.map(|s| CutState::Copied(Arc::new(s))));
                     actor.pump();
                 });
@@ -182,7 +197,7 @@ impl SessionActor {
                 match on.engine.request_export(gradients) {
                     Ok(exported) => {
                         actix::spawn(async move {
-                            let gone = Err(Error::Gone { part: "engine" });
+                            let gone = Err(Error::engine_down());
                             let exported = exported.await.unwrap_or(gone);
                             let _ = reply.send(exported.map(ExportOf::Device));
                         });
@@ -227,6 +242,7 @@ impl Handler<Leave> for SessionActor {
             }
             if matches!(home, Home::Away(Away::Disk)) {
                 actor.state.drop_answers();
+                actor.cadence.taken(Instant::now());
             }
             tracing::debug!(session = %actor.profile.id, stays = result.is_err(), "session left");
             actor.place = Place::At(home);

@@ -18,6 +18,8 @@ use std::sync::Arc;
 pub struct Attach {
     pub greeting: Greeting,
     pub durable: Option<v1::SnapshotInfo>,
+    /// All that it can be set back to, newest first.
+    pub snapshots: Vec<v1::SnapshotInfo>,
     /// For the answer to Hello.
     pub hello: Permit,
     pub farewell: Permit,
@@ -117,6 +119,11 @@ pub struct Keep;
 #[derive(Message)]
 #[rtype(result = "()")]
 pub struct Retire;
+
+/// Ends the actor, as [`Retire`]: what the session had on the device is lost.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Lost;
 
 /// No training Forward is admitted from now on. Answered when nothing is left that a snapshot would
 /// tear apart, or the client has gone.

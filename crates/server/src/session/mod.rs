@@ -2,6 +2,7 @@
 //! frames to the engine and answers to the stream.
 
 mod actor;
+mod cadence;
 mod frame;
 mod home;
 mod loss;
@@ -9,14 +10,19 @@ mod messages;
 mod newest;
 mod outbox;
 mod state;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod state_model;
+#[cfg(test)]
+mod state_properties;
 
 pub use actor::{SessionActor, SessionSeed};
+pub use cadence::SnapshotEvery;
 pub use frame::{
     BackwardWork, Digest, ExtendWork, ForwardWork, Frame, Head, Mode, SessionId, StepWork, Work,
 };
 pub use messages::{
     Attach, Cut, Detach, DrainWhenQuiet, Export, ExportOf, Frames, Greeting, Info, Keep, Leave,
-    Reason, Retire, SessionCut, SessionView,
+    Lost, Reason, Retire, SessionCut, SessionView,
 };
 pub use newest::epoch_now;
 pub use outbox::{Permit, StreamEnds};

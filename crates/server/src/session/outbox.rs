@@ -3,6 +3,7 @@
 use super::state::{Settled, Ticket};
 use crate::engine::{BackwardResult, DiscardResult, DropCacheResult, ForwardResult, StepResult};
 use crate::error::Error;
+use crate::residency::Writing;
 use offshoot_adapters::AdapterState;
 use offshoot_proto::v1::{self, ServerFrame, server_frame::Body};
 use std::collections::VecDeque;
@@ -33,8 +34,9 @@ pub enum Answer {
 }
 
 impl Answer {
-    /// For the state, and for the client if the frame was refused.
-    pub(super) fn settle(self, sequence: u64) -> (Settled, ServerFrame) {
+    /// For the state, and for the client if the frame was refused. `copied`: a snapshot right behind
+    /// this Step is on its way to the store.
+    pub(super) fn settle(self, sequence: u64, copied: bool) -> (Settled, ServerFrame) {
         let applied = |body, bytes, step| {
             let answer = ServerFrame { sequence, body: Some(body) };
             let settled = Settled::Applied { answer: Box::new(answer.clone()), bytes, step };
@@ -62,7 +64,7 @@ impl Answer {
                 refused(error, Some(microbatch))
             }
             Answer::Step(Ok(StepResult { step })) => {
-                applied(Body::Step(v1::StepDone { step, snapshot: false }), 0, Some(step))
+                applied(Body::Step(v1::StepDone { step, snapshot: copied }), 0, Some(step))
             }
             Answer::Discard(Ok(DiscardResult)) => {
                 applied(Body::Discard(v1::DiscardDone {}), 0, None)
@@ -95,7 +97,14 @@ pub(super) enum Pending {
     /// An answer that was ready at once: a recorded one, or a refusal.
     Ready { permit: Permit, answer: Box<ServerFrame> },
     /// A frame that the engine has.
-    Frame { ticket: Ticket, sequence: u64, permit: Option<Permit>, answer: Option<Answer> },
+    Frame {
+        ticket: Ticket,
+        sequence: u64,
+        permit: Option<Permit>,
+        answer: Option<Answer>,
+        /// A copy right behind it is on its way to the store.
+        copied: bool,
+    },
     /// A copy of the session between two frames.
     Cut { id: u64, asked: CutAsked, state: Option<Result<CutState, Error>> },
 }
@@ -123,13 +132,20 @@ pub(super) struct CutAsked {
     pub after: u64,
     /// Whether the session ends with it.
     pub ends: bool,
-    pub reply: oneshot::Sender<Result<super::SessionCut, Error>>,
+    pub to: CutTo,
+}
+
+/// Where a copy goes.
+pub(super) enum CutTo {
+    Caller(oneshot::Sender<Result<super::SessionCut, Error>>),
+    /// To the store, by itself.
+    Store(Writing),
 }
 
 /// What comes next out of the outbox.
 pub(super) enum Next {
     Ready { permit: Permit, answer: Box<ServerFrame> },
-    Frame { ticket: Ticket, sequence: u64, permit: Option<Permit>, answer: Answer },
+    Frame { ticket: Ticket, sequence: u64, permit: Option<Permit>, answer: Answer, copied: bool },
     Cut { asked: CutAsked, state: Result<CutState, Error> },
 }
 
@@ -215,8 +231,8 @@ impl Outbox {
         }
         match self.0.pop_front()? {
             Pending::Ready { permit, answer } => Some(Next::Ready { permit, answer }),
-            Pending::Frame { ticket, sequence, permit, answer } => {
-                Some(Next::Frame { ticket, sequence, permit, answer: answer? })
+            Pending::Frame { ticket, sequence, permit, answer, copied } => {
+                Some(Next::Frame { ticket, sequence, permit, answer: answer?, copied })
             }
             Pending::Cut { asked, state, .. } => Some(Next::Cut { asked, state: state? }),
         }
@@ -237,7 +253,8 @@ mod tests {
         let tickets = [1, 2, 3].map(|sequence| {
             let head = Head { sequence, acknowledged: 0, digest: [0; 32], effect: Effect::Nothing };
             let Ok(Admission::Run(ticket)) = state.admit(&head) else { panic!("it is in order") };
-            outbox.push(Pending::Frame { ticket, sequence, permit: None, answer: None });
+            let (permit, answer, copied) = (None, None, false);
+            outbox.push(Pending::Frame { ticket, sequence, permit, answer, copied });
             ticket
         });
         let (stream, mut answers) = mpsc::channel(9);
