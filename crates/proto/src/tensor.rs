@@ -24,6 +24,8 @@ pub enum TensorError {
     TooLarge { shape: Vec<usize> },
     #[error("a tensor has {found} dimensions, at most {MAX_DIMENSIONS} are taken")]
     Dimensions { found: usize },
+    #[error("a tensor of shape {shape:?} has no elements; leave it out of the message")]
+    Empty { shape: Vec<u32> },
     #[error("int8 is for tensors of shape [tokens, hidden size], one of shape {shape:?} came")]
     NotRows { shape: Vec<usize> },
     #[error(
@@ -252,12 +254,16 @@ impl HostTensor {
     }
 
     /// Checks dtype, number of dimensions, lengths, scales and outlier channels, and that nothing is
-    /// there that the dtype does not use; the bytes are not copied.
+    /// there that the dtype does not use; the bytes are not copied. Every dimension is at least 1, so
+    /// that none can be larger than the bytes that came.
     pub fn from_proto(tensor: Option<v1::Tensor>) -> Result<Self, TensorError> {
         let tensor = tensor.ok_or(TensorError::Missing)?;
         let found = tensor.shape.len();
         if found > MAX_DIMENSIONS {
             return Err(TensorError::Dimensions { found });
+        }
+        if tensor.shape.contains(&0) {
+            return Err(TensorError::Empty { shape: tensor.shape });
         }
         let dtype = WireDType::from_proto(tensor.dtype)?;
         let is_int8 = dtype == WireDType::Int8;

@@ -83,6 +83,19 @@ fn a_shape_without_end_is_refused_and_not_repeated() {
     }
 }
 
+/// Found by fuzzing: no bytes, and dimensions whose product, or whose buffers, are beyond any memory.
+#[test]
+fn a_tensor_without_elements_is_refused_whatever_its_other_dimensions() {
+    for dtype in 1..=4 {
+        for shape in [vec![0, 1 << 31], vec![0, u32::MAX, u32::MAX], vec![u32::MAX, 0], vec![0]] {
+            let scale_exponent = (dtype == 3).then_some(0);
+            let tensor = v1::Tensor { dtype, shape, scale_exponent, ..Default::default() };
+            let error = HostTensor::from_proto(Some(tensor)).unwrap_err();
+            assert!(error.to_string().contains("has no elements"), "{error}");
+        }
+    }
+}
+
 #[test]
 fn wrong_length_is_named() {
     let error = HostTensor::new(vec![2, 3], Payload::Bf16(bytes(13))).unwrap_err();

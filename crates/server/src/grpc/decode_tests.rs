@@ -43,7 +43,7 @@ fn a_forward_is_checked_in_every_part() {
         |values: &[f32], shape: &[usize]| v1::Forward { hidden: tensor(values, shape), ..fine() };
     assert_eq!(label(hidden(&[1.0; 6], &[2, 3])), "shape");
     assert_eq!(label(hidden(&[1.0; 6], &[6])), "shape");
-    assert_eq!(label(hidden(&[], &[0, 2])), "shape");
+    assert_eq!(label(hidden(&[], &[0, 2])), "tensor");
     assert_eq!(label(hidden(&[1.0; 10], &[5, 2])), "too_many_tokens");
     assert_eq!(label(hidden(&[1.0, 1.0, 1.0, f32::NAN, 1.0, 1.0], &[3, 2])), "not_finite");
     let mut short = fine();
