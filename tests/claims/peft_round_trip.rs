@@ -19,8 +19,9 @@ use offshoot_tests::{TestServer, fixture, server_config};
 use offshoot_trainer::adapter::{Adapter, ExportOptions, ImportOptions, Step, Visit, VisitOptions};
 use offshoot_trainer::data::source::DataSpec;
 use offshoot_trainer::data::{Batch, DataOptions, DataSet, Sample};
-use offshoot_trainer::evaluate::{self, Subject, Uncut};
+use offshoot_trainer::evaluate::{self, Subject, Through, Uncut};
 use offshoot_trainer::merge::{MergeOptions, merge};
+use offshoot_trainer::noise::PrivacyOptions;
 use offshoot_trainer::tokenizer::Tokenizer;
 use offshoot_trainer::{CancelToken, Scheduler, TrainOptions, Warmup, train};
 use safetensors::SafeTensors;
@@ -165,8 +166,9 @@ impl Place {
         let uncut = uncut.evaluate(Some(&read()), &batches).unwrap();
         let adapter = read();
         let subject = self.subject();
-        let split =
-            evaluate::split(&subject, &self.client, WireDType::F32, Some(&adapter), &batches);
+        let (wire_dtype, privacy) = (WireDType::F32, &PrivacyOptions::default());
+        let through = Through { client: &self.client, wire_dtype, privacy };
+        let split = evaluate::split(&subject, &through, Some(&adapter), &batches);
         let split = split.await.unwrap();
         assert_eq!((split.samples, split.tokens), (batches[0].seq_lens.len(), uncut.tokens));
 

@@ -1,4 +1,5 @@
 use crate::accelerator;
+use crate::noise_args::HiddenNoiseArgs;
 use crate::server_args::ServerArgs;
 use crate::train::column_args::ColumnArgs;
 use crate::train::compute_args::DType;
@@ -11,8 +12,9 @@ use offshoot_model::weights::Checkpoint;
 use offshoot_trainer::adapter::{Adapter, Step};
 use offshoot_trainer::data::source::DataSpec;
 use offshoot_trainer::data::{Batch, DataOptions, DataSet, MicrobatchSize};
-use offshoot_trainer::evaluate::{self, Evaluation, Subject, Uncut};
+use offshoot_trainer::evaluate::{self, Evaluation, Subject, Through, Uncut};
 use offshoot_trainer::fit;
+use offshoot_trainer::noise::PrivacyOptions;
 use offshoot_trainer::tokenizer::Tokenizer;
 use serde_json::{Value, json};
 use std::path::PathBuf;
@@ -48,6 +50,8 @@ pub struct EvalArgs {
     samples: SamplesArgs,
     #[command(flatten)]
     server: ServerArgs,
+    #[command(flatten)]
+    privacy: HiddenNoiseArgs,
     /// Where this side's layers run: cpu, cuda or cuda:N.
     #[arg(long, value_name = "DEVICE", default_value = "cpu", help_heading = "Compute")]
     device: String,
@@ -108,6 +112,7 @@ Examples:
 /// Runs the subcommand.
 pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
     let device = accelerator::device(&args.device)?;
+    let server = args.server.address();
     let adapter = args.adapter.as_deref().map(|path| Adapter::find(path, args.step)).transpose()?;
     let of_adapter = adapter.as_ref().and_then(|adapter| adapter.base_model.clone());
     let model_name = args
@@ -132,6 +137,7 @@ pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
         max_tokens: args.max_tokens_per_batch,
         wire_dtype: args.server.wire_dtype.into(),
         device: args.device,
+        privacy: args.privacy.into_options(server.as_deref())?,
     };
     // The model computes on this thread; the connection lives on the runtime's.
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -139,7 +145,6 @@ pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
         .enable_all()
         .build()
         .context("cannot start threads")?;
-    let server = args.server.address();
     let rows = match &server {
         None => task.uncut()?,
         Some(address) => {
@@ -173,6 +178,7 @@ struct Task<'a> {
     wire_dtype: WireDType,
     /// As it was asked for.
     device: String,
+    privacy: PrivacyOptions,
 }
 
 /// "base" or "adapter", and what came of it.
@@ -198,8 +204,10 @@ impl Task<'_> {
         fit::fingerprint(&server, checkpoint.name(), config, &checkpoint.fingerprint())?;
         let batches = self.batches(server.limits.max_tokens_per_microbatch as usize)?;
         let mut rows = Vec::new();
+        let (wire_dtype, privacy) = (self.wire_dtype, &self.privacy);
+        let through = Through { client: &client, wire_dtype, privacy };
         for adapter in self.models.iter().copied() {
-            let split = evaluate::split(&self.subject, &client, self.wire_dtype, adapter, &batches);
+            let split = evaluate::split(&self.subject, &through, adapter, &batches);
             rows.push((name(adapter), split.await?));
         }
         Ok(rows)

@@ -10,6 +10,7 @@ mod generate;
 mod import;
 mod legacy;
 mod merge;
+mod noise_args;
 mod openmp;
 mod own_server;
 mod plot;

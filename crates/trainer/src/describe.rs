@@ -1,5 +1,6 @@
 //! What people read of a run at its beginning, and of what changes on its way.
 
+use crate::noise::{Perturbation, PrivacyOptions};
 use crate::options::TrainOptions;
 use crate::origin::Origin;
 use crate::report::StartEvent;
@@ -63,6 +64,7 @@ pub(crate) fn lines(options: &TrainOptions, prepared: &Prepared) -> Vec<String> 
             "note: {n_devices} devices and {n_microbatches} microbatches in a step: each microbatch is on one device, so some have nothing to do; raise --gradient-accumulation-steps to {n_devices} or a multiple of it",
         ));
     }
+    lines.extend(perturbations(&options.privacy));
     if s1 == 0 {
         lines.push("note: the first split point is 0: what leaves this machine are token embeddings, from which the server can read the text; see docs/privacy.md".into());
     }
@@ -70,6 +72,25 @@ pub(crate) fn lines(options: &TrainOptions, prepared: &Prepared) -> Vec<String> 
         lines.push("note: no layer follows the trunk: from the gradient that leaves this machine the server can read every label; see docs/privacy.md".into());
     }
     lines
+}
+
+/// What is done to what is sent, if anything.
+fn perturbations(privacy: &PrivacyOptions) -> Option<String> {
+    let said = |what: &str, of: &Perturbation| match (of.clip_norm, of.noise) {
+        (None, _) => format!("{what} as they are"),
+        (Some(norm), 0.0) => format!("{what} clipped to norm {norm}"),
+        (Some(norm), noise) => {
+            format!("{what} clipped to norm {norm} with noise {noise} times as long")
+        }
+    };
+    let PrivacyOptions { hidden, gradients, .. } = privacy;
+    (!hidden.is_none() || !gradients.is_none()).then(|| {
+        format!(
+            "sent are {} and {}; offshoot leak with the same options measures what can still be read",
+            said("hidden states", hidden),
+            said("gradients", gradients),
+        )
+    })
 }
 
 /// A and B of a range of layers.

@@ -5,6 +5,7 @@ use crate::TrainError;
 use crate::adapter::{Adapter, Visit, VisitOptions};
 use crate::data::Batch;
 use crate::loss::{CrossEntropy, Loss, LossInput};
+use crate::noise::PrivacyOptions;
 use offshoot_adapters::AdapterSet;
 use offshoot_client::{Client, WireDType};
 use offshoot_model::weights::Checkpoint;
@@ -101,14 +102,22 @@ impl Uncut {
     }
 }
 
+/// A server's trunk, and how hidden states get there.
+pub struct Through<'a> {
+    pub client: &'a Client,
+    pub wire_dtype: WireDType,
+    /// What is done to hidden states before they are sent.
+    pub privacy: &'a PrivacyOptions,
+}
+
 /// Evaluates through a server's trunk, in a session that is forgotten afterwards.
 pub async fn split(
     subject: &Subject<'_>,
-    client: &Client,
-    wire_dtype: WireDType,
+    through: &Through<'_>,
     adapter: Option<&Adapter>,
     batches: &[Batch],
 ) -> Result<Evaluation, TrainError> {
+    let Through { client, wire_dtype, privacy } = *through;
     let Subject { checkpoint, config, kind, device } = *subject;
     let visit = Visit::begin(VisitOptions {
         client,
@@ -120,7 +129,10 @@ pub async fn split(
         kind,
         device,
     });
-    let visit = visit.await?;
+    let mut visit = visit.await?;
+    if let Err(error) = visit.model.perturb(privacy) {
+        return visit.end(Err(error)).await;
+    }
     let in_flight = visit.session.limits().max_frames_in_flight.clamp(1, 2) as usize;
     let loss_sum = visit.model.evaluate(&visit.session, &LOSS, batches, in_flight).await;
     let (loss_sum, _) = visit.end(loss_sum).await?;

@@ -30,6 +30,7 @@ mod in_flight;
 pub mod loss;
 pub mod merge;
 pub mod metrics;
+pub mod noise;
 pub mod options;
 mod origin;
 mod report;

@@ -4,6 +4,7 @@ use crate::data::source::DataSpec;
 use crate::data::{DataOptions, MicrobatchSize};
 use crate::generate::{GenerateOptions, Sampling};
 pub use crate::loss::LossOptions;
+use crate::noise::PrivacyOptions;
 use crate::schedule::{Scheduler, Warmup};
 pub use crate::split::Checkpointing;
 use offshoot_adapters::{AdamW, LoraSpec};
@@ -42,6 +43,8 @@ pub struct TrainOptions {
     pub compute: ComputeOptions,
     /// Texts that the model goes on from, before and after training.
     pub samples: SampleTexts,
+    /// What is done to hidden states and gradients before they are sent.
+    pub privacy: PrivacyOptions,
     /// Of initial values, dropout, data order and samples.
     pub seed: u64,
 }
@@ -293,6 +296,7 @@ impl TrainOptions {
                     ..GenerateOptions::default()
                 },
             },
+            privacy: PrivacyOptions::default(),
             seed: 42,
         }
     }

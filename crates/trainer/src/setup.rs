@@ -6,6 +6,7 @@ use crate::data::{DataOptions, DataSet, Plan, PlanOptions};
 use crate::fit;
 use crate::generate::end_ids;
 use crate::loss::Losses;
+use crate::noise::{self, PrivacyOptions};
 use crate::options::{OptimizerOptions, TrainOptions};
 use crate::origin::Origin;
 use crate::schedule::Schedule;
@@ -31,6 +32,8 @@ pub(crate) struct Prepared {
     pub plan: Plan,
     pub schedule: Schedule,
     pub split: SplitModel,
+    /// With the run's noise key.
+    pub privacy: PrivacyOptions,
     pub losses: Losses,
     pub origin: Origin,
 }
@@ -116,6 +119,9 @@ pub(crate) async fn prepare(
     if let Origin::Adapter { adapter, .. } = &origin {
         split.load_adapter(&adapter.tensors)?;
     }
+    let noise_key = Some(noise::of_run(&options.privacy, origin.checkpoint())?);
+    let privacy = PrivacyOptions { noise_key, ..options.privacy.clone() };
+    split.perturb(&privacy)?;
     let losses = Losses::new(&options.loss);
     Ok(Prepared {
         client,
@@ -129,6 +135,7 @@ pub(crate) async fn prepare(
         plan,
         schedule,
         split,
+        privacy,
         losses,
         origin,
     })
@@ -262,5 +269,9 @@ fn settings(
         },
         wire_dtype: options.compute.wire_dtype.name().into(),
         loss: options.loss.to_string(),
+        hidden_clip_norm: options.privacy.hidden.clip_norm,
+        hidden_noise: options.privacy.hidden.noise,
+        gradient_clip_norm: options.privacy.gradients.clip_norm,
+        gradient_noise: options.privacy.gradients.noise,
     }
 }

@@ -11,6 +11,7 @@ pub(crate) use decode::{Next, SplitCaches, embed, go_on};
 pub use flight::{Accumulated, MicrobatchResult, Microbatches};
 
 use crate::TrainError;
+use crate::noise::{NoiseKey, Outgoing, PrivacyOptions};
 use devices::Elsewhere;
 use offshoot_adapters::{AdamW, AdapterSet, AdapterState, LoraSpec};
 use offshoot_client::Session;
@@ -103,6 +104,23 @@ impl SplitModel {
         });
         let others = others.collect::<Result<_, _>>()?;
         Ok(SplitModel { leader, others, in_step: true, adamw: options.adamw.clone() })
+    }
+
+    /// Clips what is sent from now on, and adds noise to it, as the options say. Without a key in
+    /// them one is drawn.
+    ///
+    /// # Errors
+    /// For options that mean nothing.
+    pub fn perturb(&mut self, privacy: &PrivacyOptions) -> Result<(), TrainError> {
+        privacy.validate()?;
+        let outgoing = Outgoing {
+            hidden: privacy.hidden,
+            gradients: privacy.gradients,
+            key: privacy.noise_key.clone().unwrap_or_else(NoiseKey::draw),
+        };
+        self.others.iter().for_each(|other| other.set_outgoing(outgoing.clone()));
+        self.leader.outgoing = outgoing;
+        Ok(())
     }
 
     /// Devices that train.

@@ -188,6 +188,7 @@ impl Run {
             let file = dir.join("config.toml");
             std::fs::write(&file, text).map_err(TrainError::io(&file))?;
         }
+        prepared.privacy.write_key(dir)?;
         let step = resumed.as_ref().map_or(0, |saved| saved.state.step);
         let report = Reporter::new(&ReportOptions {
             output_dir: dir,

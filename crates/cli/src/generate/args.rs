@@ -1,3 +1,4 @@
+use crate::noise_args::HiddenNoiseArgs;
 use crate::server_args::ServerArgs;
 use crate::train::compute_args::DType;
 use anyhow::{Context, bail, ensure};
@@ -23,6 +24,8 @@ pub struct GenerateArgs {
     pub model: ModelArgs,
     #[command(flatten)]
     pub server: ServerArgs,
+    #[command(flatten)]
+    pub privacy: HiddenNoiseArgs,
     #[command(flatten)]
     pub text: TextArgs,
     #[command(flatten)]

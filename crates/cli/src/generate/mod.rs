@@ -84,6 +84,7 @@ async fn generate(
     work: Work,
     device: Device,
 ) -> anyhow::Result<bool> {
+    let privacy = args.privacy.into_options(args.server.address().as_deref())?;
     let loaded = Loaded::load(args)?;
     // Before a long loading: this model may have no chat template.
     if args.text.chat {
@@ -100,8 +101,8 @@ async fn generate(
             speaker.run(args, work).await
         }
         Some(address) => {
-            let options = args.server.connection.options(ClientOptions::default())?;
-            let client = Client::connect_with(&address, options).await?;
+            let way = args.server.connection.options(ClientOptions::default())?;
+            let client = Client::connect_with(&address, way).await?;
             let server = client.describe().await?;
             let wanted = [args.model.split_point_1, args.model.split_point_2];
             fit::split_points(&address, &server, wanted)?;
@@ -116,6 +117,7 @@ async fn generate(
                 device,
             })
             .await?;
+            visit.model.perturb(&privacy)?;
             let decoder = Decoder::visiting(&visit.model, &mut visit.session, &client);
             let result = match Speaker::new(args, &loaded, options, decoder) {
                 Ok(mut speaker) => speaker.run(args, work).await,

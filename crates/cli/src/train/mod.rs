@@ -8,6 +8,7 @@ mod output_args;
 pub mod samples_args;
 mod training_args;
 
+use crate::noise_args::{GradientNoiseArgs, HiddenNoiseArgs};
 use crate::run_config::{ConfigArgs, Resolved};
 use anyhow::Context;
 use clap::Args;
@@ -16,6 +17,7 @@ use data_args::DataArgs;
 use lora_args::LoraArgs;
 use loss_args::LossArgs;
 use model_args::ModelArgs;
+use offshoot_trainer::noise::PrivacyOptions;
 use offshoot_trainer::{CancelToken, TrainOptions, dry_run, resolve_lora, train};
 use output_args::OutputArgs;
 use std::process::ExitCode;
@@ -43,6 +45,10 @@ pub struct TrainArgs {
     output: OutputArgs,
     #[command(flatten)]
     compute: ComputeArgs,
+    #[command(flatten)]
+    hidden_noise: HiddenNoiseArgs,
+    #[command(flatten)]
+    gradient_noise: GradientNoiseArgs,
     #[command(flatten)]
     config: ConfigArgs,
     /// All of these as they came together.
@@ -120,6 +126,11 @@ impl TrainArgs {
     /// What the trainer takes.
     pub fn into_options(self) -> anyhow::Result<TrainOptions> {
         let TrainArgs { model, data, lora, training, loss, output, compute, .. } = self;
+        let privacy = PrivacyOptions {
+            hidden: self.hidden_noise.into(),
+            gradients: self.gradient_noise.into(),
+            noise_key: None,
+        };
         let (sources, data) = data.into_options();
         Ok(TrainOptions {
             model: model.into_options(&output.output_dir)?,
@@ -133,6 +144,7 @@ impl TrainArgs {
             samples: output.samples(training.seed),
             output: output.into_options(),
             compute: compute.into_options()?,
+            privacy,
             seed: training.seed,
         })
     }

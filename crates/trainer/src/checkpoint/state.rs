@@ -109,6 +109,18 @@ pub struct RunSettings {
     /// What is minimised.
     #[serde(default = "plain_loss")]
     pub loss: String,
+    /// Norm to which hidden states were clipped before they were sent.
+    #[serde(default)]
+    pub hidden_clip_norm: Option<f64>,
+    /// Length of the noise on them, in clip norms.
+    #[serde(default)]
+    pub hidden_noise: f64,
+    /// The same of gradients, for one token's loss.
+    #[serde(default)]
+    pub gradient_clip_norm: Option<f64>,
+    /// Length of the noise on them, in clip norms.
+    #[serde(default)]
+    pub gradient_noise: f64,
 }
 
 /// What checkpoints that do not say it were made with.

@@ -17,6 +17,7 @@ impl TrainOptions {
         self.steps.validate()?;
         self.optimizer.validate()?;
         self.loss.validate()?;
+        self.privacy.validate()?;
         self.evaluation.validate()?;
         self.output.validate()?;
         if !evaluates {

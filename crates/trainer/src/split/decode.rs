@@ -64,7 +64,8 @@ impl SplitModel {
         let Next { ids, start, cache } = next;
         let rows = Rows::after(&[ids.len()], &[start], self.leader.device());
         let bottom = &mut caches.bottom;
-        let hidden = self.below(ids, &rows, session, |side, x| side.go_on(x, &rows, bottom, start));
+        let hidden =
+            self.below(ids, (&rows, start), session, |side, x| side.go_on(x, &rows, bottom, start));
         traffic.sent_bytes += hidden.n_bytes() as u64;
         let input = ExtendInput { cache, start: start as u32, hidden };
         let (output, _) = session.extend(input).await?;
@@ -80,7 +81,7 @@ impl SplitModel {
         traffic: &mut Traffic,
     ) -> Result<Tensor, TrainError> {
         let rows = Rows::new(&[ids.len()], None, self.leader.device());
-        let hidden = self.below(ids, &rows, session, |side, x| side.read(x, &rows));
+        let hidden = self.below(ids, (&rows, 0), session, |side, x| side.read(x, &rows));
         traffic.sent_bytes += hidden.n_bytes() as u64;
         let input = ForwardInput {
             hidden,
@@ -97,14 +98,15 @@ impl SplitModel {
     fn below(
         &self,
         ids: &[u32],
-        rows: &Rows,
+        (rows, start): (&Rows, usize),
         session: &Session,
         run: impl FnOnce(&Side, &Tensor) -> Tensor,
     ) -> HostTensor {
         let _guard = tch::no_grad_guard();
         let bottom = &self.leader.bottom;
         let x = embed(&bottom.part, ids, rows);
-        to_wire(&run(bottom, &x), session.wire_dtype())
+        let hidden = self.leader.perturb_hidden(&run(bottom, &x), &[ids.len()], start);
+        to_wire(&hidden, session.wire_dtype())
     }
 
     fn above(

@@ -3,6 +3,7 @@
 
 use super::replica::Replica;
 use crate::TrainError;
+use crate::noise::Outgoing;
 use std::pin::Pin;
 use std::sync::mpsc;
 use std::task::{Context, Poll};
@@ -53,6 +54,11 @@ impl Elsewhere {
         });
         self.jobs.as_ref().expect("it is not dropped yet").send(job).expect(ENDED);
         Slot::Waiting(Box::pin(async { result.await.expect(ENDED) }))
+    }
+
+    /// What is done from now on to tensors before they are sent.
+    pub fn set_outgoing(&self, outgoing: Outgoing) {
+        let _ = self.run(move |replica| replica.outgoing = outgoing);
     }
 
     /// Takes over the parameters of the leading replica: of the bottom's adapter and of the top's.

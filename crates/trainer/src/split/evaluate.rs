@@ -99,7 +99,7 @@ impl SplitModel {
         batch: &'a Batch,
     ) -> Result<Evaluating<'a>, TrainError> {
         let run = Run::new(&self.leader, batch, None);
-        let hidden = self.leader.evaluate_below(&run);
+        let hidden = self.leader.evaluate_below(&run, batch);
         let input = ForwardInput {
             hidden: to_wire(&hidden, session.wire_dtype()),
             seq_lens: batch.seq_lens.iter().map(|&n| n as u32).collect(),

@@ -4,6 +4,7 @@ use super::{Checkpointing, SplitOptions};
 use crate::TrainError;
 use crate::data::Batch;
 use crate::loss::{Loss, LossInput, LossSum};
+use crate::noise::{Message, MessageKind, Outgoing};
 use crate::wire::{self, to_wire};
 use offshoot_adapters::{AdapterSet, AdapterState};
 use offshoot_client::{HostTensor, WireDType};
@@ -19,6 +20,8 @@ pub(super) struct Replica {
     pub top: Side,
     /// Of dropout.
     pub seed: u64,
+    /// What is done to tensors before they are sent.
+    pub outgoing: Outgoing,
 }
 
 /// Bottom or top, with an adapter if LoRA has a place in its layers.
@@ -41,6 +44,8 @@ pub(super) struct Below {
     pub batch: Batch,
     pub run: Run,
     tape: Tape,
+    /// `[N, H]` out of the bottom, if what was sent may have been clipped and the bottom learns.
+    unclipped: Option<Tensor>,
 }
 
 /// What the top made of the trunk's output.
@@ -88,7 +93,8 @@ impl Replica {
             };
             Ok(Side { part, adapter, checkpointing })
         };
-        Ok(Replica { bottom: side(bottom)?, top: side(top)?, seed })
+        let outgoing = Outgoing::unchanged();
+        Ok(Replica { bottom: side(bottom)?, top: side(top)?, seed, outgoing })
     }
 
     pub fn adapters(&self) -> [Option<&AdapterSet>; 2] {
@@ -107,7 +113,10 @@ impl Replica {
         debug_assert_eq!(run.ids.size(), [batch.n_tokens() as i64]);
         let hidden = self.bottom.part.embed(&run.ids, &run.rows);
         let (hidden, tape) = self.bottom.forward(&hidden, &run);
-        (to_wire(&hidden, dtype), Below { batch, run, tape })
+        let sent = to_wire(&self.perturb_hidden(&hidden, &batch.seq_lens, 0), dtype);
+        let clips = self.outgoing.hidden.clip_norm.is_some() && self.bottom.adapter.is_some();
+        let unclipped = clips.then_some(hidden);
+        (sent, Below { batch, run, tape, unclipped })
     }
 
     /// Through the top to the loss and back.
@@ -128,22 +137,38 @@ impl Replica {
             return Err(TrainError::Diverged { what: "loss", value: loss.value.sum });
         }
         let (grad, lora) = self.top.backward(tape, &loss.grad, run, true);
-        let grad = to_wire(&grad.expect("it was wanted"), goal.dtype);
+        let grad = self.outgoing.perturb(&Message {
+            rows: &grad.expect("it was wanted"),
+            seq_lens: &batch.seq_lens,
+            start: 0,
+            kind: MessageKind::Gradients { scale: goal.scale },
+        });
+        let grad = to_wire(&grad, goal.dtype);
         Ok(Above { value: loss.value, grad, lora, below })
     }
 
     /// Back through the bottom: the flat gradient by its adapter, if it has one.
     pub fn back(&self, below: Below, grad: &HostTensor) -> Result<Option<Tensor>, TrainError> {
-        let Below { batch, run, tape } = below;
-        let grad = self.receive(grad, &batch)?;
+        let Below { batch, run, tape, unclipped } = below;
+        let mut grad = self.receive(grad, &batch)?;
+        if let Some(rows) = unclipped {
+            grad = self.outgoing.hidden.backward(&rows, &grad);
+        }
         Ok(self.bottom.backward(tape, &grad, &run, false).1)
     }
 
-    /// Through the bottom without dropout, `[N, H]`.
-    pub fn evaluate_below(&self, run: &Run) -> Tensor {
+    /// Through the bottom without dropout, `[N, H]`, as it is to be sent.
+    pub fn evaluate_below(&self, run: &Run, batch: &Batch) -> Tensor {
         let _guard = tch::no_grad_guard();
         let hidden = self.bottom.part.embed(&run.ids, &run.rows);
-        self.bottom.part.forward_eval(&hidden, &run.rows, &[run.segment(&self.bottom)])
+        let hidden =
+            self.bottom.part.forward_eval(&hidden, &run.rows, &[run.segment(&self.bottom)]);
+        self.perturb_hidden(&hidden, &batch.seq_lens, 0)
+    }
+
+    /// `[N, H]` out of the bottom as they are to be sent; `start`: position of the first row.
+    pub fn perturb_hidden(&self, rows: &Tensor, seq_lens: &[usize], start: usize) -> Tensor {
+        self.outgoing.perturb(&Message { rows, seq_lens, start, kind: MessageKind::Hidden })
     }
 
     /// Through the top without dropout, `[N, H]`.
