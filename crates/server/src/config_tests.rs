@@ -40,8 +40,16 @@ fn only_loopback_without_a_word() {
     let mut config = fine();
     config.listen.host = "0.0.0.0".into();
     let text = config.validate().unwrap_err().to_string();
-    assert!(text.contains("no authentication yet"), "{text}");
+    assert!(text.contains("without access.tenants") && text.contains("offshoot tenant"), "{text}");
     assert!(text.contains("allow_insecure_network"), "{text}");
+    config.access.tenants = Some("tenants.toml".into());
+    let text = config.validate().unwrap_err().to_string();
+    assert!(text.contains("tls.cert") && text.contains("allow_insecure_network"), "{text}");
+    let mut encrypted = config.clone();
+    (encrypted.tls.cert, encrypted.tls.key) = (Some("c".into()), Some("k".into()));
+    assert!(mistakes(&encrypted).is_empty());
+    encrypted.access.tenants = None;
+    assert_eq!(mistakes(&encrypted), ["listen.host"]);
     config.listen.allow_insecure_network = true;
     assert!(mistakes(&config).is_empty());
 }

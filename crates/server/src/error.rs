@@ -65,6 +65,8 @@ pub enum Error {
     // Who gets in.
     #[error("tenants file {path}: {cause}")]
     TenantsFile { path: PathBuf, cause: String },
+    #[error("audit log {path}: {source}")]
+    AuditLog { path: PathBuf, source: io::Error },
     #[error(
         "this server wants a token that is valid: \"authorization: Bearer TOKEN\" in the call's metadata, \
          which the offshoot command takes from OFFSHOOT_TOKEN or --token-file; ask the server's operator \
@@ -307,7 +309,9 @@ impl Error {
             Config(_) | Bind { .. } | Thread { .. } | Device { .. } | Transport { .. } => {
                 Class::Internal
             }
-            TrunkTooLarge { .. } | TenantsFile { .. } | Tls(_) => Class::Internal,
+            TrunkTooLarge { .. } | TenantsFile { .. } | AuditLog { .. } | Tls(_) => {
+                Class::Internal
+            },
             Unauthenticated => Class::Unauthenticated,
             Reflection(_) | Gone { .. } | Panic { .. } | Poisoned | Busy => Class::Internal,
             TrunkChanged { .. } | EngineLost { .. } | Deaf { .. } => Class::Internal,
@@ -355,6 +359,7 @@ impl Error {
             StoreRecords { .. } => "store_records",
             StoreDamaged { .. } => "store_damaged",
             TenantsFile { .. } => "tenants_file",
+            AuditLog { .. } => "audit_log",
             Unauthenticated => "unauthenticated",
             Tensor(_) => "tensor",
             Missing { .. } => "missing",

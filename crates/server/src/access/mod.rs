@@ -5,11 +5,17 @@
 //! [`Caller`], and a session knows its tenant by name. Without a tenants file there is one tenant
 //! with an empty name, whom everybody is.
 
+mod audit;
 mod file;
+mod gate;
+mod settings;
 mod tenant;
 mod token;
 
+pub(crate) use audit::{Action, Audit, Subject};
 pub use file::{is_tenant_name, parse_tenants};
+pub(crate) use gate::Keeper;
+pub use settings::AccessConfig;
 pub use tenant::{Quotas, Tenant};
 pub use token::{NewToken, TokenHash};
 
@@ -20,7 +26,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use std::time::{Duration, SystemTime};
 use tokio::sync::watch;
-use tonic::codegen::http::HeaderMap;
+use http::HeaderMap;
 
 /// How often the tenants file is looked at. Its content is compared: Kubernetes swaps links, and
 /// clocks of file systems are coarse.

@@ -1,6 +1,6 @@
 use super::*;
 use std::fmt::Write;
-use tonic::codegen::http::HeaderValue;
+use http::HeaderValue;
 
 fn entry(tenant: &str, tokens: &[(&NewToken, &str)]) -> String {
     let mut text = format!("[[tenants]]\nname = {tenant:?}\n");
