@@ -247,10 +247,10 @@ async fn killed_restart_rolls_back() {
     proxy.set_upstream(Some(server.address()));
     let (error, session) = running.await.unwrap();
     println!("{error}");
-    let ClientError::RolledBack { last_applied, answered, durable, .. } = error else {
+    let ClientError::RolledBack { last_applied, answered, snapshots, .. } = error else {
         panic!("RolledBack, not {error}");
     };
-    assert_eq!(durable.as_ref(), Some(&snapshot));
+    assert_eq!(snapshots.first(), Some(&snapshot));
     assert_eq!(last_applied, snapshot.sequence);
     assert!(answered > last_applied);
     // The session has ended, and says so again.

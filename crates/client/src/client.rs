@@ -1,7 +1,8 @@
 use crate::driver::Driver;
 use crate::identity::is_loopback;
 use crate::loss::SentLoss;
-use crate::options::{Backoff, ClientOptions, Retry};
+use crate::options::{ClientOptions, Retry};
+use crate::outage::{Link, Outage};
 use crate::session::Session;
 use crate::types::{
     ExportedAdapter, OpenSession, Restored, ServerDescription, SessionId, SessionInfo, missing,
@@ -11,6 +12,8 @@ use offshoot_proto::WireDType;
 use offshoot_proto::outgoing::ClientTransport;
 use offshoot_proto::v1::{self, trunk_service_client::TrunkServiceClient};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Code, Status};
 
@@ -43,6 +46,9 @@ struct Shared {
     options: ClientOptions,
     channel: Channel,
     uri: Uri,
+    link: Link,
+    /// Whether people were told that a quota of tokens slows them.
+    told_of_rate: AtomicBool,
     /// Largest message on a session's stream.
     frame_bytes: usize,
     hidden_size: usize,
@@ -54,6 +60,8 @@ struct Call {
     repeat: Repeat,
     retry: Retry,
     answer_bytes: usize,
+    /// Whether a server that has no room for this now is waited for.
+    waits_for_room: bool,
     /// The first one to this address: what is wrong with the address is wrong for good.
     first: bool,
 }
@@ -87,6 +95,8 @@ impl Client {
                 options: options.clone(),
                 channel: channel.clone(),
                 uri: uri.clone(),
+                link: Link::default(),
+                told_of_rate: AtomicBool::new(false),
                 frame_bytes: MARGIN_BYTES,
                 hidden_size: 0,
             }),
@@ -104,6 +114,8 @@ impl Client {
             options,
             channel,
             uri,
+            link: Link::default(),
+            told_of_rate: AtomicBool::new(false),
             // Tensors in f32, the widest dtype; per token a position and a length beside them.
             frame_bytes: tokens
                 .saturating_mul(4 * server.hidden_size + 16)
@@ -215,10 +227,12 @@ impl Client {
         id: &SessionId,
         after_sequence: u64,
         keep: Vec<String>,
+        waits_for_room: bool,
     ) -> Result<v1::SnapshotInfo, ClientError> {
         let request = v1::SnapshotRequest { session_id: id.to_string(), after_sequence, keep };
         let ask = |mut rpc: Rpc, request| async move { rpc.snapshot(request).await };
-        let answer = self.unary(self.call("Snapshot"), request, ask).await?;
+        let call = Call { waits_for_room, ..self.call("Snapshot") };
+        let answer = self.unary(call, request, ask).await?;
         answer.snapshot.ok_or_else(|| missing("Snapshot", "snapshot"))
     }
 
@@ -242,7 +256,7 @@ impl Client {
     fn call(&self, name: &'static str) -> Call {
         let retry = self.shared.options.retry;
         let (repeat, answer_bytes) = (Repeat::Harmless, CONTROL_BYTES);
-        Call { name, repeat, retry, answer_bytes, first: false }
+        Call { name, repeat, retry, answer_bytes, waits_for_room: true, first: false }
     }
 
     /// Makes a unary call, again with backoff while the server is away.
@@ -255,28 +269,38 @@ impl Client {
     where
         F: Future<Output = Result<tonic::Response<A>, Status>>,
     {
-        let Call { name, repeat, retry, answer_bytes, first } = call;
+        let Call { name, repeat, retry, answer_bytes, waits_for_room, first } = call;
         let rpc = self.rpc(answer_bytes);
-        let mut backoff = Backoff::new(retry);
+        let mut outage = Outage::new(retry);
         let mut cause = String::new();
         let mut refused = None;
-        while backoff.attempt().await {
+        while outage.attempt().await {
             let status = match ask(rpc.clone(), self.request(request.clone())).await {
-                Ok(response) => return Ok(response.into_inner()),
+                Ok(response) => {
+                    outage.over(self);
+                    return Ok(response.into_inner());
+                }
                 Err(status) => status,
             };
             if first {
                 self.explain_failure(&status).await?;
             }
             let pushback = status::pushback(&status);
-            backoff.wait_at_least(pushback.unwrap_or_default());
+            outage.wait_at_least(pushback.unwrap_or_default());
+            let waits = waits_for_room || status.code() != Code::ResourceExhausted;
             let undone = status::is_unsent(&status) || pushback.is_some();
             let passing = status::is_transport(&status) || status.code() == Code::Unavailable;
-            if !(undone || passing && repeat == Repeat::Harmless) {
+            if !(waits && undone || passing && repeat == Repeat::Harmless) {
                 return Err(self.refused(name, &status));
             }
             cause = self.cause(&status);
             tracing::debug!(call = name, cause, "no answer, will try again");
+            // A wrong address is no outage.
+            match passing {
+                _ if first => {}
+                true => outage.failed(self, &cause),
+                false => outage.put_off(self, &cause),
+            }
             refused = (!status::is_transport(&status)).then_some(status);
         }
         // A server that says no to the end can be reached.
@@ -285,8 +309,8 @@ impl Client {
         }
         Err(ClientError::Unreachable {
             endpoint: self.shared.endpoint.clone(),
-            waited: backoff.elapsed(),
-            attempts: backoff.attempts(),
+            waited: outage.elapsed(),
+            attempts: outage.attempts(),
             cause,
         })
     }
@@ -303,15 +327,15 @@ impl Client {
     /// What the server said no with.
     fn refused(&self, call: &'static str, status: &Status) -> ClientError {
         match status.code() {
-            Code::Unauthenticated => self.unauthenticated(status),
+            Code::Unauthenticated => self.unauthenticated(status.message()),
             _ => ClientError::refused(call, status),
         }
     }
 
-    pub(crate) fn unauthenticated(&self, status: &Status) -> ClientError {
+    pub(crate) fn unauthenticated(&self, message: &str) -> ClientError {
         ClientError::Unauthenticated {
             endpoint: self.shared.endpoint.clone(),
-            message: status.message().to_string(),
+            message: message.to_string(),
             token_sent: self.shared.options.token.is_some(),
         }
     }
@@ -369,6 +393,21 @@ impl Client {
 
     pub(crate) fn endpoint(&self) -> &str {
         &self.shared.endpoint
+    }
+
+    pub(crate) fn link(&self) -> &Link {
+        &self.shared.link
+    }
+
+    /// Returns once a call or a session of this client has been without the server for so long, and
+    /// still is. Whoever wants to end meanwhile need not wait for it.
+    pub async fn offline_for(&self, least: Duration) {
+        self.shared.link.offline_for(least).await;
+    }
+
+    /// True once: people are told one time that a quota slows them.
+    pub(crate) fn tells_of_rate(&self) -> bool {
+        !self.shared.told_of_rate.swap(true, Ordering::Relaxed)
     }
 }
 

@@ -23,6 +23,7 @@ pub(crate) enum Command {
 /// An answer with the microbatch of the frame and the time that it took.
 pub(crate) struct Answer {
     pub(crate) body: server_frame::Body,
+    pub(crate) sequence: u64,
     pub(crate) microbatch: u64,
     pub(crate) round_trip: Duration,
     pub(crate) retries: u32,

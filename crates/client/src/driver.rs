@@ -6,7 +6,7 @@ use crate::ClientError;
 use crate::client::Client;
 use crate::command::{Answer, Command};
 use crate::entry::{Entry, Request};
-use crate::options::Backoff;
+use crate::outage::Outage;
 use crate::types::SessionId;
 use crate::window::{Cause, Gone, Outcome, Window};
 use crate::wire::{self, Failed, Wire};
@@ -21,8 +21,10 @@ struct Reply {
     since: Instant,
 }
 
-/// After so long people are told why nothing goes on.
-const LONG_OUTAGE: Duration = Duration::from_secs(5);
+/// After so much waiting for a quota of tokens people are told about it.
+const SLOWED: Duration = Duration::from_secs(5);
+/// As in the tenants file.
+const RATE_QUOTA: &str = "tokens_per_second";
 
 /// Why a stream ended.
 enum End {
@@ -49,11 +51,13 @@ pub(crate) struct Driver {
     /// A refusal that nobody waited for: the next call gets it.
     unreported: Option<ClientError>,
     /// From the first failure until an answer arrives again.
-    outage: Option<Backoff>,
+    outage: Option<Outage>,
     /// Since the first refusal with a retry hint after the last answer.
     refused_since: Option<Instant>,
     /// When held frames are sent again.
     retry_at: Option<Instant>,
+    /// How long frames have waited because of a quota of tokens per second.
+    slowed: Duration,
 }
 
 impl Driver {
@@ -80,6 +84,7 @@ impl Driver {
             outage: None,
             refused_since: None,
             retry_at: None,
+            slowed: Duration::ZERO,
         };
         let wire = driver.attach_with_backoff(None).await?;
         tokio::spawn(driver.run(wire));
@@ -121,10 +126,12 @@ impl Driver {
     /// done again.
     async fn attach_with_backoff(&mut self, broken: Option<&str>) -> Result<Wire, ClientError> {
         let retry = self.client.options().retry;
-        let mut backoff = self.outage.take().unwrap_or_else(|| Backoff::new(retry));
+        let mut outage = self.outage.take().unwrap_or_else(|| Outage::new(retry));
         let mut cause = broken.unwrap_or_default().to_string();
-        let mut told = false;
-        while backoff.attempt().await {
+        if broken.is_some() {
+            outage.failed(&self.client, &cause);
+        }
+        while outage.attempt().await {
             if self.is_over() {
                 return Err(ClientError::Closed);
             }
@@ -141,42 +148,28 @@ impl Driver {
                 Ok(wire) => {
                     self.epoch = wire.attached.epoch;
                     self.check(&wire.attached)?;
-                    if told {
-                        tracing::warn!(
-                            "{} answers again after {:.0} s; going on",
-                            self.client.endpoint(),
-                            backoff.elapsed().as_secs_f64(),
-                        );
-                    }
+                    outage.over(&self.client);
                     if let Some(why) = broken {
                         tracing::info!(
-                            session = %self.id, why, attempts = backoff.attempts(),
-                            outage_seconds = backoff.elapsed().as_secs_f64(),
+                            session = %self.id, why, attempts = outage.attempts(),
+                            outage_seconds = outage.elapsed().as_secs_f64(),
                             last_applied = wire.attached.last_applied,
                             "reconnected; frames without an answer are sent again"
                         );
                     }
-                    self.outage = Some(backoff);
+                    self.outage = Some(outage);
                     return Ok(wire);
                 }
                 Err(Failed::Refused(error)) => return Err(error),
                 Err(Failed::Broken(why)) => cause = why,
             }
             tracing::debug!(session = %self.id, cause, "cannot attach, will try again");
-            if !told && backoff.elapsed() >= LONG_OUTAGE {
-                told = true;
-                tracing::warn!(
-                    "no answer from {} for {:.0} s ({cause}); trying again for up to {:.0} s",
-                    self.client.endpoint(),
-                    backoff.elapsed().as_secs_f64(),
-                    retry.max_elapsed.as_secs_f64(),
-                );
-            }
+            outage.failed(&self.client, &cause);
         }
         Err(ClientError::Unreachable {
             endpoint: self.client.endpoint().to_string(),
-            waited: backoff.elapsed(),
-            attempts: backoff.attempts(),
+            waited: outage.elapsed(),
+            attempts: outage.attempts(),
             cause,
         })
     }
@@ -193,7 +186,10 @@ impl Driver {
                 last_applied,
                 answered,
                 lost_microbatches,
-                durable: attached.durable.clone(),
+                snapshots: match &attached.snapshots[..] {
+                    [] => attached.durable.iter().cloned().collect(),
+                    all => all.to_vec(),
+                },
             }),
             Err(Gone::Ahead) => Err(ClientError::TakenOver {
                 session: self.id.clone(),
@@ -291,8 +287,9 @@ impl Driver {
             Some(server_frame::Body::Error(error)) => error,
             Some(body) => return self.applied(sequence, body),
         };
-        if sequence == 0 || error.code() == v1::ErrorCode::TakenOver {
-            return Err(wire::judge_error(&self.id, error).into());
+        let of_all = [v1::ErrorCode::TakenOver, v1::ErrorCode::Unauthenticated];
+        if sequence == 0 || of_all.contains(&error.code()) {
+            return Err(wire::judge_error(&self.client, &self.id, error).into());
         }
         self.refused(sequence, error)
     }
@@ -305,7 +302,7 @@ impl Driver {
                 let microbatch = entry.microbatch();
                 let (round_trip, retries) = (entry.reply.since.elapsed(), entry.retries);
                 // Nobody may be waiting, as after a step.
-                let answer = Answer { body, microbatch, round_trip, retries };
+                let answer = Answer { body, sequence, microbatch, round_trip, retries };
                 let _ = entry.reply.to.send(Ok(answer));
                 Ok(())
             }
@@ -321,6 +318,7 @@ impl Driver {
             // Those behind a refused frame share its fate.
             _ if self.window.is_returning() => Cause::Final,
             v1::ErrorCode::Draining => Cause::Drain,
+            _ if self.is_slowed(&error) => Cause::Rate,
             _ if self.will_wait(error.retry_after_millis) => Cause::Retry,
             _ => Cause::Final,
         };
@@ -330,7 +328,8 @@ impl Driver {
                 let after = Duration::from_millis(error.retry_after_millis.into());
                 let retry_after = (!after.is_zero()).then_some(after);
                 let message = error.message;
-                let refusal = ClientError::Refused { call, code, message, retry_after };
+                let quota = error.quota;
+                let refusal = ClientError::Refused { call, code, message, retry_after, quota };
                 self.refusal = Some(refusal.clone());
                 if entry.reply.to.send(Err(refusal)).is_err() {
                     self.unreported = self.refusal.clone();
@@ -345,6 +344,23 @@ impl Driver {
             self.abort(entry);
         }
         Ok(())
+    }
+
+    /// Whether the tenant has used up its tokens of now: then the frame's turn comes, and it waits as
+    /// long as it takes.
+    fn is_slowed(&mut self, error: &v1::FrameError) -> bool {
+        let rate = error.quota.as_ref().filter(|quota| quota.quota == RATE_QUOTA);
+        let (Some(quota), 1..) = (rate, error.retry_after_millis) else { return false };
+        let delay = Duration::from_millis(error.retry_after_millis.into());
+        self.slowed += delay;
+        self.retry_at = Some(Instant::now() + delay);
+        if self.slowed >= SLOWED && self.client.tells_of_rate() {
+            tracing::warn!(
+                "the server lets this tenant send {} tokens per second ({RATE_QUOTA}), and that is what training waits for now",
+                quota.limit,
+            );
+        }
+        true
     }
 
     /// Whether a refusal with this hint is waited out; if so, sets the time to try again.

@@ -91,7 +91,7 @@ pub enum ClientError {
         cause: String,
     },
     /// The server refused a call or a frame; it changed nothing. The session goes on.
-    #[error("{call} was refused ({}): {message}", code_name(*code))]
+    #[error("{call} was refused ({}): {message}{}", code_name(*code), of_quota(quota.as_ref(), message))]
     Refused {
         /// Name of the call or frame.
         call: &'static str,
@@ -102,6 +102,16 @@ pub enum ClientError {
         /// When trying again may help, as after a server that is full. It was tried for as long as
         /// [`Retry::max_elapsed`](crate::Retry) allows already.
         retry_after: Option<Duration>,
+        /// The tenant's quota that is used up, if that is the reason.
+        quota: Option<v1::QuotaViolation>,
+    },
+    /// A snapshot, or another part of what the server has stored, is damaged.
+    #[error("{call}: what the server has stored is damaged: {message}")]
+    Damaged {
+        /// Name of the call.
+        call: &'static str,
+        /// The server's text.
+        message: String,
     },
     /// This frame was not applied because one sent before it was refused. The session goes on; send
     /// it again if it still makes sense.
@@ -122,7 +132,7 @@ pub enum ClientError {
         "the server came back without part of this session: {}; restore the snapshot of your last \
          checkpoint and replay from there ({})",
         lost(*last_applied, *answered, lost_microbatches),
-        newest(durable.as_ref())
+        newest(snapshots.first())
     )]
     RolledBack {
         /// The last frame that the server has.
@@ -131,8 +141,8 @@ pub enum ClientError {
         answered: u64,
         /// Open microbatches whose activations the server no longer has.
         lost_microbatches: Vec<u64>,
-        /// The newest snapshot, if there is one.
-        durable: Option<SnapshotInfo>,
+        /// What the session can be restored to, the newest first.
+        snapshots: Vec<SnapshotInfo>,
     },
     /// Another client attached to this session, or restored or closed it. This one has ended.
     #[error(
@@ -217,6 +227,16 @@ fn token_hint(sent: bool) -> &'static str {
     }
 }
 
+/// The quota with its numbers, unless the server's text has them.
+fn of_quota(quota: Option<&v1::QuotaViolation>, message: &str) -> String {
+    match quota {
+        Some(v1::QuotaViolation { quota, limit, value }) if !message.contains(quota.as_str()) => {
+            format!(" (quota {quota}: the limit is {limit}, this would be {value})")
+        }
+        _ => String::new(),
+    }
+}
+
 fn lost(last_applied: u64, answered: u64, microbatches: &[u64]) -> String {
     if last_applied < answered {
         format!("it stands at frame {last_applied}, and answers up to {answered} had arrived")
@@ -237,7 +257,11 @@ impl ClientError {
     pub(crate) fn refused(call: &'static str, status: &tonic::Status) -> Self {
         let code = crate::status::error_code(status.code());
         let retry_after = crate::status::pushback(status);
-        ClientError::Refused { call, code, message: status.message().to_string(), retry_after }
+        let (message, quota) = (status.message().to_string(), crate::status::quota(status));
+        if status.code() == tonic::Code::DataLoss {
+            return ClientError::Damaged { call, message };
+        }
+        ClientError::Refused { call, code, message, retry_after, quota }
     }
 
     /// The server's reason, if it refused this or what this depended on.
@@ -272,6 +296,7 @@ impl ClientError {
     pub fn ends_session(&self) -> bool {
         match self {
             ClientError::Refused { .. }
+            | ClientError::Damaged { .. }
             | ClientError::Aborted { .. }
             | ClientError::TooLarge { .. }
             | ClientError::Tensor { .. } => false,

@@ -88,6 +88,7 @@ pub mod fuzzing;
 mod identity;
 mod loss;
 mod options;
+mod outage;
 mod session;
 mod status;
 mod tls_failure;
@@ -103,10 +104,10 @@ pub use offshoot_proto::{HostTensor, Payload, Rounding, WireDType};
 pub use options::{ClientOptions, Retry};
 pub use session::{
     ForwardInput, Gradients, Microbatch, PendingBackward, PendingEvaluate, PendingForward,
-    PendingStep, Session,
+    PendingStep, Session, StepTaken,
 };
 pub use types::{
     ADAMW_DEFAULTS, AdamWConfig, ErrorCode, ExportedAdapter, FrameReport, Limits, LoraConfig,
-    MemoryReport, OpenSession, Residency, Restored, ServerDescription, SessionId, SessionInfo,
-    SessionState, SnapshotInfo, WireError,
+    MemoryReport, OpenSession, QuotaViolation, Residency, Restored, ServerDescription, SessionId,
+    SessionInfo, SessionState, SnapshotInfo, WireError,
 };

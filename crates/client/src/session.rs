@@ -148,7 +148,15 @@ impl Session {
     /// the last ones, until the next snapshot does not name them.
     pub async fn snapshot_keeping(&self, keep: Vec<String>) -> Result<SnapshotInfo, ClientError> {
         let after = self.settle().await?;
-        self.client.snapshot(&self.id, after, keep).await
+        self.client.snapshot(&self.id, after, keep, true).await
+    }
+
+    /// Like [`snapshot_keeping`](Session::snapshot_keeping), but a server that has no room for a snapshot
+    /// now (its disk is full, a quota is used up) is not waited for: that is an error at once, and the
+    /// session goes on. A server that is away is waited for.
+    pub async fn try_snapshot(&self, keep: Vec<String>) -> Result<SnapshotInfo, ClientError> {
+        let after = self.settle().await?;
+        self.client.snapshot(&self.id, after, keep, false).await
     }
 
     /// Waits for all outstanding answers, then fetches the adapter.
@@ -241,6 +249,11 @@ pub(crate) struct Waiting {
 impl Waiting {
     pub(crate) async fn answer(self) -> Result<Answer, ClientError> {
         self.receiver.await.unwrap_or(Err(ClientError::Closed))
+    }
+
+    /// The answer if it has come.
+    fn now(&mut self) -> Option<Result<Answer, ClientError>> {
+        self.receiver.try_recv().ok()
     }
 }
 
@@ -373,13 +386,36 @@ pub struct PendingStep {
     answer: Waiting,
 }
 
+/// A step that the server has taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StepTaken {
+    /// Optimizer steps taken so far, this one included.
+    pub step: u64,
+    /// The number of its frame, as in [`SnapshotInfo`].
+    pub sequence: u64,
+    /// The server makes the session durable as it is after this step. A client that keeps its own part
+    /// of this step can go back to it if the server falls back.
+    pub snapshot: bool,
+}
+
 impl PendingStep {
     async fn done(self) -> Result<u64, ClientError> {
         let call = self.answer.call;
-        match self.answer.answer().await?.body {
-            Body::Step(done) => Ok(done.step),
-            _ => wrong_answer(call),
-        }
+        Ok(step_taken(call, self.answer.answer().await?)?.step)
+    }
+
+    /// The answer if it is there already. It is, once a later frame is answered. Given out once.
+    pub fn now(&mut self) -> Option<Result<StepTaken, ClientError>> {
+        let answer = self.answer.now()?;
+        Some(answer.and_then(|answer| step_taken(self.answer.call, answer)))
+    }
+}
+
+fn step_taken(call: &'static str, answer: Answer) -> Result<StepTaken, ClientError> {
+    let sequence = answer.sequence;
+    match answer.body {
+        Body::Step(v1::StepDone { step, snapshot }) => Ok(StepTaken { step, sequence, snapshot }),
+        _ => wrong_answer(call),
     }
 }
 

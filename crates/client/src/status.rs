@@ -1,9 +1,10 @@
 //! What a gRPC status says about trying again.
 
-use offshoot_proto::v1::ErrorCode;
+use offshoot_proto::v1::{ErrorCode, QuotaViolation};
 use std::error::Error;
 use std::time::Duration;
 use tonic::{Code, Status};
+use tonic_types::StatusExt;
 
 /// The connection broke or could not be made; the server did not say this itself.
 pub(crate) fn is_transport(status: &Status) -> bool {
@@ -25,8 +26,28 @@ pub(crate) fn is_unsent(status: &Status) -> bool {
 
 /// The server did nothing yet and asks to be called again after so long.
 pub(crate) fn pushback(status: &Status) -> Option<Duration> {
-    let millis = status.metadata().get("grpc-retry-pushback-ms")?.to_str().ok()?.parse().ok()?;
-    Some(Duration::from_millis(millis))
+    let hint = status.get_details_retry_info().and_then(|info| info.retry_delay);
+    hint.or_else(|| {
+        let millis =
+            status.metadata().get("grpc-retry-pushback-ms")?.to_str().ok()?.parse().ok()?;
+        Some(Duration::from_millis(millis))
+    })
+}
+
+/// The tenant's quota that this is refused for.
+pub(crate) fn quota(status: &Status) -> Option<QuotaViolation> {
+    let violation = status.get_details_quota_failure()?.violations.into_iter().next()?;
+    let value = violation.quota_dimensions.get("value").and_then(|value| value.parse().ok());
+    Some(QuotaViolation {
+        quota: violation.quota_id,
+        limit: violation.quota_value.try_into().unwrap_or_default(),
+        value: value.unwrap_or_default(),
+    })
+}
+
+/// A quota that waiting does not help against.
+pub(crate) fn is_final_quota(status: &Status) -> bool {
+    pushback(status).is_none() && quota(status).is_some()
 }
 
 /// Trying again may help: the connection is broken, or the server is full, draining or starting.

@@ -3,8 +3,8 @@ use offshoot_proto::{HostTensor, WireDType, v1};
 use std::time::Duration;
 
 pub use v1::{
-    AdamWConfig, ErrorCode, Limits, LoraConfig, MemoryReport, Residency, SessionState,
-    SnapshotInfo, WireError,
+    AdamWConfig, ErrorCode, Limits, LoraConfig, MemoryReport, QuotaViolation, Residency,
+    SessionState, SnapshotInfo, WireError,
 };
 
 /// PyTorch's defaults for AdamW.

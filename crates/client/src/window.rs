@@ -19,6 +19,8 @@ pub(crate) enum Cause {
     Final,
     /// The server said when to try again.
     Retry,
+    /// The tenant's quota of tokens is used up for now. Nothing but time helps, and nobody is too full.
+    Rate,
     /// The server is draining and will be back.
     Drain,
 }

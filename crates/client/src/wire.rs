@@ -63,7 +63,7 @@ async fn say_hello(
     let answer = answers.message().await.map_err(judge)?;
     match answer.and_then(|frame| frame.body) {
         Some(server_frame::Body::Attached(attached)) => Ok(Wire { out, answers, attached }),
-        Some(server_frame::Body::Error(error)) => Err(judge_error(id, error)),
+        Some(server_frame::Body::Error(error)) => Err(judge_error(client, id, error)),
         None => Err(Failed::Broken("the stream ended before the answer to Hello".to_string())),
         Some(_) => Err(Failed::Refused(ClientError::Protocol {
             what: "the first answer on a stream was not the one to Hello".to_string(),
@@ -73,11 +73,11 @@ async fn say_hello(
 
 /// A status that ended the stream.
 pub(crate) fn judge(client: &Client, id: &SessionId, status: &tonic::Status) -> Failed {
-    if status::is_passing(status) {
+    if status::is_passing(status) && !status::is_final_quota(status) {
         return Failed::Broken(client.cause(status));
     }
     if status.code() == tonic::Code::Unauthenticated {
-        return Failed::Refused(client.unauthenticated(status));
+        return Failed::Refused(client.unauthenticated(status.message()));
     }
     let (session, message) = (id.clone(), status.message().to_string());
     Failed::Refused(match status::error_code(status.code()) {
@@ -87,8 +87,11 @@ pub(crate) fn judge(client: &Client, id: &SessionId, status: &tonic::Status) -> 
 }
 
 /// An error about the session as a whole.
-pub(crate) fn judge_error(id: &SessionId, error: v1::FrameError) -> Failed {
+pub(crate) fn judge_error(client: &Client, id: &SessionId, error: v1::FrameError) -> Failed {
     let code = error.code();
+    if code == v1::ErrorCode::Unauthenticated {
+        return Failed::Refused(client.unauthenticated(&error.message));
+    }
     if code == v1::ErrorCode::Draining || error.retry_after_millis > 0 {
         return Failed::Broken(error.message);
     }
