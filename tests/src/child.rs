@@ -1,22 +1,24 @@
 //! A server in a process of its own, for tests that kill it. The process is this test program again,
 //! told to run one test only, which serves instead of testing.
 
+use crate::process::{Signal, enduring, limit_file_size, signal};
 use crate::server_config;
+use offshoot_server::ServerConfig;
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
-const STORE: &str = "OFFSHOOT_TEST_CHILD_STORE";
+const CONFIG: &str = "OFFSHOOT_TEST_CHILD_CONFIG";
 const READY: &str = "child server on ";
 
 /// Every program that starts children has a test named `child_process` that calls this, in the root
 /// of its crate. Without being asked it does nothing.
 pub fn serve_if_asked() {
-    let Some(store) = std::env::var_os(STORE) else { return };
+    let Ok(config) = std::env::var(CONFIG) else { return };
+    let config: ServerConfig = serde_json::from_str(&config).expect("its parent wrote it");
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
     runtime.block_on(async {
-        let config = server_config(Path::new(&store));
         let server = offshoot_server::Server::start(config).await.expect("the server starts");
         println!("\n{READY}{}", server.local_addr());
         // Until it is killed, or until its parent is gone.
@@ -33,12 +35,17 @@ pub struct Child {
 }
 
 impl Child {
-    /// Starts a server with this store; returns when it listens.
+    /// Starts a server with this store and the usual settings; returns when it listens.
     pub fn start(store: &Path) -> Child {
+        Child::start_with(&server_config(store))
+    }
+
+    /// Starts a server with any settings; see [`server_config`].
+    pub fn start_with(config: &ServerConfig) -> Child {
         let program = std::env::current_exe().expect("this program has a path");
-        let mut process = Command::new(program)
+        let mut process = enduring(&program)
             .args(["child_process", "--exact", "--nocapture"])
-            .env(STORE, store)
+            .env(CONFIG, serde_json::to_string(config).expect("plain values"))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -63,6 +70,21 @@ impl Child {
 
     /// `kill -9`.
     pub fn kill(self) {}
+
+    /// Stops the process where it is, without a word to anyone, until it is resumed.
+    pub fn pause(&self) {
+        signal(&self.process, Signal::STOP).expect("it runs");
+    }
+
+    /// Lets it go on.
+    pub fn resume(&self) {
+        signal(&self.process, Signal::CONT).expect("it runs");
+    }
+
+    /// Its disk is full for files of more than so many bytes; none: there is room again.
+    pub fn fill_disk(&self, behind: Option<u64>) {
+        limit_file_size(&self.process, behind).expect("it runs");
+    }
 }
 
 impl Drop for Child {

@@ -2,12 +2,14 @@
 //! SDK, and ways to disturb both.
 
 pub mod child;
+pub mod process;
 pub mod proxy;
 pub mod raw;
 pub mod run;
 pub mod together;
+pub mod watch;
 
-use offshoot_server::{LimitsConfig, RunningServer, Server, ServerConfig};
+use offshoot_server::{Error, Faults, LimitsConfig, RunningServer, Server, ServerConfig};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -69,6 +71,16 @@ impl TestServer {
     /// The same as the SDK takes it.
     pub fn endpoint(&self) -> String {
         self.address().to_string()
+    }
+
+    /// Failures that are to come.
+    pub fn faults(&self) -> &Faults {
+        self.server.faults()
+    }
+
+    /// Until it cannot go on.
+    pub async fn failed(&mut self) -> Error {
+        self.server.failed().await
     }
 
     /// Ends the server as SIGTERM does. Every session must be durable then.

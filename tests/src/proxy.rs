@@ -93,7 +93,7 @@ impl Proxy {
     }
 
     /// From now on, what clients say arrives and what the server answers does not. A connection that
-    /// has lost bytes must be [`cut`](Proxy::cut) before the proxy is loud again.
+    /// has lost bytes stays mute.
     pub fn mute(&self, muted: bool) {
         self.shared.muted.store(muted, Ordering::SeqCst);
     }
@@ -130,9 +130,9 @@ impl Proxy {
         self.shared.n_late.load(Ordering::SeqCst)
     }
 
-    /// Whether this text is in what stranded connections carried late.
-    pub fn is_late(&self, text: &str) -> bool {
-        lock(&self.shared.late).windows(text.len()).any(|window| window == text.as_bytes())
+    /// Takes what stranded connections have carried late since this was asked last, or still will.
+    pub fn take_late(&self) -> Vec<u8> {
+        std::mem::take(&mut lock(&self.shared.late))
     }
 
     /// Connections accepted so far.

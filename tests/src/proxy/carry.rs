@@ -83,7 +83,7 @@ async fn strand(
 impl Way {
     async fn pass(&mut self, shared: &Shared, speaker: Speaker, budget: &AtomicI64) {
         let mut held = shared.held.subscribe();
-        let mut is_last = false;
+        let (mut is_last, mut has_lost) = (false, false);
         loop {
             if self.pending.is_empty() {
                 if is_last {
@@ -96,7 +96,9 @@ impl Way {
                 self.pending.truncate(part);
                 is_last = part < read;
             }
-            if speaker == Speaker::Server && shared.muted.load(Ordering::SeqCst) {
+            // What follows lost bytes would be nonsense.
+            has_lost |= speaker == Speaker::Server && shared.muted.load(Ordering::SeqCst);
+            if has_lost {
                 self.pending.clear();
                 continue;
             }
