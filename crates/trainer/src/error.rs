@@ -34,6 +34,12 @@ pub enum TrainError {
     /// A directory that is no checkpoint, not of this run, or without its snapshot.
     #[error("checkpoint {}: {problem}", path.display())]
     Checkpoint { path: PathBuf, problem: String },
+    /// A checkpoint whose snapshot the server finds damaged.
+    #[error(
+        "checkpoint {}: its snapshot on the server is damaged: {problem}; resume from an earlier checkpoint, or begin a new run with this one's adapter, without its optimizer: --init-adapter {}",
+        path.display(), path.display()
+    )]
+    Damaged { path: PathBuf, problem: String },
     /// A path that holds no adapter.
     #[error("adapter {}: {problem}", path.display())]
     NoAdapter { path: PathBuf, problem: String },
@@ -65,9 +71,32 @@ pub enum TrainError {
     /// Model files.
     #[error(transparent)]
     Model(#[from] offshoot_model::ModelError),
+    /// The server stayed away for longer than the options allow.
+    #[error("{cause}; {}", go_on_from(newest.as_deref()))]
+    Offline { cause: Box<offshoot_client::ClientError>, newest: Option<PathBuf> },
+    /// The run was asked to end while the server was away.
+    #[error("stopped while the server was away; {}", go_on_from(newest.as_deref()))]
+    StoppedOffline { newest: Option<PathBuf> },
+    /// The server takes no snapshot, so that there is no checkpoint of the run's end.
+    #[error(
+        "the run is at its end (step {step}), and the server takes no snapshot of it: {cause}; {}",
+        go_on_from(newest.as_deref())
+    )]
+    NoLastSnapshot { step: u64, cause: Box<offshoot_client::ClientError>, newest: Option<PathBuf> },
     /// The connection, or what the server refused.
     #[error(transparent)]
     Client(#[from] offshoot_client::ClientError),
+}
+
+/// What is left of a run that could not come to its end.
+fn go_on_from(newest: Option<&Path>) -> String {
+    match newest {
+        Some(path) => format!(
+            "the newest checkpoint is {}: the same command with --resume latest (offshoot train --resume latest) goes on from there",
+            path.display()
+        ),
+        None => "there is no checkpoint yet: the same command begins anew (--save-interval says how often one is written)".into(),
+    }
 }
 
 fn place(path: &Path, line: &Option<usize>) -> String {

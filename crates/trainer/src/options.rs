@@ -11,9 +11,9 @@ use offshoot_adapters::{AdamW, LoraSpec};
 use offshoot_client::{ClientOptions, Retry, WireDType};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tch::{Device, Kind};
+use tokio::sync::watch;
 
 /// How long a run waits for its server: longer than other commands, since it may be a night's work.
 pub const TRAINING_RETRY: Retry = Retry { max_elapsed: Duration::from_secs(600), ..Retry::DEFAULT };
@@ -325,18 +325,25 @@ impl StepOptions {
     }
 }
 
-/// Asks a run to save and end after the step that it is in. Clones ask the same run.
+/// Asks a run to save and end after the step that it is in; at once, while the server is away. Clones
+/// ask the same run.
 #[derive(Clone, Debug, Default)]
-pub struct CancelToken(Arc<AtomicBool>);
+pub struct CancelToken(Arc<watch::Sender<bool>>);
 
 impl CancelToken {
     /// Asks.
     pub fn cancel(&self) {
-        self.0.store(true, Ordering::Relaxed);
+        self.0.send_replace(true);
     }
 
     /// Whether it was asked.
     pub fn is_cancelled(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+        *self.0.borrow()
+    }
+
+    /// Returns once it was asked.
+    pub(crate) async fn cancelled(&self) {
+        // The sender is in here.
+        let _ = self.0.subscribe().wait_for(|asked| *asked).await;
     }
 }

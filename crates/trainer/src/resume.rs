@@ -4,7 +4,8 @@ use crate::options::TrainOptions;
 use crate::origin::Origin;
 use crate::setup::{self, Prepared};
 use crate::train::Run;
-use offshoot_client::{ClientError, Session, SessionId};
+use crate::train::keep::Keeper;
+use offshoot_client::{ClientError, Session, SessionId, SnapshotInfo};
 
 impl Run {
     /// Client, step and losses as a checkpoint has them.
@@ -45,37 +46,50 @@ impl Run {
         Ok(())
     }
 
-    /// After the server came back in an older state: back to the newest checkpoint whose snapshot it
-    /// still has, or to the beginning. The steps after that are replayed exactly.
-    pub async fn go_back(&mut self, cause: &ClientError) -> Result<(), TrainError> {
-        tracing::info!(%cause, "the server rolled back");
-        let own = self.session.id().to_string();
+    /// After the server came back in an older state: back to the newest of the `snapshots` that it has
+    /// (none: it does not say) of which this side has its part, in memory or as a checkpoint, or to the
+    /// beginning. The steps after that are replayed exactly.
+    pub async fn go_back(&mut self, snapshots: &[SnapshotInfo]) -> Result<(), TrainError> {
+        let was = self.step;
+        // The answer to the last step may be there, and this side is still as it was after it.
+        let _ = self.keep();
         let mut refused = Vec::new();
-        let mut known = checkpoint::list(&self.options.output.dir)?;
-        known.splice(0..0, self.resumed.clone());
-        known.retain(|saved| saved.state.session_id.as_deref() == Some(own.as_str()));
-        for saved in known.into_iter().rev() {
-            match restore(&self.prepared, &saved).await {
-                Ok(session) => {
+        for point in self.points(snapshots)? {
+            match self.prepared.client.restore(self.session.id(), Some(&point.snapshot_id)).await {
+                Ok((session, restored)) if restored.snapshot.step == point.step => {
                     self.session = session;
-                    self.set_state(&saved)?;
-                    // Their snapshots are gone; the replay writes them again.
-                    checkpoint::remove_after(&self.options.output.dir, self.step)?;
-                    return self.replay_from(&format!("checkpoint {}", saved.path.display()));
+                    self.set_back(&point)?;
+                    return self.replay(was, "");
                 }
-                Err(TrainError::Checkpoint { problem, .. }) => refused.push(problem),
-                Err(error) => return Err(error),
+                Ok((_, restored)) => refused.push(format!(
+                    "snapshot {} is of step {}, not of step {}",
+                    point.snapshot_id, restored.snapshot.step, point.step
+                )),
+                Err(ClientError::Damaged { message, .. }) => {
+                    self.report.line(&format!(
+                        "the server's snapshot of step {} is damaged ({message}); going back to the one before",
+                        point.step
+                    ));
+                    refused.push(message);
+                }
+                Err(error @ ClientError::Refused { .. }) => refused.push(error.to_string()),
+                Err(error) => return Err(error.into()),
             }
         }
-        if let Some(problem) = refused.pop() {
-            return Err(TrainError::Checkpoint {
-                path: self.options.output.dir.clone(),
-                problem: format!(
-                    "the server lost the session's newer state, and no checkpoint can be restored: {problem}"
-                ),
-            });
+        if self.saved.is_none() {
+            return self.begin_anew(was).await;
         }
-        // No checkpoint yet. Step 0 is a function of the seed and of the adapter that it began with.
+        let problem = refused.pop().unwrap_or_else(|| "it has none of their snapshots".into());
+        Err(TrainError::Checkpoint {
+            path: self.options.output.dir.clone(),
+            problem: format!(
+                "the server lost the session's newer state, and no checkpoint can be restored: {problem}"
+            ),
+        })
+    }
+
+    /// No checkpoint yet. Step 0 is a function of the seed and of the adapter that it began with.
+    async fn begin_anew(&mut self, was: u64) -> Result<(), TrainError> {
         let old = self.session.id().clone();
         self.session = setup::open(&self.options, &self.prepared).await?;
         // Only tidiness: the server may not know it any more.
@@ -84,20 +98,85 @@ impl Run {
         if let Origin::Adapter { adapter, .. } = &self.prepared.origin {
             self.prepared.split.load_adapter(&adapter.tensors)?;
         }
+        self.keeper = Keeper::default();
         (self.step, self.eval_loss, self.best, self.saved) = (0, None, None, None);
         self.evaluations.clear();
-        self.replay_from("the beginning, in a new session")
+        self.replay(was, " in a new session")
     }
 
-    fn replay_from(&mut self, from: &str) -> Result<(), TrainError> {
-        let step = self.step;
-        self.losses.retain(|(s, _)| *s <= step);
-        self.report.rewind(step)?;
-        self.report.line(&format!(
-            "the server came back in an older state; going on at step {step} from {from}"
-        ));
+    /// Where the run can go back to, the newest first: what both sides have.
+    fn points(&self, snapshots: &[SnapshotInfo]) -> Result<Vec<Point>, TrainError> {
+        let own = self.session.id().to_string();
+        let mut saved = checkpoint::list(&self.options.output.dir)?;
+        saved.splice(0..0, self.resumed.clone());
+        saved.retain(|saved| saved.state.session_id.as_deref() == Some(own.as_str()));
+        let on_disk = saved.into_iter().filter_map(|saved| {
+            let snapshot_id = saved.state.snapshot_id.clone()?;
+            let is_there = snapshots.iter().any(|s| s.snapshot_id == snapshot_id);
+            (is_there || snapshots.is_empty()).then(|| Point {
+                step: saved.state.step,
+                snapshot_id,
+                saved: Some(saved),
+            })
+        });
+        let in_memory = self.keeper.kept().filter_map(|kept| {
+            let is_it = |s: &&SnapshotInfo| (s.step, s.sequence) == (kept.step, kept.sequence);
+            let snapshot_id = snapshots.iter().find(is_it)?.snapshot_id.clone();
+            Some(Point { step: kept.step, snapshot_id, saved: None })
+        });
+        let mut points: Vec<Point> = in_memory.chain(on_disk).collect();
+        // Of one step the checkpoint comes first: it was asked for, and stays.
+        points.sort_by_key(|point| std::cmp::Reverse((point.step, point.saved.is_some())));
+        Ok(points)
+    }
+
+    /// This side as it was at a point that the server has been restored to.
+    fn set_back(&mut self, point: &Point) -> Result<(), TrainError> {
+        let kept = self.keeper.back_to(point.step);
+        let dir = self.options.output.dir.clone();
+        match (&point.saved, kept) {
+            (Some(saved), _) => self.set_state(saved)?,
+            (None, Some(kept)) => {
+                self.prepared.split.set_state(kept.client)?;
+                (self.step, self.eval_loss, self.best) = (kept.step, kept.eval_loss, kept.best);
+                self.evaluations = kept.evaluations;
+            }
+            (None, None) => unreachable!("the point was made from the copy"),
+        }
+        // Their snapshots are gone; the replay writes them again.
+        checkpoint::remove_after(&dir, self.step)?;
+        if point.saved.is_none() {
+            let newest = checkpoint::list(&dir)?.pop().or_else(|| self.resumed.clone());
+            self.saved = newest.map(|saved| (saved.state.step, saved.path));
+        }
         Ok(())
     }
+
+    /// From the step that both sides are at again.
+    fn replay(&mut self, was: u64, how: &str) -> Result<(), TrainError> {
+        let step = self.step;
+        self.unfinished = true;
+        self.losses.retain(|(s, _)| *s <= step);
+        self.report.rewind(step)?;
+        self.report.line(&match was - step {
+            0 => {
+                format!("the server lost what it had of the step after {step}{how}: doing it again")
+            }
+            n => format!(
+                "the server fell back to step {step}{how} (was {was}): replaying {n} step{}",
+                if n == 1 { "" } else { "s" }
+            ),
+        });
+        Ok(())
+    }
+}
+
+/// A step of which the server has a snapshot and this side its own part.
+struct Point {
+    step: u64,
+    snapshot_id: String,
+    /// None: this side's part is in memory.
+    saved: Option<Saved>,
 }
 
 /// Checkpoints of another run, or of steps yet to come, would be taken for this run's.
@@ -161,6 +240,9 @@ pub(crate) async fn restore(prepared: &Prepared, saved: &Saved) -> Result<Sessio
                 state.step, snapshot_id, restored.snapshot.step
             ),
         }),
+        Err(ClientError::Damaged { message, .. }) => {
+            Err(TrainError::Damaged { path: saved.path.clone(), problem: message })
+        }
         Err(error @ ClientError::Refused { .. }) => Err(TrainError::Checkpoint {
             path: saved.path.clone(),
             problem: format!(

@@ -14,7 +14,7 @@ use crate::TrainError;
 use crate::noise::{NoiseKey, Outgoing, PrivacyOptions};
 use devices::Elsewhere;
 use offshoot_adapters::{AdamW, AdapterSet, AdapterState, LoraSpec};
-use offshoot_client::Session;
+use offshoot_client::{PendingStep, Session};
 use offshoot_model::weights::Checkpoint;
 use offshoot_model::{ModelConfig, SplitPoints};
 use replica::Replica;
@@ -144,6 +144,15 @@ impl SplitModel {
         ClientState { bottom, top }
     }
 
+    /// The same as it was right after the last step: without the gradients that have come since.
+    pub(crate) fn to_state_after_step(&self) -> ClientState {
+        let ClientState { mut bottom, mut top } = self.to_state();
+        for state in [&mut bottom, &mut top].into_iter().flatten() {
+            state.gradients.fill(0.0);
+        }
+        ClientState { bottom, top }
+    }
+
     /// Goes on from a state that [`SplitModel::to_state`] gave for the same model and cut, on any
     /// devices.
     pub fn set_state(&mut self, state: ClientState) -> Result<(), TrainError> {
@@ -180,15 +189,15 @@ impl SplitModel {
     }
 
     /// One AdamW step of all three parts on gradients times `clip_factor`. The trunk's is sent, not
-    /// waited for.
+    /// waited for; what it gives is the way to its answer.
     pub async fn step(
         &mut self,
         session: &Session,
         learning_rate: f64,
         clip_factor: f64,
-    ) -> Result<(), TrainError> {
+    ) -> Result<PendingStep, TrainError> {
         // Sent first: if that fails, no part has moved.
-        session.step(learning_rate, clip_factor).await?;
+        let pending = session.step(learning_rate, clip_factor).await?;
         self.in_step = false;
         let _guard = tch::no_grad_guard();
         for side in [&mut self.leader.bottom, &mut self.leader.top] {
@@ -196,7 +205,7 @@ impl SplitModel {
                 adapter.step(&self.adamw, learning_rate, clip_factor);
             }
         }
-        Ok(())
+        Ok(pending)
     }
 
     /// Gives the other devices the leader's parameters, if they have older ones.

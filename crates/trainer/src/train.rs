@@ -1,5 +1,7 @@
 mod conclude;
 mod evaluate;
+mod follow;
+pub(crate) mod keep;
 mod save;
 mod step;
 
@@ -13,13 +15,12 @@ use crate::origin::Origin;
 use crate::report::{Event, ReportOptions, Reporter};
 use crate::resume;
 use crate::setup::{self, Prepared};
-use offshoot_client::{ClientError, Session, SessionId};
+use crate::train::save::Room;
+use keep::Keeper;
+use offshoot_client::{Session, SessionId};
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
-
-/// Rollbacks in a row without a step beyond the ones before: then something is broken for good.
-const MAX_ROLLBACKS: u32 = 5;
 
 /// What a run left.
 #[derive(Clone, Debug, PartialEq)]
@@ -70,28 +71,8 @@ async fn run(
     cancel: CancelToken,
 ) -> Result<Summary, TrainError> {
     let mut run = Run::begin(options, own).await?;
-    let mut rollbacks = 0;
-    let mut furthest = run.step;
-    loop {
-        match run.go_on(&cancel).await {
-            Ok(()) => break,
-            Err(TrainError::Client(error @ ClientError::RolledBack { .. })) => {
-                rollbacks = if run.step > furthest { 1 } else { rollbacks + 1 };
-                furthest = furthest.max(run.step);
-                if rollbacks > MAX_ROLLBACKS {
-                    return Err(error.into());
-                }
-                run.go_back(&error).await?;
-            }
-            Err(error) => {
-                // What was in flight was dropped, and is discarded with this: the session may be
-                // resumed from a checkpoint, and until then its tapes serve nobody.
-                let _ = run.session.settle().await;
-                return Err(error);
-            }
-        }
-    }
-    run.end().await
+    let exported = run.follow(&cancel).await?;
+    run.end(exported).await
 }
 
 /// Holds a run's folder until the process ends or this is dropped.
@@ -159,6 +140,13 @@ pub(crate) struct Run {
     pub losses: Vec<(u64, f64)>,
     /// All of the run, those before a resumption included.
     pub evaluations: Vec<Best>,
+    /// This side's part of the last steps that the server can go back to.
+    pub keeper: Keeper,
+    /// What follows the last step (evaluation, checkpoint) may not have been done: the run went back to
+    /// it.
+    pub unfinished: bool,
+    /// Whether the last checkpoint could not be written because the server had no room for a snapshot.
+    pub skipped: bool,
     /// The most checkpoints of which it is known whether the server has their snapshots.
     pub n_compared: usize,
     /// No other run writes into the folder while this is held.
@@ -211,6 +199,9 @@ impl Run {
             resumed: resumed.clone(),
             losses: Vec::new(),
             evaluations: Vec::new(),
+            keeper: Keeper::default(),
+            unfinished: false,
+            skipped: false,
             n_compared: 0,
             _folder: held,
             options,
@@ -233,23 +224,41 @@ impl Run {
             self.evaluate().await?;
             self.sample().await?;
         }
+        if std::mem::take(&mut self.unfinished) && self.step > 0 {
+            self.after_step().await?;
+        }
         let n_steps = self.prepared.settings.n_steps;
         while self.step < n_steps && !self.stops_early() && !cancel.is_cancelled() {
             self.train_step().await?;
-            let at_end = self.step == n_steps;
-            if at_end || self.step.is_multiple_of(self.options.evaluation.interval) {
-                self.evaluate().await?;
-            }
-            let wanted = self.options.output.adapter == AdapterChoice::Best && self.is_best();
-            if at_end || wanted || self.step.is_multiple_of(self.options.output.save_interval) {
-                self.save().await?;
-            }
+            self.after_step().await?;
         }
         // Asked to end, or nothing was left to do at all.
-        if self.saved.as_ref().is_none_or(|(step, _)| *step != self.step) {
-            self.save().await?;
+        if !self.is_saved() {
+            let at_end = self.step == n_steps || self.stops_early();
+            self.save(if at_end { Room::Awaited } else { Room::Now }).await?;
         }
         Ok(())
+    }
+
+    /// What is due behind a step, unless it was done.
+    async fn after_step(&mut self) -> Result<(), TrainError> {
+        let at_end = self.step == self.prepared.settings.n_steps;
+        let is_evaluated = self.evaluations.last().is_some_and(|last| last.step == self.step);
+        let interval = self.options.evaluation.interval;
+        if (at_end || self.step.is_multiple_of(interval)) && !is_evaluated {
+            self.evaluate().await?;
+        }
+        let wanted = self.options.output.adapter == AdapterChoice::Best && self.is_best();
+        let due = wanted || self.step.is_multiple_of(self.options.output.save_interval);
+        // The last one is written by whoever ends the run.
+        if due && !at_end && !self.is_saved() {
+            self.save(Room::Optional).await?;
+        }
+        Ok(())
+    }
+
+    fn is_saved(&self) -> bool {
+        self.saved.as_ref().is_some_and(|(step, _)| *step == self.step)
     }
 
     /// Whether so many evaluations brought no improvement that the run is over. Only the recorded

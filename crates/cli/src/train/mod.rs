@@ -18,7 +18,7 @@ use lora_args::LoraArgs;
 use loss_args::LossArgs;
 use model_args::ModelArgs;
 use offshoot_trainer::noise::PrivacyOptions;
-use offshoot_trainer::{CancelToken, TrainOptions, dry_run, resolve_lora, train};
+use offshoot_trainer::{CancelToken, TrainError, TrainOptions, dry_run, resolve_lora, train};
 use output_args::OutputArgs;
 use std::process::ExitCode;
 use training_args::TrainingArgs;
@@ -99,7 +99,13 @@ pub fn run(mut args: TrainArgs) -> anyhow::Result<ExitCode> {
         println!("{}", runtime.block_on(dry_run(&options))?.join("\n"));
         return Ok(ExitCode::SUCCESS);
     }
-    let summary = runtime.block_on(train(options, cancel))?;
+    let summary = match runtime.block_on(train(options, cancel)) {
+        Err(error @ TrainError::StoppedOffline { .. }) => {
+            eprintln!("{error}");
+            return Ok(ExitCode::from(130));
+        }
+        ended => ended?,
+    };
     Ok(if summary.interrupted { ExitCode::from(130) } else { ExitCode::SUCCESS })
 }
 

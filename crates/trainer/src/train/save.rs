@@ -7,8 +7,24 @@ use crate::report::{DoneEvent, Event, WireErrors};
 use crate::setup::Prepared;
 use crate::wire::host_to_tensor;
 use offshoot_adapters::{AdapterSet, peft};
+use offshoot_client::{ClientError, ErrorCode};
 use std::path::PathBuf;
+use std::time::Duration;
 use tch::Tensor;
+
+/// For what only tidies up.
+const PATIENCE_AT_THE_END: Duration = Duration::from_secs(10);
+
+/// What becomes of a checkpoint if the server has no room for its snapshot.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Room {
+    /// It is left out; the run goes on.
+    Optional,
+    /// The run ends here all the same, without waiting.
+    Now,
+    /// The server is waited for, since the run is over without it.
+    Awaited,
+}
 
 /// The PEFT directory of a run that came to its end.
 const ADAPTER: &str = "adapter";
@@ -37,9 +53,22 @@ impl Run {
         Ok([named(bottom), trunk, named(top)])
     }
 
-    /// A checkpoint of this step, and the server's snapshot of it.
-    pub(super) async fn save(&mut self) -> Result<(), TrainError> {
-        let snapshot = self.session.snapshot_keeping(self.snapshots_in_use()?).await?;
+    /// A checkpoint of this step, and the server's snapshot of it. One of several can be left out if the
+    /// server has no room for its snapshot.
+    pub(super) async fn save(&mut self, room: Room) -> Result<(), TrainError> {
+        let keep = self.snapshots_in_use()?;
+        let taken = match room {
+            Room::Awaited => self.session.snapshot_keeping(keep).await,
+            Room::Optional | Room::Now => self.session.try_snapshot(keep).await,
+        };
+        let snapshot = match taken {
+            Ok(snapshot) => snapshot,
+            Err(cause @ ClientError::Refused { code: ErrorCode::Exhausted, .. }) => {
+                return self.without_snapshot(room, cause);
+            }
+            Err(error) => return Err(error.into()),
+        };
+        self.skipped = false;
         let tensors = self.tensors().await?;
         let Prepared { split, plan, settings, config, .. } = &self.prepared;
         let names = (self.session.id().to_string(), snapshot.snapshot_id);
@@ -68,6 +97,25 @@ impl Run {
         self.saved = Some((self.step, path));
         self.report.event(&Event::Checkpoint { step: self.step, name })?;
         self.compare_snapshots().await
+    }
+
+    /// The server has no room for a snapshot: the run goes on and says so once, unless this is its end.
+    fn without_snapshot(&mut self, room: Room, cause: ClientError) -> Result<(), TrainError> {
+        if room != Room::Optional {
+            let newest = self.saved.as_ref().map(|(_, path)| path.clone());
+            return Err(TrainError::NoLastSnapshot {
+                step: self.step,
+                cause: Box::new(cause),
+                newest,
+            });
+        }
+        if !std::mem::replace(&mut self.skipped, true) {
+            self.report.line(&format!(
+                "no checkpoint at step {}: {cause}; training goes on, and every next checkpoint tries again",
+                self.step
+            ));
+        }
+        Ok(())
     }
 
     /// Says once if the server keeps fewer snapshots than there are checkpoints here.
@@ -147,18 +195,31 @@ impl Run {
         Ok((dir, step))
     }
 
-    /// Exports, says where everything is, and leaves the session.
-    pub(super) async fn end(mut self) -> Result<Summary, TrainError> {
-        let before_end = self.step < self.prepared.settings.n_steps;
-        let stopped_early = before_end && self.stops_early();
-        let interrupted = before_end && !stopped_early;
-        let (_, saved) = self.saved.clone().expect("a run ends with a checkpoint");
-        let mut exported = None;
-        if !interrupted {
-            self.sample().await?;
-            exported = Some(self.export().await?);
+    /// The last samples and the adapter of a run that has come to its end.
+    pub(super) async fn export_at_end(&mut self) -> Result<Option<(PathBuf, u64)>, TrainError> {
+        if self.is_interrupted() {
+            return Ok(None);
         }
-        let wire_error = WireErrors::of(&self.session, &self.prepared.client).await?;
+        self.sample().await?;
+        Ok(Some(self.export().await?))
+    }
+
+    fn is_interrupted(&self) -> bool {
+        self.step < self.prepared.settings.n_steps && !self.stops_early()
+    }
+
+    /// Says where everything is, and leaves the session.
+    pub(super) async fn end(
+        mut self,
+        exported: Option<(PathBuf, u64)>,
+    ) -> Result<Summary, TrainError> {
+        let interrupted = self.is_interrupted();
+        let stopped_early = !interrupted && self.step < self.prepared.settings.n_steps;
+        let (_, saved) = self.saved.clone().expect("a run ends with a checkpoint");
+        // Everything is saved: what follows is not worth a long wait for a server that has just left.
+        let wire_error = WireErrors::of(&self.session, &self.prepared.client);
+        let wire_error = tokio::time::timeout(PATIENCE_AT_THE_END, wire_error).await;
+        let wire_error = wire_error.ok().and_then(Result::ok).unwrap_or_default();
         // A finished run that was resumed has sent nothing.
         if self.spent.microbatches > 0 {
             let wire_dtype = self.session.wire_dtype().name();
@@ -176,8 +237,16 @@ impl Run {
         }))?;
         self.conclude(exported.as_ref(), &saved);
         let session = self.session.id().clone();
-        // Gives the device's memory back; the session can be restored.
-        self.session.close(false).await?;
+        // Gives the device's memory back; the session can be restored. Everything is saved: a server
+        // that cannot do it now does it by itself when the session's lease is over.
+        match tokio::time::timeout(PATIENCE_AT_THE_END, self.session.close(false)).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => tracing::warn!("the session was not parked on the server: {error}"),
+            Err(_) => tracing::warn!(
+                "the session was not parked on the server: no answer in {} s",
+                PATIENCE_AT_THE_END.as_secs()
+            ),
+        }
         let n_before = self.resumed.map_or(0, |saved| saved.state.evaluations.len());
         Ok(Summary {
             step: self.step,

@@ -11,7 +11,7 @@ impl Run {
     pub(super) async fn train_step(&mut self) -> Result<(), TrainError> {
         let began = Instant::now();
         let in_flight = self.n_in_flight();
-        let Prepared { split, data, plan, schedule, losses, .. } = &mut self.prepared;
+        let Prepared { split, data, plan, losses, .. } = &mut self.prepared;
         let batches: Vec<Batch> =
             plan.microbatches(self.step).iter().map(|samples| data.batch(samples)).collect();
         let n_samples: usize = batches.iter().map(|batch| batch.samples.len()).sum();
@@ -31,9 +31,11 @@ impl Run {
         if !grad_norm.is_finite() {
             return Err(TrainError::Diverged { what: "gradient's norm", value: grad_norm });
         }
+        self.keep()?;
+        let Prepared { split, schedule, .. } = &mut self.prepared;
         let learning_rate = schedule.learning_rate(self.step);
         let clip = clip_factor(grad_norm, self.options.optimizer.max_grad_norm);
-        split.step(&self.session, learning_rate, clip).await?;
+        self.keeper.pending = Some(split.step(&self.session, learning_rate, clip).await?);
 
         self.step += 1;
         self.eval_loss = None;
