@@ -1,28 +1,35 @@
-//! What survives the process: a record for each session in sled, and the large parts of its
-//! snapshots as files named by their hash. The only file that names sled.
+//! What survives the process: a record for each session, and the large parts of its snapshots as
+//! files named by their hash.
 //!
-//! A snapshot's blobs are written and synced first; then one sled transaction with the record that
-//! names them is flushed. So a record never names a file that may be missing, whenever the process
-//! dies. Files that no record names are deleted. All methods block; callers run them beside the
-//! runtime's threads.
+//! A snapshot's blobs are written and synced first; then the record that names them is flushed. So a
+//! record never names a file that may be missing, whenever the process dies. Files that no record
+//! names are deleted. What is damaged is found by its checksum, kept under another name for people,
+//! and harms nobody else: a session goes back to its newest whole snapshot. All methods block;
+//! callers run them beside the runtime's threads.
+//!
+//! ```text
+//! records/  sled; `records` is the only file that names it
+//! blobs/    HASH
+//! damaged/  HASH, SESSION.record
+//! ```
 
+mod blobs;
 mod record;
+mod records;
 
-pub use record::{BlobName, Origin, Record, SnapshotRecord};
+pub use record::{BlobName, DamagedSnapshot, Kept, Origin, Record, SnapshotRecord};
 
 use crate::error::Error;
 use crate::session::SessionId;
-use std::collections::HashMap;
-use std::fs::{self, File};
-use std::io::{self, Write};
+use blobs::{Blobs, Damage, file_error, names_in};
+use records::{DamagedRecord, Entry, Records};
+use std::collections::{HashMap, HashSet};
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use tokio::sync::oneshot;
-
-/// Of the records and the blobs. Another one is refused.
-const FORMAT_VERSION: u32 = 2;
-const VERSION_KEY: &[u8] = b"format_version";
 
 /// A snapshot on its way to the disk.
 #[derive(Debug)]
@@ -44,36 +51,27 @@ pub struct StoredSnapshot {
 
 /// See the module's text.
 pub struct Store {
-    dir: PathBuf,
-    db: sled::Db,
-    sessions: sled::Tree,
-    /// Of those that a client asked for.
-    snapshots_kept: usize,
+    records: Records,
+    blobs: Blobs,
+    kept: Kept,
     /// How many snapshots name each blob, those included that are just being written. Held while
     /// records change and files are deleted, not while files are written: that takes long, and goes
     /// on for several sessions at once.
-    references: Mutex<HashMap<BlobName, usize>>,
-    /// Names files that are not whole yet.
-    n_written: AtomicU64,
+    references: Mutex<References>,
     /// The last field, so that it is dropped after the records are closed.
     closes: Mutex<Option<oneshot::Sender<()>>>,
 }
 
+type References = HashMap<BlobName, usize>;
+
 impl Store {
-    /// Opens or creates the store, and deletes what an earlier process left half done.
-    pub fn open(dir: &Path, snapshots_kept: usize) -> Result<Store, Error> {
-        let blobs = dir.join("blobs");
-        fs::create_dir_all(&blobs).map_err(file_error(&blobs))?;
-        let path = dir.join("records");
-        let db = sled::Config::new().path(&path).open().map_err(|error| match error {
-            sled::Error::Io(io) if is_lock(&io) => Error::StoreLocked { path: dir.to_path_buf() },
-            other => records_error(dir)(other),
-        })?;
-        check_version(&db, dir)?;
-        let sessions = db.open_tree("sessions").map_err(records_error(dir))?;
+    /// Opens or creates the store, makes an older one new, sets damaged records aside, and deletes
+    /// what an earlier process left half done.
+    pub fn open(dir: &Path, kept: Kept) -> Result<Store, Error> {
+        let blobs = Blobs::open(dir)?;
+        let records = Records::open(dir)?;
         let (references, closes) = (Mutex::default(), Mutex::default());
-        let (dir, n_written) = (dir.to_path_buf(), AtomicU64::new(0));
-        let store = Store { dir, db, sessions, snapshots_kept, references, n_written, closes };
+        let store = Store { records, blobs, kept, references, closes };
         store.collect()?;
         Ok(store)
     }
@@ -93,17 +91,34 @@ impl Store {
         record: Record,
         snapshot: NewSnapshot,
     ) -> Result<SnapshotRecord, Error> {
-        self.append(session, Some(record), snapshot)
+        self.append(session, snapshot, || Ok(record))
     }
 
-    /// Adds a snapshot, from which the session will go on, and drops those that are too many.
+    /// Adds a snapshot, from which the session will go on unless it has a later point already, and
+    /// drops those that are too many.
     pub fn add_snapshot(
         &self,
         session: SessionId,
         snapshot: NewSnapshot,
     ) -> Result<SnapshotRecord, Error> {
         self.known(session)?;
-        self.append(session, None, snapshot)
+        self.append(session, snapshot, || self.known(session))
+    }
+
+    /// The same, unless `ended` is set before the record is written: then nothing is changed, and
+    /// the error is [`Error::Ended`].
+    pub fn add_snapshot_unless(
+        &self,
+        ended: &AtomicBool,
+        session: SessionId,
+        snapshot: NewSnapshot,
+    ) -> Result<SnapshotRecord, Error> {
+        let known = || match ended.load(Ordering::Acquire) {
+            true => Err(Error::Ended),
+            false => self.known(session),
+        };
+        known()?;
+        self.append(session, snapshot, known)
     }
 
     /// The client asked for a snapshot at the point where the session goes on: the head is it.
@@ -118,61 +133,129 @@ impl Store {
     pub fn keep(&self, session: SessionId, names: &[String]) -> Result<(), Error> {
         let _guard = self.references();
         let mut record = self.known(session)?;
-        if record.keep(names, self.snapshots_kept) { self.put(session, &record) } else { Ok(()) }
+        let changed = record.keep(names, self.kept.of_client);
+        if changed { self.records.put(session, &record) } else { Ok(()) }
     }
 
-    /// Sets where the session goes on.
-    pub fn set_head(&self, session: SessionId, snapshot: &str) -> Result<(), Error> {
+    /// Sets where the session goes on, and which clients may: none that began before `epoch`.
+    pub fn set_head(&self, session: SessionId, snapshot: &str, epoch: u64) -> Result<(), Error> {
         let _guard = self.references();
         let mut record = self.known(session)?;
+        if record.snapshot(snapshot).is_none() {
+            return Err(record.no_such(session, snapshot));
+        }
         record.head = snapshot.into();
-        self.put(session, &record)
+        record.epoch = record.epoch.max(epoch);
+        self.records.put(session, &record)
+    }
+
+    /// A client has begun: those before it cannot come back, also after a restart.
+    pub fn set_epoch(&self, session: SessionId, epoch: u64) -> Result<(), Error> {
+        let _guard = self.references();
+        let mut record = self.known(session)?;
+        if record.epoch >= epoch {
+            return Ok(());
+        }
+        record.epoch = epoch;
+        self.records.put(session, &record)
     }
 
     /// A session's record, if it is known.
     pub fn record(&self, session: SessionId) -> Result<Option<Record>, Error> {
-        let value = self.sessions.get(session.to_string()).map_err(records_error(&self.dir))?;
-        value.map(|bytes| self.decode(&bytes)).transpose()
+        match self.records.get(session)? {
+            Some(Entry::Whole(record)) => Ok(Some(*record)),
+            Some(Entry::Damaged(damaged)) => {
+                Err(self.record_damaged(session, self.records.path(), damaged.cause))
+            }
+            None => {
+                let aside = self.aside(&session.to_string());
+                if !aside.exists() {
+                    return Ok(None);
+                }
+                let cause = "it did not fit its checksum when the server started".into();
+                Err(self.record_damaged(session, aside, cause))
+            }
+        }
     }
 
-    /// All sessions.
+    /// All sessions but those whose records are damaged.
     pub fn records(&self) -> Result<Vec<(SessionId, Record)>, Error> {
-        let of_entry = |entry: sled::Result<(sled::IVec, sled::IVec)>| {
-            let (key, value) = entry.map_err(records_error(&self.dir))?;
-            let key = String::from_utf8_lossy(&key);
-            let session = SessionId::parse(&key).ok_or_else(|| Error::StoreRecords {
-                path: self.dir.clone(),
-                cause: format!("\"{key}\" is no session id"),
-            })?;
-            Ok((session, self.decode(&value)?))
+        let whole = |(session, entry): (Option<SessionId>, Entry)| match entry {
+            Entry::Whole(record) => session.map(|session| (session, *record)),
+            Entry::Damaged(_) => None,
         };
-        self.sessions.iter().map(of_entry).collect()
+        Ok(self.records.all()?.into_iter().filter_map(whole).collect())
     }
 
-    /// Reads a snapshot and checks it against its hash.
-    pub fn read(&self, snapshot: &SnapshotRecord) -> Result<StoredSnapshot, Error> {
-        Ok(StoredSnapshot {
-            state: self.read_blob(&snapshot.state)?,
-            answers: snapshot.answers.as_ref().map(|name| self.read_blob(name)).transpose()?,
-            record: snapshot.clone(),
-        })
+    /// Those of these sessions that are there and not damaged.
+    pub fn records_of(
+        &self,
+        sessions: impl Iterator<Item = SessionId>,
+    ) -> Result<Vec<(SessionId, Record)>, Error> {
+        let mut found = Vec::new();
+        for session in sessions {
+            if let Some(Entry::Whole(record)) = self.records.get(session)? {
+                found.push((session, *record));
+            }
+        }
+        Ok(found)
+    }
+
+    /// Reads a snapshot and checks it against its hashes. A damaged one is set aside; the error says
+    /// which one is whole.
+    pub fn read(
+        &self,
+        session: SessionId,
+        snapshot: &SnapshotRecord,
+    ) -> Result<StoredSnapshot, Error> {
+        let mut contents = Vec::new();
+        for name in snapshot.blobs() {
+            match self.blobs.read(name)? {
+                Ok(content) => contents.push(content),
+                Err(_) => return Err(self.set_aside(session, &snapshot.id)?),
+            }
+        }
+        let mut contents = contents.into_iter();
+        let state = contents.next().unwrap_or_default();
+        Ok(StoredSnapshot { state, answers: contents.next(), record: snapshot.clone() })
+    }
+
+    /// The record of a session that begins again: its head was read and is whole. If it was not, the
+    /// session has gone back to the newest snapshot that is. What an actor that has ended was still
+    /// writing has landed, or does not any more.
+    pub fn whole_head(&self, session: SessionId) -> Result<Record, Error> {
+        loop {
+            let record = self.known(session)?;
+            let head = record.head().ok_or_else(|| unknown(session))?;
+            if self.damage_of(head)?.is_none() {
+                let _guard = self.references();
+                let now = self.known(session)?;
+                if now.head == record.head {
+                    return Ok(now);
+                }
+                continue;
+            }
+            match self.set_aside(session, &head.id)? {
+                Error::SnapshotDamaged { whole: Some(_), .. } | Error::UnknownSnapshot { .. } => {}
+                other => return Err(other),
+            }
+        }
     }
 
     /// Deletes a session with all its snapshots.
     pub fn forget(&self, session: SessionId) -> Result<(), Error> {
         let mut references = self.references();
         let Some(record) = self.record(session)? else { return Ok(()) };
-        self.sessions.remove(session.to_string()).map_err(records_error(&self.dir))?;
-        self.db.flush().map_err(records_error(&self.dir))?;
+        self.records.remove(session.to_string().as_bytes())?;
         self.release(&mut references, record.blobs())
     }
 
-    /// Writes the blobs, then the record: the one that there is, unless the session is new.
+    /// Writes the blobs, then the record: `record` is asked for while no other changes.
     fn append(
         &self,
         session: SessionId,
-        fresh: Option<Record>,
         new: NewSnapshot,
+        record: impl FnOnce() -> Result<Record, Error>,
     ) -> Result<SnapshotRecord, Error> {
         let snapshot = SnapshotRecord {
             id: String::new(),
@@ -185,20 +268,26 @@ impl Store {
         };
         // Named before they are there, so that nobody deletes them meanwhile.
         let named: Vec<BlobName> = snapshot.blobs().cloned().collect();
-        self.name_blobs(&mut self.references(), &named);
-        let written = self.write_blobs(&named, [Some(&new.state), new.answers.as_ref()]);
+        name_blobs(&mut self.references(), &named);
+        let contents = [Some(new.state.as_slice()), new.answers.as_deref()].into_iter().flatten();
+        let written = self.blobs.write_all(named.iter().zip(contents));
         let mut references = self.references();
-        let record = || fresh.map_or_else(|| self.known(session), Ok);
-        let recorded = written
-            .and_then(|()| record())
-            .and_then(|record| self.record_snapshot(&mut references, session, record, snapshot));
-        let released = self.release(&mut references, named.iter());
-        recorded.and_then(|snapshot| released.map(|()| snapshot))
+        let record = match written.and_then(|()| record()) {
+            Ok(record) => record,
+            Err(error) => {
+                self.release(&mut references, named.iter())?;
+                return Err(error);
+            }
+        };
+        // If this fails, the record on disk may be the new one: its files stay until the next start.
+        let snapshot = self.record_snapshot(&mut references, session, record, snapshot)?;
+        self.release(&mut references, named.iter())?;
+        Ok(snapshot)
     }
 
     fn record_snapshot(
         &self,
-        references: &mut HashMap<BlobName, usize>,
+        references: &mut References,
         session: SessionId,
         mut record: Record,
         mut snapshot: SnapshotRecord,
@@ -212,113 +301,84 @@ impl Store {
         }
         snapshot.id = format!("{}-step{}", record.n_snapshots + 1, snapshot.step);
         record.push(snapshot.clone());
-        let dropped = record.drop_surplus(self.snapshots_kept);
-        self.put(session, &record)?;
-        self.name_blobs(references, snapshot.blobs());
+        let dropped = record.drop_surplus(self.kept);
+        self.records.put(session, &record)?;
+        name_blobs(references, snapshot.blobs());
         self.release(references, dropped.iter().flat_map(SnapshotRecord::blobs))?;
         Ok(snapshot)
     }
 
     fn claim(
         &self,
-        references: &mut HashMap<BlobName, usize>,
+        references: &mut References,
         session: SessionId,
         mut record: Record,
     ) -> Result<SnapshotRecord, Error> {
-        let unknown = || Error::UnknownSession(session.to_string());
-        let head = record.claim_head().ok_or_else(unknown)?;
-        let dropped = record.drop_surplus(self.snapshots_kept);
-        self.put(session, &record)?;
+        let head = record.claim_head().ok_or_else(|| unknown(session))?;
+        let dropped = record.drop_surplus(self.kept);
+        self.records.put(session, &record)?;
         self.release(references, dropped.iter().flat_map(SnapshotRecord::blobs))?;
         Ok(head)
     }
 
     fn known(&self, session: SessionId) -> Result<Record, Error> {
-        self.record(session)?.ok_or_else(|| Error::UnknownSession(session.to_string()))
+        self.record(session)?.ok_or_else(|| unknown(session))
     }
 
-    fn decode(&self, bytes: &[u8]) -> Result<Record, Error> {
-        serde_json::from_slice(bytes).map_err(|error| Error::StoreRecords {
-            path: self.dir.clone(),
-            cause: format!("a session's record cannot be read: {error}"),
-        })
-    }
-
-    /// Durable when it returns.
-    fn put(&self, session: SessionId, record: &Record) -> Result<(), Error> {
-        let bytes = serde_json::to_vec(record).map_err(|error| Error::StoreRecords {
-            path: self.dir.clone(),
-            cause: format!("a session's record cannot be written: {error}"),
-        })?;
-        self.sessions.insert(session.to_string(), bytes).map_err(records_error(&self.dir))?;
-        self.db.flush().map_err(records_error(&self.dir))?;
-        Ok(())
-    }
-
-    fn blob_path(&self, name: &BlobName) -> PathBuf {
-        self.dir.join("blobs").join(&name.0)
-    }
-
-    fn name_blobs<'a>(
-        &self,
-        references: &mut HashMap<BlobName, usize>,
-        blobs: impl IntoIterator<Item = &'a BlobName>,
-    ) {
-        for blob in blobs {
-            *references.entry(blob.clone()).or_default() += 1;
+    /// What is wrong with a snapshot's files, if anything.
+    fn damage_of(&self, snapshot: &SnapshotRecord) -> Result<Option<Damage>, Error> {
+        for name in snapshot.blobs() {
+            if let Some(damage) = self.blobs.check(name)? {
+                return Ok(Some(damage));
+            }
         }
+        Ok(None)
     }
 
-    /// Durable when it returns.
-    fn write_blobs(
-        &self,
-        names: &[BlobName],
-        contents: [Option<&Vec<u8>>; 2],
-    ) -> Result<(), Error> {
-        for (name, bytes) in names.iter().zip(contents.into_iter().flatten()) {
-            self.write_blob(name, bytes)?;
-        }
-        // Also for files that were there: whoever wrote them may not have come so far.
-        let dir = self.dir.join("blobs");
-        File::open(&dir).and_then(|dir| dir.sync_all()).map_err(file_error(&dir))
-    }
-
-    /// Written under another name first: a file under a hash is whole.
-    fn write_blob(&self, name: &BlobName, bytes: &[u8]) -> Result<(), Error> {
-        let path = self.blob_path(name);
-        if fs::metadata(&path).is_ok_and(|there| there.len() == bytes.len() as u64) {
-            return Ok(());
-        }
-        let half = path.with_extension(self.n_written.fetch_add(1, Ordering::Relaxed).to_string());
-        let write = || {
-            let mut file = File::create(&half)?;
-            file.write_all(bytes)?;
-            file.sync_all()?;
-            fs::rename(&half, &path)
+    /// A snapshot of a session was found damaged: the session cannot go on from it any more, and its
+    /// damaged files are kept for people. The error to be told, which names the newest whole one. If
+    /// none is whole, all stays as it is.
+    fn set_aside(&self, session: SessionId, id: &str) -> Result<Error, Error> {
+        let mut references = self.references();
+        let mut record = self.known(session)?;
+        let Some(place) = record.snapshots.iter().position(|snapshot| snapshot.id == id) else {
+            // Dropped, or set aside by another, meanwhile.
+            return Ok(record.no_such(session, id));
         };
-        write().map_err(file_error(&path))
-    }
-
-    fn read_blob(&self, name: &BlobName) -> Result<Vec<u8>, Error> {
-        let path = self.blob_path(name);
-        let bytes = fs::read(&path).map_err(file_error(&path))?;
-        let found = BlobName::of(&bytes);
-        if found != *name { Err(Error::StoreDamaged { path, found: found.0 }) } else { Ok(bytes) }
-    }
-
-    fn delete_blob(&self, name: &BlobName) -> Result<(), Error> {
-        let path = self.blob_path(name);
-        match fs::remove_file(&path) {
-            // It could not be written.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            other => other.map_err(file_error(&path)),
+        let damaged = record.snapshots[place].clone();
+        let Some(damage) = self.damage_of(&damaged)? else {
+            return Ok(record.no_such(session, id));
+        };
+        let (before, after) = (record.snapshots[..place].iter().rev(), &record.snapshots[place..]);
+        let mut whole = None;
+        for other in before.chain(after.iter().skip(1)) {
+            if self.damage_of(other)?.is_none() {
+                whole = Some(other.id.clone());
+                break;
+            }
         }
+        let cause = damage.to_string();
+        tracing::error!(
+            %session, snapshot = id, step = damaged.step, cause, whole = whole.as_deref(),
+            "a snapshot is damaged"
+        );
+        if let Some(whole) = &whole {
+            for name in damaged.blobs() {
+                if self.blobs.check(name)?.is_some() {
+                    self.blobs.set_aside(name)?;
+                }
+            }
+            record.set_aside(place, &cause, whole);
+            self.records.put(session, &record)?;
+            self.release(&mut references, damaged.blobs())?;
+        }
+        Ok(Error::SnapshotDamaged { session, snapshot: id.into(), cause, whole })
     }
 
     /// Deletes files that lost their last name.
     fn release<'a>(
         &self,
-        references: &mut HashMap<BlobName, usize>,
+        references: &mut References,
         blobs: impl Iterator<Item = &'a BlobName>,
     ) -> Result<(), Error> {
         for blob in blobs {
@@ -326,69 +386,107 @@ impl Store {
             *count -= 1;
             if *count == 0 {
                 references.remove(blob);
-                self.delete_blob(blob)?;
+                self.blobs.delete(blob)?;
             }
         }
         Ok(())
     }
 
-    /// Counts references anew and deletes every file that no record names.
+    /// Sets damaged records aside, counts references anew and deletes every file that no record
+    /// names. What a damaged record names cannot be known for certain, so while there is one no
+    /// whole file is deleted.
     fn collect(&self) -> Result<(), Error> {
         let mut references = self.references();
         references.clear();
-        for (_, record) in self.records()? {
-            self.name_blobs(&mut references, record.blobs());
-        }
-        let dir = self.dir.join("blobs");
-        for entry in fs::read_dir(&dir).map_err(file_error(&dir))? {
-            let entry = entry.map_err(file_error(&dir))?;
-            let name = BlobName(entry.file_name().to_string_lossy().into_owned());
-            if !references.contains_key(&name) {
-                fs::remove_file(entry.path()).map_err(file_error(&entry.path()))?;
+        let mut unreadable = self.names_set_aside()?;
+        let mut any_damaged = unreadable.is_some();
+        let mut named_by_damaged = unreadable.take().unwrap_or_default();
+        for (_, entry) in self.records.all()? {
+            match entry {
+                Entry::Whole(record) => name_blobs(&mut references, record.blobs()),
+                Entry::Damaged(damaged) => {
+                    any_damaged = true;
+                    named_by_damaged.extend(damaged.names());
+                    self.set_record_aside(&damaged)?;
+                }
             }
         }
-        Ok(())
+        name_blobs(&mut references, &named_by_damaged);
+        self.blobs.collect(|name| references.contains_key(name), any_damaged)
     }
 
-    fn references(&self) -> MutexGuard<'_, HashMap<BlobName, usize>> {
+    /// Into a file; then it stands in nobody's way.
+    fn set_record_aside(&self, damaged: &DamagedRecord) -> Result<(), Error> {
+        let key = String::from_utf8_lossy(&damaged.key);
+        let name: String =
+            key.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect();
+        let path = self.aside(&name);
+        tracing::error!(
+            session = name, cause = damaged.cause, kept = %path.display(),
+            "a session's record is damaged; it cannot go on, its files and all other sessions stay"
+        );
+        let write = || {
+            fs::create_dir_all(self.blobs.damaged_dir())?;
+            fs::write(&path, &damaged.bytes)?;
+            fs::File::open(&path)?.sync_all()
+        };
+        match write() {
+            Ok(()) => self.records.remove(&damaged.key),
+            // Then it stays where it is, and is found again.
+            Err(error) => {
+                tracing::warn!(path = %path.display(), %error, "it could not be set aside");
+                Ok(())
+            }
+        }
+    }
+
+    /// Blobs named by records that were set aside; none, if there is no such record.
+    fn names_set_aside(&self) -> Result<Option<HashSet<BlobName>>, Error> {
+        let dir = self.blobs.damaged_dir();
+        let entries = match fs::read_dir(dir) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            other => other.map_err(file_error(dir))?,
+        };
+        let mut names: Option<HashSet<BlobName>> = None;
+        for entry in entries {
+            let path = entry.map_err(file_error(dir))?.path();
+            if path.extension().is_some_and(|extension| extension == RECORD) {
+                let bytes = fs::read(&path).map_err(file_error(&path))?;
+                names.get_or_insert_default().extend(names_in(&bytes));
+            }
+        }
+        Ok(names)
+    }
+
+    fn aside(&self, name: &str) -> PathBuf {
+        self.blobs.damaged_dir().join(name).with_extension(RECORD)
+    }
+
+    fn record_damaged(&self, session: SessionId, path: PathBuf, cause: String) -> Error {
+        Error::RecordDamaged { session, path, cause, blobs: self.blobs.dir().to_path_buf() }
+    }
+
+    fn references(&self) -> MutexGuard<'_, References> {
         // A panic in between leaves at worst a file too many, which the next start collects.
         self.references.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
 
-fn is_same(head: &SnapshotRecord, new: &SnapshotRecord) -> bool {
-    (head.sequence, head.step, &head.state) == (new.sequence, new.step, &new.state)
-}
+/// Of the files that hold records that were set aside.
+const RECORD: &str = "record";
 
-fn is_lock(error: &io::Error) -> bool {
-    // sled wraps the system's error; its text is the only mark.
-    error.kind() == io::ErrorKind::WouldBlock
-        || error.to_string().contains("could not acquire lock")
-}
-
-fn check_version(db: &sled::Db, dir: &Path) -> Result<(), Error> {
-    let expected = FORMAT_VERSION.to_string();
-    match db.get(VERSION_KEY).map_err(records_error(dir))? {
-        Some(found) if found == expected.as_bytes() => Ok(()),
-        Some(found) => Err(Error::StoreVersion {
-            path: dir.to_path_buf(),
-            found: String::from_utf8_lossy(&found).into_owned(),
-            expected: FORMAT_VERSION,
-        }),
-        None => {
-            db.insert(VERSION_KEY, expected.as_bytes()).map_err(records_error(dir))?;
-            db.flush().map_err(records_error(dir))?;
-            Ok(())
-        }
+fn name_blobs<'a>(references: &mut References, blobs: impl IntoIterator<Item = &'a BlobName>) {
+    for blob in blobs {
+        *references.entry(blob.clone()).or_default() += 1;
     }
 }
 
-fn file_error(path: &Path) -> impl Fn(io::Error) -> Error + '_ {
-    |source| Error::StoreFile { path: path.to_path_buf(), source }
+fn unknown(session: SessionId) -> Error {
+    Error::UnknownSession(session.to_string())
 }
 
-fn records_error(dir: &Path) -> impl Fn(sled::Error) -> Error + '_ {
-    |error| Error::StoreRecords { path: dir.to_path_buf(), cause: error.to_string() }
+fn is_same(head: &SnapshotRecord, new: &SnapshotRecord) -> bool {
+    (head.sequence, head.step, &head.state) == (new.sequence, new.step, &new.state)
 }
 
 #[cfg(test)]

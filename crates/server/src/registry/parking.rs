@@ -17,9 +17,14 @@ pub(super) async fn park_expired(registry: Weak<Registry>, mut expired: mpsc::Re
     while let Some(id) = expired.recv().await {
         let Some(registry) = registry.upgrade() else { return };
         // In a task of its own: if it fails, the next session's does not.
+        let actor = registry.slots.actor(id);
         let parked = tokio::spawn(async move { registry.park_expired_one(id).await }).await;
         if let Err(error) = parked {
             tracing::error!(session = %id, %error, "parking a session failed");
+            // It has another lease, and is asked again when that is over.
+            if let Some(actor) = actor {
+                let _ = actor.send(Keep).await;
+            }
         }
     }
 }
@@ -71,7 +76,9 @@ impl Registry {
     ) -> Result<SnapshotRecord, Error> {
         let origin = match reason {
             Reason::Snapshot { .. } => Origin::Client,
-            Reason::Lease | Reason::Close | Reason::Drain => Origin::Server,
+            Reason::Lease | Reason::Close | Reason::Drain | Reason::Removed => {
+                Origin::Server
+            },
         };
         match live.actor.send(Cut { reason }).await.map_err(gone)?? {
             SessionCut::Copied { adapters, resume } => {

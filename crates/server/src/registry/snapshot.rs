@@ -135,6 +135,8 @@ mod tests {
             snapshots: Vec::new(),
             n_snapshots: 0,
             kept: Vec::new(),
+            epoch: 0,
+            damaged: Vec::new(),
         }
     }
 
@@ -143,7 +145,10 @@ mod tests {
         let answer = |sequence| Recorded {
             sequence,
             digest: [sequence as u8; 32],
-            answer: ServerFrame { sequence, body: Some(Body::Step(StepDone { step: 9, snapshot: false })) },
+            answer: ServerFrame {
+                sequence,
+                body: Some(Body::Step(StepDone { step: 9, snapshot: false })),
+            },
         };
         let resume = Resume { applied: 5, step: 2, answers: vec![answer(4), answer(5)] };
         let adapters = Arc::new(AdapterState {
@@ -156,9 +161,11 @@ mod tests {
         let new = Copied { adapters: adapters.clone(), resume: resume.clone() };
         let new = new.encode(Origin::Server);
         let dir = tempfile::tempdir().unwrap();
-        let store = crate::store::Store::open(dir.path(), Kept { of_client: 2, of_server: 1 }).unwrap();
-        let taken = store.create(SessionId::new(), record(), new).unwrap();
-        let back = Copied::decode(store.read(&taken).unwrap()).unwrap();
+        let store =
+            crate::store::Store::open(dir.path(), Kept { of_client: 2, of_server: 1 }).unwrap();
+        let session = SessionId::new();
+        let taken = store.create(session, record(), new).unwrap();
+        let back = Copied::decode(store.read(session, &taken).unwrap()).unwrap();
         assert_eq!(back.adapters, adapters);
         assert_eq!(back.resume, resume);
     }
@@ -204,7 +211,10 @@ mod tests {
 
     #[test]
     fn cut_off_answers_are_an_error() {
-        let answer = ServerFrame { sequence: 1, body: Some(Body::Step(StepDone { step: 9, snapshot: false })) };
+        let answer = ServerFrame {
+            sequence: 1,
+            body: Some(Body::Step(StepDone { step: 9, snapshot: false })),
+        };
         let bytes = encode_answers(&[Recorded { sequence: 1, digest: [1; 32], answer }]);
         assert_eq!(decode_answers(&bytes).unwrap().len(), 1);
         for cut in 1..bytes.len() {

@@ -357,7 +357,7 @@ impl Residency {
             let record = store.record(id)?.ok_or_else(unknown)?;
             let head = record.head().ok_or_else(unknown)?;
             fits(id, &record, head, &trunk)?;
-            Copied::decode(store.read(head)?)
+            Copied::decode(store.read(id, head)?)
         })
         .await
     }

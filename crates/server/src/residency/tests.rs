@@ -5,11 +5,12 @@ use super::*;
 use crate::config::{LimitsConfig, TrunkConfig};
 use crate::engine::Engine;
 use crate::pool::{ActorPool, PoolThreads};
-use crate::store::Kept;
 use crate::registry::{AttachedStream, Opening, Parts, Registry, StreamEnd};
 use crate::session::{
-    BackwardWork, Digest, ForwardWork, Frame, Frames, Greeting, Head, Mode, StepWork, Work,
+    BackwardWork, Digest, ForwardWork, Frame, Frames, Greeting, Head, Mode, SnapshotEvery,
+    StepWork, Work,
 };
+use crate::store::Kept;
 use offshoot_proto::v1::{self, ServerFrame, server_frame::Body};
 use offshoot_proto::{HostTensor, WireDType};
 
@@ -41,6 +42,11 @@ fn lora() -> LoraSpec {
 impl Fixture {
     /// With room for so many adapters on the device and in the host's memory.
     async fn start(on_device: u64, on_host: u64) -> Fixture {
+        Fixture::start_taking(on_device, on_host, SnapshotEvery::default()).await
+    }
+
+    /// The same, with sessions that are made durable while they train.
+    async fn start_taking(on_device: u64, on_host: u64, snapshots: SnapshotEvery) -> Fixture {
         let model = TrunkConfig {
             name: concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures/llama").into(),
             split_point_1: 1,
@@ -92,15 +98,20 @@ impl Fixture {
                 max_cache_tokens: 32,
             },
             lease: Duration::from_secs(3600),
-            snapshots: Default::default(),
+            snapshots,
             max_live_sessions: 100,
         });
         Fixture { registry, engine, threads, _dir: dir, store }
     }
 
     async fn open(&self, seed: u64) -> Training {
-        let settings =
-            Settings { tenant: "".into(), lora: lora(), adamw: Default::default(), seed, wire_dtype: WireDType::F32 };
+        let settings = Settings {
+            tenant: "".into(),
+            lora: lora(),
+            adamw: Default::default(),
+            seed,
+            wire_dtype: WireDType::F32,
+        };
         let opening = Opening { name: String::new(), settings, start: Start::Fresh };
         let (id, _) = self.registry.open(opening).await.unwrap();
         let (out, mut answers) = mpsc::channel(6);
@@ -137,7 +148,7 @@ impl Fixture {
 }
 
 impl Training {
-    async fn ask(&mut self, work: Work) {
+    async fn ask(&mut self, work: Work) -> ServerFrame {
         let sequence = self.next;
         self.next += 1;
         let digest: Digest = [sequence as u8; 32];
@@ -148,6 +159,7 @@ impl Training {
         self.stream.actor.send(frames).await.unwrap();
         let answer = self.answers.recv().await.unwrap().unwrap();
         assert!(answer.sequence == sequence && !matches!(answer.body, Some(Body::Error(_))));
+        answer
     }
 
     /// A forward and its backward.
@@ -168,8 +180,13 @@ impl Training {
         self.ask(Work::Backward(BackwardWork { microbatch: key, grad: rows })).await;
     }
 
-    async fn step(&mut self) {
-        self.ask(Work::Step(StepWork { learning_rate: 0.01, clip_factor: 1.0 })).await;
+    /// Whether a snapshot of it is on its way.
+    async fn step(&mut self) -> bool {
+        let work = Work::Step(StepWork { learning_rate: 0.01, clip_factor: 1.0 });
+        match self.ask(work).await.body {
+            Some(Body::Step(done)) => done.snapshot,
+            other => panic!("{other:?}"),
+        }
     }
 }
 
@@ -266,5 +283,43 @@ async fn a_reservation_that_nobody_waits_for_any_more_is_given_back() {
     assert_eq!(usage.now.adapters, reserved.bytes());
     drop(reserved);
     training.accumulate(2).await;
+    fixture.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_snapshot_by_steps_is_the_session_right_behind_its_step() {
+    let every = SnapshotEvery { time: None, steps: Some(3) };
+    let fixture = Fixture::start_taking(2, 0, every).await;
+    let mut training = fixture.open(1).await;
+    let mut at_three = (0, Vec::new());
+    let mut told = Vec::new();
+    for step in 1..=5 {
+        training.accumulate(step).await;
+        told.push(training.step().await);
+        if step == 3 {
+            at_three = (training.next - 1, fixture.export(&training).await);
+        }
+    }
+    assert_eq!(told, [false, false, true, false, false]);
+    // Nobody asked: it is there because the server took it.
+    let begun = Instant::now();
+    let head = loop {
+        let record = fixture.store.record(training.id).unwrap().unwrap();
+        let head = record.head().unwrap().clone();
+        if head.step == 3 {
+            break head;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(60), "{record:?}");
+        tokio::task::yield_now().await;
+    };
+    assert_eq!((head.sequence, head.origin), (at_three.0, Origin::Server));
+    let copied = Copied::decode(fixture.store.read(training.id, &head).unwrap()).unwrap();
+    // The recorded answers end with that Step, and its says the same again.
+    let last = copied.resume.answers.last().unwrap();
+    assert_eq!(last.sequence, head.sequence);
+    assert!(matches!(&last.answer.body, Some(Body::Step(done)) if done.snapshot && done.step == 3));
+    let restored = fixture.registry.restore(training.id, &head.id).await.unwrap();
+    assert_eq!(restored.snapshot, head);
+    assert!(fixture.export(&training).await == at_three.1, "the snapshot holds another point");
     fixture.end().await;
 }

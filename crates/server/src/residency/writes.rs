@@ -90,7 +90,8 @@ impl Writes {
     }
 
     fn succeeded(&self) {
-        *self.failures.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Failures::default();
+        *self.failures.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) =
+            Failures::default();
     }
 }
 

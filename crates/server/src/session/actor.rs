@@ -3,13 +3,11 @@ use super::frame::{Effect, Frame, SessionId, Work};
 use super::home::{Backlog, Place, Requested, Waiting};
 use super::loss::WireLoss;
 use super::messages::{
-    Attach, Attached, Detach, DrainWhenQuiet, Frames, Info, Keep, Lost, Reason, Retire, SessionCut,
-    SessionView,
+    Attach, Attached, Detach, DrainWhenQuiet, Frames, Info, Keep, Lost, Reason, Retire, Revoke,
+    SessionCut, SessionView,
 };
 use super::newest::Newest;
-use super::outbox::{
-    Answer, CutAsked, CutState, CutTo, Next, Outbox, Pending, Permit, StreamEnds,
-};
+use super::outbox::{Answer, CutAsked, CutState, CutTo, Next, Outbox, Pending, Permit, StreamEnds};
 use super::state::{Admission, DRAIN_RETRY, FrameLimits, Resume, SessionState, Ticket};
 use crate::engine::FrameWork;
 use crate::error::Error;
@@ -186,7 +184,8 @@ impl SessionActor {
 
     pub(super) fn refuse(&mut self, permit: Permit, sequence: u64, error: &Error) {
         tracing::debug!(session = %self.profile.id, sequence, error = error.label(), "frame refused");
-        self.answer(permit, error.to_frame(sequence));
+        let hidden = error.hidden_from(&self.profile.settings.tenant);
+        self.answer(permit, hidden.as_ref().unwrap_or(error).to_frame(sequence));
     }
 
     fn answer(&mut self, permit: Permit, answer: ServerFrame) {
@@ -238,7 +237,7 @@ impl SessionActor {
                 Next::Ready { permit, answer } => drop(permit.send(Ok(*answer))),
                 Next::Frame { ticket, sequence, permit, answer, copied } => {
                     self.wire_loss.count(&answer);
-                    let (settled, answer) = answer.settle(sequence, copied);
+                    let (settled, answer) = answer.settle(sequence, copied, &self.profile.settings.tenant);
                     self.state.settle(ticket, settled);
                     if let Some(permit) = permit {
                         permit.send(Ok(answer));
@@ -416,6 +415,18 @@ impl Handler<Detach> for SessionActor {
             self.stream = None;
             self.outbox.detach();
             self.backlog.detach();
+            self.start_lease(ctx);
+            self.pump();
+        }
+    }
+}
+
+impl Handler<Revoke> for SessionActor {
+    type Result = ();
+
+    fn handle(&mut self, message: Revoke, ctx: &mut Context<Self>) {
+        if self.stream.as_ref().is_some_and(|current| current.number == message.stream) {
+            self.end_stream(&Error::Unauthenticated);
             self.start_lease(ctx);
             self.pump();
         }

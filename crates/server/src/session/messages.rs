@@ -65,6 +65,14 @@ pub struct Detach {
     pub stream: u64,
 }
 
+/// A stream's token is not valid any more: the stream ends, the session does not.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Revoke {
+    /// [`Attached::number`].
+    pub stream: u64,
+}
+
 /// Why a copy of the session is wanted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reason {
@@ -76,6 +84,8 @@ pub enum Reason {
     Close,
     /// The server ends.
     Drain,
+    /// Its tenant is not in the tenants file any more.
+    Removed,
 }
 
 impl Reason {
@@ -88,6 +98,7 @@ impl Reason {
     pub(super) fn farewell(self) -> Error {
         match self {
             Reason::Drain | Reason::Lease => Error::Draining { retry_after: DRAIN_RETRY },
+            Reason::Removed => Error::Unauthenticated,
             Reason::Close | Reason::Snapshot { .. } => Error::Ended,
         }
     }

@@ -11,7 +11,7 @@ mod newest;
 mod outbox;
 mod state;
 #[cfg(any(test, feature = "fuzzing"))]
-pub mod state_model;
+pub(crate) mod state_model;
 #[cfg(test)]
 mod state_properties;
 
@@ -22,7 +22,7 @@ pub use frame::{
 };
 pub use messages::{
     Attach, Cut, Detach, DrainWhenQuiet, Export, ExportOf, Frames, Greeting, Info, Keep, Leave,
-    Lost, Reason, Retire, SessionCut, SessionView,
+    Lost, Reason, Retire, Revoke, SessionCut, SessionView,
 };
 pub use newest::epoch_now;
 pub use outbox::{Permit, StreamEnds};

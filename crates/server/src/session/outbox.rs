@@ -36,7 +36,12 @@ pub enum Answer {
 impl Answer {
     /// For the state, and for the client if the frame was refused. `copied`: a snapshot right behind
     /// this Step is on its way to the store.
-    pub(super) fn settle(self, sequence: u64, copied: bool) -> (Settled, ServerFrame) {
+    pub(super) fn settle(
+        self,
+        sequence: u64,
+        copied: bool,
+        tenant: &str,
+    ) -> (Settled, ServerFrame) {
         let applied = |body, bytes, step| {
             let answer = ServerFrame { sequence, body: Some(body) };
             let settled = Settled::Applied { answer: Box::new(answer.clone()), bytes, step };
@@ -44,7 +49,7 @@ impl Answer {
         };
         let refused = |error: Error, lost| {
             tracing::debug!(sequence, error = error.label(), "frame refused");
-            (Settled::Refused { lost }, error.to_frame(sequence))
+            (Settled::Refused { lost }, error.told_to(tenant).to_frame(sequence))
         };
         match self {
             Answer::Forward(Ok(ForwardResult { hidden, tape_bytes, cache_bytes, times })) => {

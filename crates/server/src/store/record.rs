@@ -1,5 +1,7 @@
 //! A session's record: what it is, which snapshots it has and which of them are kept.
 
+use crate::error::Error;
+use crate::session::SessionId;
 use offshoot_adapters::{AdamW, LoraSpec};
 use serde::{Deserialize, Serialize};
 
@@ -28,7 +30,27 @@ pub struct Record {
     /// Names of those that the client still has a use for, however old they are.
     #[serde(default)]
     pub kept: Vec<String>,
+    /// Clients that began before cannot attach any more.
+    #[serde(default)]
+    pub epoch: u64,
+    /// The last few snapshots that were found damaged.
+    #[serde(default)]
+    pub damaged: Vec<DamagedSnapshot>,
 }
+
+/// A snapshot that the session cannot go on from any more.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DamagedSnapshot {
+    pub id: String,
+    pub step: u64,
+    /// What is wrong with it.
+    pub cause: String,
+    /// The newest one that was whole when this was found.
+    pub whole: String,
+}
+
+/// Damaged snapshots that a record remembers.
+const MAX_DAMAGED: usize = 8;
 
 /// One snapshot of a session.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,13 +67,22 @@ pub struct SnapshotRecord {
     pub bytes: u64,
 }
 
+/// How many snapshots of a session stay.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Kept {
+    /// Of those that its client asked for, beside as many that it still names.
+    pub of_client: usize,
+    /// Of those that the server took by itself.
+    pub of_server: usize,
+}
+
 /// Who wanted a snapshot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Origin {
     /// It was asked for, so a checkpoint of the client may name it.
     Client,
-    /// The session began, or left the device: lease, close, drain.
+    /// The session began, trained for a while, or left the device: lease, close, drain.
     Server,
 }
 
@@ -64,6 +95,12 @@ impl BlobName {
     /// The name that only this content has.
     pub(super) fn of(content: &[u8]) -> BlobName {
         BlobName(blake3::hash(content).to_hex().to_string())
+    }
+
+    /// Whether it can be a blob's: a file that is not whole has another.
+    pub(super) fn is_hash(&self) -> bool {
+        let is_hex = |c: u8| matches!(c, b'0'..=b'9' | b'a'..=b'f');
+        self.0.len() == 2 * blake3::OUT_LEN && self.0.bytes().all(is_hex)
     }
 }
 
@@ -78,11 +115,47 @@ impl Record {
         self.snapshot(&self.head)
     }
 
-    /// The newest snapshot; the session goes on from it.
+    /// All that the session can be set back to, the newest first.
+    pub fn newest_first(&self) -> impl Iterator<Item = &SnapshotRecord> {
+        self.snapshots.iter().rev()
+    }
+
+    /// Why a snapshot that is asked for is not there.
+    pub fn no_such(&self, session: SessionId, id: &str) -> Error {
+        if let Some(damaged) = self.damaged.iter().rev().find(|damaged| damaged.id == id) {
+            let whole = Some(damaged.whole.clone());
+            let (snapshot, cause) = (id.into(), damaged.cause.clone());
+            return Error::SnapshotDamaged { session, snapshot, cause, whole };
+        }
+        let known: Vec<&str> = self.newest_first().map(|snapshot| snapshot.id.as_str()).collect();
+        Error::UnknownSnapshot { session, snapshot: id.into(), known: known.join(", ") }
+    }
+
+    /// A snapshot is damaged: the session goes back to a whole one, if it would go on from this.
+    pub(super) fn set_aside(&mut self, place: usize, cause: &str, whole: &str) {
+        let SnapshotRecord { id, step, .. } = self.snapshots.remove(place);
+        if self.head == id {
+            self.head = whole.into();
+        }
+        self.kept.retain(|kept| *kept != id);
+        let (cause, whole) = (cause.into(), whole.into());
+        self.damaged.push(DamagedSnapshot { id, step, cause, whole });
+        let n_surplus = self.damaged.len().saturating_sub(MAX_DAMAGED);
+        self.damaged.drain(..n_surplus);
+    }
+
+    /// Adds a snapshot. The session goes on from it, unless it has a later point already: frames are
+    /// applied once, so a higher number is later.
     pub(super) fn push(&mut self, snapshot: SnapshotRecord) {
         self.n_snapshots += 1;
-        self.head = snapshot.id.clone();
-        self.snapshots.push(snapshot);
+        let head = self.snapshots.iter().position(|known| known.id == self.head);
+        match head.filter(|&head| self.snapshots[head].sequence > snapshot.sequence) {
+            Some(place) => self.snapshots.insert(place, snapshot),
+            None => {
+                self.head = snapshot.id.clone();
+                self.snapshots.push(snapshot);
+            }
+        }
     }
 
     /// The client asked for a snapshot at the point of the head: that one is it, and the newest of
@@ -108,11 +181,11 @@ impl Record {
         changed
     }
 
-    /// Takes out all but the last `n_asked_for` snapshots that the client asked for, those that it
-    /// still has a use for and the newest of the server's own, so that a client that is drained often keeps what its checkpoints name.
-    /// The head, pushed or claimed just before, is the newest of its kind and stays.
-    pub(super) fn drop_surplus(&mut self, n_asked_for: usize) -> Vec<SnapshotRecord> {
-        let (mut of_client, mut of_server) = (n_asked_for, 1);
+    /// Takes out all but the head, the last few snapshots that the client asked for, those that it
+    /// still has a use for, and the last few of the server's own, so that a client that is drained
+    /// often keeps what its checkpoints name.
+    pub(super) fn drop_surplus(&mut self, kept: Kept) -> Vec<SnapshotRecord> {
+        let Kept { mut of_client, mut of_server } = kept;
         let newest_first = std::mem::take(&mut self.snapshots).into_iter().rev();
         let (mut kept, dropped): (Vec<_>, _) = newest_first.partition(|snapshot| {
             let left = match snapshot.origin {
@@ -121,7 +194,7 @@ impl Record {
             };
             let is_recent = *left > 0;
             *left = left.saturating_sub(1);
-            is_recent || self.kept.contains(&snapshot.id)
+            is_recent || snapshot.id == self.head || self.kept.contains(&snapshot.id)
         });
         kept.reverse();
         self.snapshots = kept;
