@@ -175,7 +175,13 @@ impl Session {
     /// and leaves the device. With `forget` it is deleted with all its snapshots. Gives the
     /// snapshot taken.
     pub async fn close(self, forget: bool) -> Result<Option<SnapshotInfo>, ClientError> {
-        self.settle().await?;
+        match self.settle().await {
+            // What is to be deleted may be in any state.
+            Err(ClientError::RolledBack { .. }) if forget => {}
+            settled => {
+                settled?;
+            }
+        }
         let Session { client, id, commands, .. } = self;
         // The stream ends first, so that the server's end of it is no surprise.
         drop(commands);

@@ -4,10 +4,10 @@
 use crate::TrainError;
 use crate::adapter::{Adapter, Visit, VisitOptions};
 use crate::data::Batch;
-use crate::loss::{CrossEntropy, Loss, LossInput};
+use crate::loss::{CrossEntropy, Loss, LossInput, LossSum};
 use crate::noise::PrivacyOptions;
 use offshoot_adapters::AdapterSet;
-use offshoot_client::{Client, WireDType};
+use offshoot_client::{Client, ClientError, WireDType};
 use offshoot_model::weights::Checkpoint;
 use offshoot_model::{ModelConfig, Part, PartSpec, Rows, Segment};
 use tch::{Device, Kind, Tensor};
@@ -50,6 +50,9 @@ impl Evaluation {
         }
     }
 }
+
+/// Of one evaluation, while its server is killed again and again.
+const MAX_FRESH_STARTS: u32 = 5;
 
 /// The loss of language models, without smoothing: what perplexity is made of.
 const LOSS: CrossEntropy = CrossEntropy { label_smoothing: 0.0 };
@@ -133,8 +136,26 @@ pub async fn split(
     if let Err(error) = visit.model.perturb(privacy) {
         return visit.end(Err(error)).await;
     }
-    let in_flight = visit.session.limits().max_frames_in_flight.clamp(1, 2) as usize;
-    let loss_sum = visit.model.evaluate(&visit.session, &LOSS, batches, in_flight).await;
-    let (loss_sum, _) = visit.end(loss_sum).await?;
+    let loss_sum = evaluate_all(&mut visit, client, batches).await;
+    let loss_sum = visit.end(loss_sum).await?;
     Ok(Evaluation::new(batches, loss_sum.sum))
+}
+
+/// From the beginning again if the server was killed meanwhile: the session has nothing to lose.
+async fn evaluate_all(
+    visit: &mut Visit,
+    client: &Client,
+    batches: &[Batch],
+) -> Result<LossSum, TrainError> {
+    let in_flight = visit.session.limits().max_frames_in_flight.clamp(1, 2) as usize;
+    for _ in 0..MAX_FRESH_STARTS {
+        match visit.model.evaluate(&visit.session, &LOSS, batches, in_flight).await {
+            Err(TrainError::Client(error @ ClientError::RolledBack { .. })) => {
+                tracing::warn!("the evaluation begins again: {error}");
+                visit.session = client.restore(visit.session.id(), None).await?.0;
+            }
+            ended => return Ok(ended?.0),
+        }
+    }
+    Ok(visit.model.evaluate(&visit.session, &LOSS, batches, in_flight).await?.0)
 }
