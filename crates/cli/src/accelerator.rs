@@ -1,8 +1,5 @@
 use anyhow::{Context, bail};
-use std::ffi::CStr;
 use tch::{Cuda, Device};
-
-const CUDA_LIBRARY: &CStr = c"libtorch_cuda.so";
 
 /// The device that an option names. For CUDA this must come before anything else that uses
 /// libtorch.
@@ -23,26 +20,8 @@ pub fn device(text: &str) -> anyhow::Result<Device> {
     Ok(Device::Cuda(device))
 }
 
-/// Loads the part of libtorch that knows CUDA. This program is linked against the CPU part only, so
-/// that one binary serves both; loading the rest makes its operators known.
 fn load_cuda() -> anyhow::Result<()> {
-    // SAFETY: libtorch_cuda's initialisers register operators and do nothing else; the name is a
-    // C string, and the message is copied before the next dl* call.
-    let missing = unsafe {
-        let library = libc::dlopen(CUDA_LIBRARY.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL);
-        if library.is_null() {
-            let message = libc::dlerror();
-            let unknown = || "no reason given".to_string();
-            Some(if message.is_null() {
-                unknown()
-            } else {
-                CStr::from_ptr(message).to_string_lossy().into_owned()
-            })
-        } else {
-            None
-        }
-    };
-    if let Some(reason) = missing {
+    if let Err(reason) = offshoot_model::host::load_cuda() {
         bail!(
             "CUDA was asked for, but libtorch's CUDA part cannot be loaded ({reason}). Put the lib folder of a CUDA build of libtorch 2.11 first on LD_LIBRARY_PATH (a CUDA wheel of PyTorch has it as torch/lib), or use --device cpu"
         );

@@ -12,6 +12,7 @@ mod decoder;
 
 use decoder::{Decoder, Leaves, Microbatch, Precision, Style};
 use offshoot_adapters::{AdapterSet, LoraSpec};
+use offshoot_model::allocator::allocated_bytes;
 use offshoot_model::weights::Checkpoint;
 use offshoot_model::{ModelConfig, Part, PartSpec, Rows, Segment};
 use std::error::Error;
@@ -91,11 +92,11 @@ impl Bench {
             adapter: Some(&self.adapter),
             dropout: None,
         };
-        let before = live_bytes();
+        let before = allocated_bytes();
         let begun = Instant::now();
         let (y, tape) = self.part.forward_train(&x, &self.rows, &segment());
         let forward = begun.elapsed();
-        let held_bytes = live_bytes().saturating_sub(before + bytes_of(&y));
+        let held_bytes = allocated_bytes().saturating_sub(before + bytes_of(&y));
         let tape_bytes = Some(tape.bytes());
         let begun = Instant::now();
         let back = self.part.backward(&[&tape], &grad, &self.rows, &[segment()], true);
@@ -113,12 +114,12 @@ impl Bench {
         let mut by = leaves.tensors();
         by.push(x.shallow_clone());
         let (seq_lens, position_ids, dropout) = (&*self.seq_lens, None, None);
-        let before = live_bytes();
+        let before = allocated_bytes();
         let begun = Instant::now();
         let input = Microbatch { x: &x, seq_lens, position_ids, dropout };
         let y = self.decoder.forward(&input, Some(&leaves));
         let forward = begun.elapsed();
-        let held_bytes = live_bytes().saturating_sub(before + bytes_of(&y));
+        let held_bytes = allocated_bytes().saturating_sub(before + bytes_of(&y));
         let begun = Instant::now();
         // tch passes no incoming gradient; the product and the sum are nothing beside the layers.
         let mut gradients = Tensor::run_backward(&[(y * &grad).sum(kind)], &by, false, false);
@@ -177,11 +178,4 @@ fn median(mut times: Vec<f64>) -> f64 {
 
 fn bytes_of(tensor: &Tensor) -> u64 {
     (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64
-}
-
-/// What the C library has handed out and not got back, in all arenas and mappings.
-fn live_bytes() -> u64 {
-    // SAFETY: mallinfo2 takes nothing and returns counters by value.
-    let info = unsafe { libc::mallinfo2() };
-    (info.uordblks + info.hblkhd) as u64
 }

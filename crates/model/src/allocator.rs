@@ -14,8 +14,7 @@ pub fn keep_freed_memory() {
         (libc::M_MMAP_THRESHOLD, 1 << 30),
         (libc::M_TRIM_THRESHOLD, i32::MAX),
     ] {
-        // SAFETY: sets one number inside the allocator, under its own lock.
-        if unsafe { libc::mallopt(option, value) } != 1 {
+        if !crate::host::set_allocator(option, value) {
             tracing::warn!(option, "the allocator kept its own setting");
         }
     }
@@ -24,8 +23,13 @@ pub fn keep_freed_memory() {
 /// Gives freed memory back to the system, as after something large is gone for good.
 pub fn return_freed_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    // SAFETY: works on the allocator's free lists, under its own lock.
-    unsafe {
-        libc::malloc_trim(0);
-    }
+    crate::host::trim_allocator();
+}
+
+/// What is handed out and not given back, tensors and all else of this process. 0 without glibc.
+pub fn allocated_bytes() -> u64 {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    return crate::host::allocated_bytes() as u64;
+    #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+    0
 }

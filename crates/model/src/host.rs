@@ -1,15 +1,22 @@
-//! Tensors and bytes that share one piece of host memory, so that what comes from a socket or goes
-//! to one is not copied once more.
+//! Tensors and bytes that share one piece of host memory, so that what comes from a socket or a file,
+//! or goes to a socket, is not copied once more; and the few calls of libtorch, of the system and of
+//! the C library that have no safe names.
 //!
-//! All unsafe code of the wire is here. It rests on this: memory is shared with its owner (a tensor's
-//! reference or a [`Bytes`]), which is dropped when nobody reads any more, on whichever thread that
-//! is; the memory of both stays where it is as long as the owner lives. As everywhere in tch nobody
-//! watches writes through another reference to the same tensor: give tensors here that nothing
-//! writes to any more, and change none in place that came from here.
+//! All unsafe code of this repository is here. For shared memory it rests on this: memory is shared with
+//! its owner (a tensor's reference or a [`Bytes`]), which is dropped when nobody reads any more, on
+//! whichever thread that is; the memory of both stays where it is as long as the owner lives. As
+//! everywhere in tch nobody watches writes through another reference to the same tensor: give tensors
+//! here that nothing writes to any more, and change none in place that came from here.
+
+#![allow(unsafe_code)]
 
 use bytes::Bytes;
-use std::ffi::c_void;
-use tch::{Device, Kind, Tensor};
+use memmap2::{Mmap, UncheckedAdvice};
+use std::ffi::{CStr, c_void};
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use tch::{Device, Kind, TchError, Tensor};
 
 /// Functions of libtorch's stable C interface that tch has no names for.
 mod torch {
@@ -21,6 +28,7 @@ mod torch {
         pub fn aoti_torch_layout_strided() -> i32;
         pub fn aoti_torch_dtype_float32() -> i32;
         pub fn aoti_torch_dtype_bfloat16() -> i32;
+        pub fn aoti_torch_dtype_float16() -> i32;
         pub fn aoti_torch_get_storage_size(tensor: *const C_tensor, bytes: *mut i64) -> i32;
         pub fn torch_from_blob(
             data: *mut c_void,
@@ -63,10 +71,15 @@ pub fn floats_of(tensor: &Tensor) -> impl AsRef<[f32]> + use<> {
     TensorMemory { n_bytes: 4 * tensor.numel(), tensor }
 }
 
-/// A tensor of f32 or bf16 elements on the CPU over bytes, without a copy if they are many and
+/// A tensor on the CPU over bytes. Of f32, bf16 and f16 elements it is no copy if they are many and
 /// aligned as their elements are; bytes lie anywhere in a message. Panics if their number is not that
-/// of the shape.
+/// of the shape, or if there is no memory for a copy.
 pub fn tensor_over(bytes: Bytes, shape: &[i64], kind: Kind) -> Tensor {
+    f_tensor_over(bytes, shape, kind).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// As [`tensor_over`]; an error if there is no memory for a copy.
+pub(crate) fn f_tensor_over(bytes: Bytes, shape: &[i64], kind: Kind) -> Result<Tensor, TchError> {
     let (size, n_elements) = (kind.elt_size_in_bytes(), shape.iter().product::<i64>());
     assert_eq!(bytes.len(), n_elements as usize * size, "bytes of a tensor of shape {shape:?}");
     let is_aligned = bytes.as_ptr().addr().is_multiple_of(size);
@@ -74,9 +87,9 @@ pub fn tensor_over(bytes: Bytes, shape: &[i64], kind: Kind) -> Tensor {
         && is_aligned
         && let Some(tensor) = share(bytes.clone(), shape, kind)
     {
-        return tensor;
+        return Ok(tensor);
     }
-    Tensor::from_data_size(&bytes, shape, kind)
+    Tensor::f_from_data_size(&bytes, shape, kind)
 }
 
 /// A tensor of these values on the CPU, without a copy.
@@ -132,14 +145,22 @@ impl AsRef<[u8]> for Floats {
 
 /// None if libtorch refuses, or for another kind.
 fn share(bytes: Bytes, shape: &[i64], kind: Kind) -> Option<Tensor> {
-    // SAFETY: they return a constant.
+    // SAFETY: they take nothing and return a constant.
+    let (f32, bf16, f16, device, layout) = unsafe {
+        (
+            torch::aoti_torch_dtype_float32(),
+            torch::aoti_torch_dtype_bfloat16(),
+            torch::aoti_torch_dtype_float16(),
+            torch::aoti_torch_device_type_cpu(),
+            torch::aoti_torch_layout_strided(),
+        )
+    };
     let dtype = match kind {
-        Kind::Float => unsafe { torch::aoti_torch_dtype_float32() },
-        Kind::BFloat16 => unsafe { torch::aoti_torch_dtype_bfloat16() },
+        Kind::Float => f32,
+        Kind::BFloat16 => bf16,
+        Kind::Half => f16,
         _ => return None,
     };
-    let (device, layout) =
-        unsafe { (torch::aoti_torch_device_type_cpu(), torch::aoti_torch_layout_strided()) };
     let mut strides = vec![1; shape.len()];
     for i in (1..shape.len()).rev() {
         strides[i - 1] = strides[i] * shape[i];
@@ -175,6 +196,90 @@ fn share(bytes: Bytes, shape: &[i64], kind: Kind) -> Option<Tensor> {
         // After a failure nobody knows whether the owner was dropped: better lost than dropped twice.
         (code == 0).then(|| Tensor::from_ptr(tensor))
     }
+}
+
+/// A file's bytes, mapped read-only.
+#[derive(Clone)]
+pub(crate) struct FileMap(std::sync::Arc<Mmap>);
+
+impl FileMap {
+    /// Model files are not written to in place while they are open here: every tool that fetches or
+    /// saves them renames a finished file. Who truncates one all the same ends this process with
+    /// SIGBUS, as with every reader of mapped weights.
+    pub fn open(file: &File) -> io::Result<FileMap> {
+        // SAFETY: as said above, nobody changes what is mapped; and nothing here trusts the content,
+        // which is checked as bytes and copied before it is a value.
+        let map = unsafe { Mmap::map(file) }?;
+        Ok(FileMap(std::sync::Arc::new(map)))
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// A part of them that keeps the file mapped.
+    pub fn slice(&self, range: Range<usize>) -> Bytes {
+        Bytes::from_owner(self.clone()).slice(range)
+    }
+
+    /// Lets the system take the pages of a range back. They are read again when they are needed.
+    pub fn release(&self, range: Range<usize>) -> io::Result<()> {
+        // SAFETY: the map is read-only and backed by a file: a page that is dropped is read again
+        // from the file, with the same content, when somebody touches it.
+        unsafe { self.0.unchecked_advise_range(UncheckedAdvice::DontNeed, range.start, range.len()) }
+    }
+}
+
+impl AsRef<[u8]> for FileMap {
+    fn as_ref(&self) -> &[u8] {
+        self.bytes()
+    }
+}
+
+/// Sets a number of the C library's allocator. Whether it took it.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+pub(crate) fn set_allocator(option: i32, value: i32) -> bool {
+    // SAFETY: sets one number inside the allocator, under its own lock; it refuses what it does not
+    // know.
+    unsafe { libc::mallopt(option, value) == 1 }
+}
+
+/// Gives the allocator's free memory back to the system.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+pub(crate) fn trim_allocator() {
+    // SAFETY: works on the allocator's free lists, under its own lock.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
+/// What the allocator has handed out and not got back, in all arenas and mappings.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+pub(crate) fn allocated_bytes() -> usize {
+    // SAFETY: takes nothing and returns counters by value.
+    let info = unsafe { libc::mallinfo2() };
+    info.uordblks + info.hblkhd
+}
+
+/// Loads the part of libtorch that knows CUDA, which is found as every library is (LD_LIBRARY_PATH).
+/// Programs are linked against the CPU part only, so that one binary serves both; call this before
+/// anything else that uses libtorch. An error is the loader's text.
+pub fn load_cuda() -> Result<(), String> {
+    const LIBRARY: &CStr = c"libtorch_cuda.so";
+    // SAFETY: the name is a C string; libtorch_cuda's initialisers register operators and do nothing
+    // else. Whoever puts another library under this name on the path runs their code in this process,
+    // as with every library that it is linked against.
+    let library = unsafe { libc::dlopen(LIBRARY.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
+    if !library.is_null() {
+        return Ok(());
+    }
+    // SAFETY: takes nothing; what it returns is null or a C string that stays until this thread's next
+    // dl* call.
+    let message = unsafe {
+        let message = libc::dlerror();
+        (!message.is_null()).then(|| CStr::from_ptr(message).to_string_lossy().into_owned())
+    };
+    Err(message.unwrap_or_else(|| "no reason given".into()))
 }
 
 #[cfg(test)]

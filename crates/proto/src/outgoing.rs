@@ -7,8 +7,8 @@
 //! tonic makes the body itself, so the messages travel beside it: in the extensions of the request or
 //! the response, from where [`ClientTransport`] and [`ServerTransport`] make them the body.
 
-use bytes::buf::UninitSlice;
-use bytes::{Buf, BufMut, Bytes, BytesMut};
+use crate::v1;
+use bytes::{BufMut, Bytes, BytesMut};
 use http_body::{Body as HttpBody, Frame};
 use prost::Message;
 use std::collections::VecDeque;
@@ -33,7 +33,7 @@ pub struct Outgoing(Arc<Mutex<Option<Messages>>>);
 
 impl Outgoing {
     /// A message of more than `max_bytes` ends the stream with an error.
-    pub fn new<M: Message>(
+    pub fn new<M: InPieces>(
         messages: impl Stream<Item = Result<M, Status>> + Send + 'static,
         max_bytes: usize,
     ) -> Self {
@@ -52,58 +52,112 @@ impl Outgoing {
 }
 
 /// gRPC's prefix, no compression and a length, then the message.
-fn encode(message: &impl Message, max_bytes: usize) -> Result<Pieces, Status> {
+fn encode(message: &impl InPieces, max_bytes: usize) -> Result<Pieces, Status> {
     let length = message.encoded_len();
     if length > max_bytes || length > u32::MAX as usize {
         return Err(Status::out_of_range(format!(
             "a message of {length} bytes is to be sent, the limit is {max_bytes}"
         )));
     }
-    let mut buffer = Splice::default();
-    buffer.small.put_u8(0);
-    buffer.small.put_u32(length as u32);
-    message.encode_raw(&mut buffer);
-    buffer.cut();
-    Ok(buffer.pieces)
+    let mut small = BytesMut::new();
+    small.put_u8(0);
+    small.put_u32(length as u32);
+    let large = message.around_data().filter(|around| around.data.len() >= PIECE_BYTES);
+    let Some(Around { before, data, after }) = large else {
+        small.reserve(length);
+        message.encode_raw(&mut small);
+        return Ok(Pieces::from([small.freeze()]));
+    };
+    small.extend(before);
+    let pieces = [small.freeze(), data, after.into()];
+    Ok(pieces.into_iter().filter(|piece| !piece.is_empty()).collect())
 }
 
-/// Collects what is written; large [`Bytes`] as they are.
-#[derive(Default)]
-struct Splice {
-    pieces: Pieces,
-    small: BytesMut,
+/// A message, and where in it a tensor's bytes lie. The rest is small and is encoded as ever; what
+/// arrives is what `encode` of the whole message writes.
+pub trait InPieces: Message {
+    /// None: there is no tensor in it.
+    fn around_data(&self) -> Option<Around>;
 }
 
-impl Splice {
-    fn cut(&mut self) {
-        if !self.small.is_empty() {
-            self.pieces.push_back(self.small.split().freeze());
-        }
+/// A tensor's bytes, and what an encoded message has before and behind them.
+pub struct Around {
+    before: Vec<u8>,
+    data: Bytes,
+    after: Vec<u8>,
+}
+
+impl Around {
+    fn tensor(tensor: &v1::Tensor) -> Around {
+        let v1::Tensor { dtype, shape, data, .. } = tensor;
+        let before = v1::Tensor { dtype: *dtype, shape: shape.clone(), ..Default::default() };
+        let after = v1::Tensor { dtype: 0, shape: vec![], data: Bytes::new(), ..tensor.clone() };
+        let inner = Around { before: vec![], data: data.clone(), after: vec![] };
+        inner.as_field(3, &before, &after)
+    }
+
+    /// As a field of a message: behind the message's fields of lower numbers, before those of higher
+    /// ones.
+    fn as_field(self, number: u8, lower: &impl Message, higher: &impl Message) -> Around {
+        const LENGTH_DELIMITED: u8 = 2;
+        let length = self.before.len() + self.data.len() + self.after.len();
+        let mut before = lower.encode_to_vec();
+        // Numbers up to 15 are one byte.
+        before.push(number << 3 | LENGTH_DELIMITED);
+        // A varint of at most ten bytes always fits behind a `Vec`.
+        let _ = prost::encode_length_delimiter(length, &mut before);
+        before.extend(self.before);
+        let mut after = self.after;
+        after.extend(higher.encode_to_vec());
+        Around { before, data: self.data, after }
     }
 }
 
-// SAFETY: everything is `BytesMut`'s own; `put` leaves the writing position alone.
-unsafe impl BufMut for Splice {
-    fn remaining_mut(&self) -> usize {
-        self.small.remaining_mut()
+impl InPieces for v1::ClientFrame {
+    fn around_data(&self) -> Option<Around> {
+        use v1::client_frame::Body;
+        let (number, body) = match self.body.as_ref()? {
+            Body::Forward(all) => {
+                let hidden = Around::tensor(all.hidden.as_ref()?);
+                let lower = v1::Forward { microbatch: all.microbatch, ..Default::default() };
+                let higher = v1::Forward { microbatch: 0, hidden: None, ..all.clone() };
+                (4, hidden.as_field(2, &lower, &higher))
+            }
+            Body::Backward(all) => {
+                let grad = Around::tensor(all.grad.as_ref()?);
+                let lower = v1::Backward { grad: None, ..all.clone() };
+                (5, grad.as_field(2, &lower, &v1::Backward::default()))
+            }
+            Body::Extend(all) => {
+                let hidden = Around::tensor(all.hidden.as_ref()?);
+                let lower = v1::Extend { hidden: None, ..all.clone() };
+                (8, hidden.as_field(3, &lower, &v1::Extend::default()))
+            }
+            _ => return None,
+        };
+        let lower = v1::ClientFrame { body: None, ..self.clone() };
+        Some(body.as_field(number, &lower, &v1::ClientFrame::default()))
     }
+}
 
-    unsafe fn advance_mut(&mut self, n: usize) {
-        // SAFETY: what the caller promises is what `BytesMut` asks for.
-        unsafe { self.small.advance_mut(n) }
-    }
-
-    fn chunk_mut(&mut self) -> &mut UninitSlice {
-        self.small.chunk_mut()
-    }
-
-    fn put<T: Buf>(&mut self, mut source: T) {
-        if source.remaining() < PIECE_BYTES {
-            return self.small.put(source);
-        }
-        self.cut();
-        // Of `Bytes` this is no copy.
-        self.pieces.push_back(source.copy_to_bytes(source.remaining()));
+impl InPieces for v1::ServerFrame {
+    fn around_data(&self) -> Option<Around> {
+        use v1::server_frame::Body;
+        let (number, body) = match self.body.as_ref()? {
+            Body::Forward(all) => {
+                let hidden = Around::tensor(all.hidden.as_ref()?);
+                let higher = v1::ForwardDone { hidden: None, ..all.clone() };
+                (3, hidden.as_field(1, &v1::ForwardDone::default(), &higher))
+            }
+            Body::Backward(all) => {
+                let grad = Around::tensor(all.grad.as_ref()?);
+                let higher = v1::BackwardDone { grad: None, ..all.clone() };
+                (4, grad.as_field(1, &v1::BackwardDone::default(), &higher))
+            }
+            _ => return None,
+        };
+        let lower = v1::ServerFrame { body: None, ..self.clone() };
+        Some(body.as_field(number, &lower, &v1::ServerFrame::default()))
     }
 }
 
@@ -223,36 +277,69 @@ impl<S: tonic::server::NamedService> tonic::server::NamedService for ServerTrans
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::v1::{self, client_frame};
+    use crate::v1::client_frame;
     use crate::{HostTensor, WireDType};
     use tonic::codegen::tokio_stream;
 
-    fn frame(n_rows: usize, dtype: WireDType) -> v1::ClientFrame {
+    fn tensor(n_rows: usize, dtype: WireDType) -> v1::Tensor {
         let values: Vec<f32> = (0..n_rows * 700).map(|i| i as f32).collect();
-        let hidden = HostTensor::from_f32(&values, vec![n_rows, 700], dtype).into_proto();
-        let seq_lens = vec![n_rows as u32];
-        let forward = v1::Forward { hidden: Some(hidden), seq_lens, ..Default::default() };
+        HostTensor::from_f32(&values, vec![n_rows, 700], dtype).into_proto()
+    }
+
+    fn frame(n_rows: usize, dtype: WireDType) -> v1::ClientFrame {
+        let hidden = Some(tensor(n_rows, dtype));
+        let forward = v1::Forward {
+            microbatch: 1 << 40,
+            hidden,
+            seq_lens: vec![n_rows as u32],
+            position_ids: vec![0; n_rows],
+            mode: v1::Mode::Train as i32,
+            want_input_grad: true,
+            dropout_key: u64::MAX,
+        };
         let body = Some(client_frame::Body::Forward(forward));
         v1::ClientFrame { sequence: 300, acknowledged: 2, body }
     }
 
+    fn check_pieces(frame: &impl InPieces, data: &Bytes) {
+        let pieces = encode(frame, usize::MAX).unwrap();
+        let message = frame.encode_to_vec();
+        let mut expected = vec![0];
+        expected.extend((message.len() as u32).to_be_bytes());
+        expected.extend(message);
+        assert_eq!(Vec::from(pieces.clone()).concat(), expected);
+        let shared = pieces.iter().any(|piece| piece.as_ptr() == data.as_ptr());
+        assert_eq!(shared, data.len() >= PIECE_BYTES);
+    }
+
     #[test]
     fn the_pieces_are_the_message_and_the_tensor_is_not_copied() {
+        use v1::server_frame;
         for dtype in WireDType::ALL {
             for n_rows in [1, 100] {
+                let tensor = tensor(n_rows, dtype);
+                let client = |body| v1::ClientFrame { sequence: 300, acknowledged: 2, body: Some(body) };
                 let frame = frame(n_rows, dtype);
-                let pieces = encode(&frame, usize::MAX).unwrap();
-                let message = frame.encode_to_vec();
-                let mut expected = vec![0];
-                expected.extend((message.len() as u32).to_be_bytes());
-                expected.extend(message);
-                assert_eq!(Vec::from(pieces.clone()).concat(), expected);
-                let Some(client_frame::Body::Forward(forward)) = frame.body else { panic!() };
-                let data = forward.hidden.unwrap().data;
-                let shared = pieces.iter().any(|piece| piece.as_ptr() == data.as_ptr());
-                assert_eq!(shared, data.len() >= PIECE_BYTES);
+                let Some(client_frame::Body::Forward(forward)) = &frame.body else { panic!() };
+                check_pieces(&frame, &forward.hidden.as_ref().unwrap().data);
+                let (grad, hidden) = (Some(tensor.clone()), Some(tensor.clone()));
+                let backward = v1::Backward { microbatch: 7, grad };
+                check_pieces(&client(client_frame::Body::Backward(backward)), &tensor.data);
+                let extend = v1::Extend { cache: 9, start: 1 << 20, hidden: hidden.clone() };
+                check_pieces(&client(client_frame::Body::Extend(extend)), &tensor.data);
+
+                let server = |body| v1::ServerFrame { sequence: 1 << 60, body: Some(body) };
+                let timing = Some(v1::Timing { queue_micros: 5, ..Default::default() });
+                let done = v1::ForwardDone { hidden, tape_bytes: 5, timing, cache_bytes: 1 << 33 };
+                check_pieces(&server(server_frame::Body::Forward(done)), &tensor.data);
+                let grad = Some(tensor.clone());
+                let done = v1::BackwardDone { grad, grad_norm_squared: 0.5, timing };
+                check_pieces(&server(server_frame::Body::Backward(done)), &tensor.data);
             }
         }
+        let step = v1::StepDone { step: 9, ..Default::default() };
+        let frame = v1::ServerFrame { sequence: 4, body: Some(server_frame::Body::Step(step)) };
+        check_pieces(&frame, &Bytes::new());
     }
 
     async fn sent(outgoing: Outgoing, sender: Sender) -> Vec<Result<Frame<Bytes>, String>> {
@@ -269,7 +356,7 @@ mod tests {
     #[tokio::test]
     async fn a_stream_ends_with_a_status_at_the_server_only() {
         let messages = |last: Option<Status>| {
-            let first = Ok(v1::CloseSessionRequest { session_id: "x".into(), forget: true });
+            let first = Ok(v1::ClientFrame { sequence: 1, ..Default::default() });
             let all: Vec<Result<_, Status>> = std::iter::once(first).chain(last.map(Err)).collect();
             Outgoing::new(tokio_stream::iter(all), 1000)
         };

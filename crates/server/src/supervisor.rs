@@ -18,7 +18,7 @@ use tonic_health::server::HealthReporter;
 const MAX_FAILURES: usize = 5;
 const WINDOW: Duration = Duration::from_secs(600);
 /// Before the second start within the window; each further one waits twice as long.
-const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const FIRST_PAUSE: Duration = Duration::from_millis(500);
 /// A batch that takes longer than this is worth a line in the log. Nothing ends it: a thread cannot be
 /// ended from outside.
 const LONG_TURN: Duration = Duration::from_secs(60);
@@ -166,8 +166,8 @@ mod tests {
     fn starts_come_more_slowly_and_end_after_too_many_failures() {
         let (mut failures, begun) = (Failures::default(), Instant::now());
         let mut at = |seconds: u64| failures.next(begun + Duration::from_secs(seconds));
-        let pauses: Vec<_> = (0..5).map(|i| at(i * 20).map(|pause| pause.as_secs())).collect();
-        assert_eq!(pauses, [Some(0), Some(1), Some(2), Some(4), None]);
+        let pauses: Vec<_> = (0..5).map(|i| at(i * 20).map(|pause| pause.as_millis())).collect();
+        assert_eq!(pauses, [Some(0), Some(500), Some(1000), Some(2000), None]);
     }
 
     #[test]

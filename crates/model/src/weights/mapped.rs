@@ -1,7 +1,8 @@
 //! A memory-mapped file.
 
 use super::WeightsError;
-use memmap2::{Mmap, UncheckedAdvice};
+use crate::host::FileMap;
+use bytes::Bytes;
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -16,7 +17,7 @@ const LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/";
 pub(super) struct Mapped {
     pub(super) path: PathBuf,
     pub(super) format: &'static str,
-    map: Mmap,
+    map: FileMap,
 }
 
 impl Mapped {
@@ -24,10 +25,7 @@ impl Mapped {
     pub(super) fn open(path: &Path, format: &'static str) -> Result<Mapped, WeightsError> {
         let io = |source| WeightsError::Io { path: path.to_path_buf(), source };
         let file = File::open(path).map_err(io)?;
-        // SAFETY: model files are not written to in place while they are open here; every tool
-        // that fetches or saves them renames a finished file. Who truncates one all the same ends
-        // this process with SIGBUS, as with every reader of mapped weights.
-        let map = unsafe { Mmap::map(&file) }.map_err(io)?;
+        let map = FileMap::open(&file).map_err(io)?;
         let file = Mapped { path: path.to_path_buf(), format, map };
         if file.bytes().starts_with(LFS_POINTER) {
             return Err(file.bad("it is a Git LFS pointer; fetch the file itself: git lfs pull"));
@@ -36,7 +34,12 @@ impl Mapped {
     }
 
     pub(super) fn bytes(&self) -> &[u8] {
-        &self.map
+        self.map.bytes()
+    }
+
+    /// A part of them that keeps the file mapped.
+    pub(super) fn slice(&self, range: Range<usize>) -> Bytes {
+        self.map.slice(range)
     }
 
     pub(super) fn bad(&self, reason: impl Into<String>) -> WeightsError {
@@ -49,7 +52,7 @@ impl Mapped {
 
     /// The error for a file that should have `needed` bytes.
     pub(super) fn truncated(&self, needed: u64) -> WeightsError {
-        WeightsError::Truncated { file: self.path.clone(), needed, actual: self.map.len() as u64 }
+        WeightsError::Truncated { file: self.path.clone(), needed, actual: self.bytes().len() as u64 }
     }
 
     /// Lets the system take the pages of `range` back, so that a model being loaded does not
@@ -58,12 +61,7 @@ impl Mapped {
         if range.len() < RELEASE_FROM_BYTES {
             return;
         }
-        // SAFETY: the map is read-only and backed by a file: a page that is dropped is read again
-        // from the file, with the same content, when somebody touches it.
-        let result = unsafe {
-            self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, range.start, range.len())
-        };
-        if let Err(error) = result {
+        if let Err(error) = self.map.release(range) {
             tracing::debug!(file = %self.path.display(), %error, "pages not released");
         }
     }

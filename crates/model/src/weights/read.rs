@@ -1,6 +1,8 @@
 //! From the bytes of a mapped file to a tensor: one copy, converted on the way.
 
 use super::{Entry, Mapped, Stored, WeightsError};
+use crate::host;
+use bytes::Bytes;
 use candle_core::quantized::GgmlDType;
 use candle_core::{CpuStorage, quantized::QuantizedType};
 use std::borrow::Cow;
@@ -31,7 +33,7 @@ pub(super) fn tensor(
                     entry.shape
                 )));
             }
-            plain(bytes, *stored, entry, kind).map_err(failed)?
+            plain(file.slice(entry.bytes.clone()), *stored, entry, kind).map_err(failed)?
         }
         Stored::Quantised(dtype) => {
             quantised(bytes, *dtype, entry, kind, CHUNK_ELEMENTS).map_err(failed)?
@@ -49,20 +51,12 @@ pub(super) fn tensor(
     tensor.f_to_device(device).map_err(failed)
 }
 
-fn plain(bytes: &[u8], stored: Kind, entry: &Entry, kind: Kind) -> Result<Tensor, TchError> {
+/// The caller checked that shape and kind need exactly these bytes.
+fn plain(bytes: Bytes, stored: Kind, entry: &Entry, kind: Kind) -> Result<Tensor, TchError> {
     let target = Tensor::f_empty(&entry.shape, (kind, Device::Cpu))?;
-    if bytes.is_empty() {
-        return Ok(target);
+    if !bytes.is_empty() {
+        write(&target, &host::f_tensor_over(bytes, &entry.shape, stored)?, entry.heads)?;
     }
-    let aligned = (bytes.as_ptr() as usize).is_multiple_of(stored.elt_size_in_bytes());
-    let source = if aligned {
-        // SAFETY: the caller checked that shape and kind need exactly these bytes; the view is
-        // only read, and dropped before the borrow of the map ends.
-        unsafe { Tensor::f_from_blob(bytes.as_ptr(), &entry.shape, &[], stored, Device::Cpu)? }
-    } else {
-        Tensor::f_from_data_size(bytes, &entry.shape, stored)?
-    };
-    write(&target, &source, entry.heads)?;
     Ok(target)
 }
 
@@ -90,11 +84,7 @@ fn quantised(
         let n = chunk.min(rows - first);
         let values = dequantise(dtype, &bytes[first * row_bytes..(first + n) * row_bytes])?;
         let size = [n as i64, row_elements as i64];
-        // SAFETY: `dequantise` gave one value for each element of these rows; the view is read
-        // once, before `values` goes.
-        let source = unsafe {
-            Tensor::f_from_blob(values.as_ptr().cast(), &size, &[], Kind::Float, Device::Cpu)?
-        };
+        let source = host::tensor_of(values, &size);
         let heads = entry.heads.map(|_| (n / group) as i64);
         write(&flat.f_narrow(0, first as i64, n as i64)?, &source, heads)?;
     }
