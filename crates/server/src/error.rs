@@ -1,5 +1,8 @@
+mod told;
+
 use crate::config::Mistakes;
 use crate::ledger::{BytesKind, Shortage};
+use crate::quota::Excess;
 use crate::session::SessionId;
 use crate::tls::TlsError;
 use offshoot_adapters::AdapterError;
@@ -10,6 +13,8 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
+use tonic::metadata::{MetadataMap, MetadataValue};
+use tonic_types::{ErrorDetails, StatusExt};
 
 /// Everything that can go wrong in the server. Each variant has a [`Class`], which decides the gRPC
 /// status and the code of a `FrameError`, and a stable label for metrics.
@@ -54,13 +59,41 @@ pub enum Error {
     StoreVersion { path: PathBuf, found: String, expected: u32 },
     #[error("store file {path}: {source}")]
     StoreFile { path: PathBuf, source: io::Error },
-    #[error("store records in {path}: {cause}")]
+    #[error(
+        "store records in {path}: {cause}; if this stays, bring the folder back from a copy, or move it \
+         away to begin with an empty store"
+    )]
     StoreRecords { path: PathBuf, cause: String },
     #[error(
-        "store file {path} is damaged: its content hashes to {found}; restore the session to an \
-         earlier snapshot"
+        "snapshot {snapshot} of session {session} is damaged: {cause}. The damaged file is kept in the \
+         store's folder damaged/. {}",
+        go_back_to(whole)
     )]
-    StoreDamaged { path: PathBuf, found: String },
+    SnapshotDamaged {
+        session: SessionId,
+        snapshot: String,
+        cause: String,
+        /// The newest one that is whole, if there is any.
+        whole: Option<String>,
+    },
+    #[error(
+        "session {session} stood behind a snapshot that is damaged; it goes on from {snapshot}, at \
+         step {step}: reconnect and go back to there"
+    )]
+    SetBack { session: SessionId, snapshot: String, step: u64 },
+    #[error(
+        "the record of session {session} is damaged: {cause}. It is kept in {path}, its snapshots in \
+         {blobs}; bring the store back from a copy, or begin a new session from the newest checkpoint's \
+         or export's adapter"
+    )]
+    RecordDamaged { session: SessionId, path: PathBuf, cause: String, blobs: PathBuf },
+    #[error(
+        "{n_bytes} bytes could not be written to {path}: {source}. Nothing is lost and nothing was \
+         changed: sessions stay as they are, in memory and in their last snapshots. Make room there, or \
+         raise the quota; try again in {} s",
+        retry_after.as_secs_f64()
+    )]
+    DiskFull { path: PathBuf, n_bytes: u64, source: io::Error, retry_after: Duration },
 
     // Who gets in.
     #[error("tenants file {path}: {cause}")]
@@ -195,6 +228,8 @@ pub enum Error {
          limits.max_cache_tokens or what the model was made for; shorten the prompt or generate less"
     )]
     CacheTokens { found: u64, limit: usize },
+    #[error("{0}")]
+    Quota(Excess),
     #[error("{limit} large requests are coming in already, the limit; try again later")]
     LargeRequests { limit: usize },
     #[error("{limit} sessions are being opened already, the limit; try again later")]
@@ -215,6 +250,14 @@ pub enum Error {
     WaitingForRoom { limit: usize },
     #[error("no room on the device: {shortage}, the limit; {}", try_again(shortage.kind, *.retry_after))]
     NoRoom { shortage: Shortage, retry_after: Option<Duration> },
+
+    #[error("the server is full; try again in {} s", retry_after.as_secs_f64())]
+    Full { retry_after: Duration },
+    #[error(
+        "this never fits on the server: take a lower rank, fewer targets or shorter sequences, or a \
+         server with more"
+    )]
+    NeverFits,
 
     // Life and death of a session.
     #[error("session {0} is not known here; it was forgotten, or it lives on another server")]
@@ -281,8 +324,23 @@ pub enum Class {
     TakenOver,
     /// Without a valid token.
     Unauthenticated,
+    /// What was stored is damaged.
+    DataLoss,
     /// The request was fine.
     Internal,
+}
+
+/// When a full disk is tried again.
+pub(crate) const DISK_RETRY: Duration = Duration::from_secs(10);
+
+/// The session can be had again at once.
+const SET_BACK_RETRY: Duration = Duration::from_millis(100);
+
+fn go_back_to(whole: &Option<String>) -> String {
+    match whole {
+        Some(whole) => format!("{whole} is whole: restore that"),
+        None => "No other snapshot of this session is whole: bring the store back from a copy".into(),
+    }
 }
 
 fn try_again(kind: BytesKind, retry_after: Option<Duration>) -> String {
@@ -316,7 +374,10 @@ impl Error {
             Reflection(_) | Gone { .. } | Panic { .. } | Poisoned | Busy => Class::Internal,
             TrunkChanged { .. } | EngineLost { .. } | Deaf { .. } => Class::Internal,
             StoreLocked { .. } | StoreVersion { .. } | StoreFile { .. } => Class::Internal,
-            StoreRecords { .. } | StoreDamaged { .. } => Class::Internal,
+            StoreRecords { .. } => Class::Internal,
+            SnapshotDamaged { .. } | RecordDamaged { .. } => Class::DataLoss,
+            SetBack { .. } => Class::Draining,
+            DiskFull { .. } => Class::Exhausted,
             Model(_) | Adapter(_) | Tensor(_) | Missing { .. } | Setting { .. } => Class::Invalid,
             Shape { .. } | WireDType { .. } | SequenceLengths { .. } => Class::Invalid,
             EmptySequence { .. } | PositionIds { .. } | TooManyTokens { .. } => Class::Invalid,
@@ -331,7 +392,8 @@ impl Error {
             OpenCaches { .. } => Class::Exhausted,
             InFlight { .. } | OpenMicrobatches { .. } | QueueFull { .. } => Class::Exhausted,
             LargeRequests { .. } | Opens { .. } | SlowRequest { .. } => Class::Exhausted,
-            WaitingForRoom { .. } => Class::Exhausted,
+            Quota(_) => Class::Exhausted,
+            WaitingForRoom { .. } | Full { .. } | NeverFits => Class::Exhausted,
             NoRoom { .. } | LiveSessions { .. } | OutOfMemory { .. } => Class::Exhausted,
             UnknownSession(_) | UnknownSnapshot { .. } | Ended => Class::NotFound,
             TakenOver => Class::TakenOver,
@@ -357,7 +419,10 @@ impl Error {
             StoreVersion { .. } => "store_version",
             StoreFile { .. } => "store_file",
             StoreRecords { .. } => "store_records",
-            StoreDamaged { .. } => "store_damaged",
+            SnapshotDamaged { .. } => "snapshot_damaged",
+            RecordDamaged { .. } => "record_damaged",
+            SetBack { .. } => "set_back",
+            DiskFull { .. } => "disk_full",
             TenantsFile { .. } => "tenants_file",
             AuditLog { .. } => "audit_log",
             Unauthenticated => "unauthenticated",
@@ -391,10 +456,13 @@ impl Error {
             OpenCaches { .. } => "open_caches",
             InFlight { .. } => "in_flight",
             OpenMicrobatches { .. } => "open_microbatches",
+            Quota(excess) => excess.quota.name(),
             LargeRequests { .. } => "large_requests",
             Opens { .. } => "opens",
             SlowRequest { .. } => "slow_request",
             QueueFull { .. } => "queue_full",
+            Full { .. } => "full",
+            NeverFits => "never_fits",
             WaitingForRoom { .. } => "waiting_for_room",
             NoRoom { .. } => "no_room",
             LiveSessions { .. } => "live_sessions",
@@ -419,13 +487,25 @@ impl Error {
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
             Error::Draining { retry_after } | Error::EngineDown { retry_after } => Some(*retry_after),
+            Error::DiskFull { retry_after, .. } => Some(*retry_after),
+            Error::SetBack { .. } => Some(SET_BACK_RETRY),
             Error::NoRoom { retry_after, .. } => *retry_after,
+            Error::Full { retry_after } => Some(*retry_after),
             Error::LiveSessions { .. } | Error::WaitingForRoom { .. } => Some(Duration::from_secs(5)),
+            Error::Quota(excess) => excess.retry_after,
             Error::LargeRequests { .. } | Error::Opens { .. } => Some(Duration::from_secs(1)),
             Error::SlowRequest { .. } => Some(Duration::from_secs(1)),
             Error::InFlight { .. } | Error::QueueFull { .. } | Error::Busy => {
                 Some(Duration::from_millis(100))
             }
+            _ => None,
+        }
+    }
+
+    /// The quota that it is over.
+    pub fn excess(&self) -> Option<&Excess> {
+        match self {
+            Error::Quota(excess) => Some(excess),
             _ => None,
         }
     }
@@ -437,9 +517,15 @@ impl Error {
             code: self.class().frame_code() as i32,
             message: self.to_string(),
             retry_after_millis: u32::try_from(retry_after.as_millis()).unwrap_or(u32::MAX),
-            quota: None,
+            quota: self.excess().map(Excess::to_proto),
         };
         v1::ServerFrame { sequence, body: Some(v1::server_frame::Body::Error(error)) }
+    }
+}
+
+impl From<Excess> for Error {
+    fn from(excess: Excess) -> Self {
+        Error::Quota(excess)
     }
 }
 
@@ -455,7 +541,7 @@ impl Class {
             Class::NotFound => ErrorCode::NotFound,
             Class::TakenOver => ErrorCode::TakenOver,
             Class::Unauthenticated => ErrorCode::Unauthenticated,
-            Class::Internal => ErrorCode::Internal,
+            Class::Internal | Class::DataLoss => ErrorCode::Internal,
         }
     }
 
@@ -470,6 +556,7 @@ impl Class {
             Class::NotFound => tonic::Code::NotFound,
             Class::TakenOver => tonic::Code::Aborted,
             Class::Unauthenticated => tonic::Code::Unauthenticated,
+            Class::DataLoss => tonic::Code::DataLoss,
             Class::Internal => tonic::Code::Internal,
         }
     }
@@ -477,12 +564,17 @@ impl Class {
 
 impl From<Error> for tonic::Status {
     fn from(error: Error) -> Self {
-        let mut status = tonic::Status::new(error.class().grpc_code(), error.to_string());
-        if let Some(after) = error.retry_after() {
-            // gRPC's own name for it.
-            let value = tonic::metadata::MetadataValue::from(after.as_millis() as u64);
-            status.metadata_mut().insert("grpc-retry-pushback-ms", value);
+        let (code, message) = (error.class().grpc_code(), error.to_string());
+        let (mut details, mut metadata) = (ErrorDetails::new(), MetadataMap::new());
+        if let Some(excess) = error.excess() {
+            details.set_quota_failure(vec![excess.to_violation()]);
         }
-        status
+        if let Some(after) = error.retry_after() {
+            details.set_retry_info(Some(after));
+            // gRPC's own name for it.
+            let value = MetadataValue::from(after.as_millis() as u64);
+            metadata.insert("grpc-retry-pushback-ms", value);
+        }
+        tonic::Status::with_error_details_and_metadata(code, message, details, metadata)
     }
 }

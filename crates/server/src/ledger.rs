@@ -5,6 +5,7 @@
 //! It decides, purely; whoever is refused shrinks, waits for [`Ledger::freed`], or asks by
 //! [`Ledger::press`] that idle sessions leave.
 
+use crate::quota::Held;
 use serde::Serialize;
 use std::fmt;
 use std::future::Future;
@@ -77,6 +78,8 @@ pub struct Reservation {
     ledger: Ledger,
     kind: BytesKind,
     bytes: AtomicU64,
+    /// The same bytes in their tenant's account, if they are one tenant's.
+    held: Option<Held>,
 }
 
 /// The pure part.
@@ -151,13 +154,13 @@ impl Ledger {
     /// Takes bytes at once, or none of them.
     pub fn reserve(&self, kind: BytesKind, bytes: u64) -> Result<Reservation, Shortage> {
         self.books().take(kind, bytes)?;
-        Ok(Reservation { ledger: self.clone(), kind, bytes: bytes.into() })
+        Ok(Reservation { ledger: self.clone(), kind, bytes: bytes.into(), held: None })
     }
 
     /// Counts bytes that are there already, even beyond the budget.
     pub fn count(&self, kind: BytesKind, bytes: u64) -> Reservation {
         self.books().add(kind, bytes);
-        Reservation { ledger: self.clone(), kind, bytes: bytes.into() }
+        Reservation { ledger: self.clone(), kind, bytes: bytes.into(), held: None }
     }
 
     /// From now on adapters and caches leave so much free for tapes and workspace, but at most half of what
@@ -239,6 +242,12 @@ impl Ledger {
 }
 
 impl Reservation {
+    /// Gives this back as well when it is dropped.
+    pub fn with(mut self, held: Held) -> Self {
+        self.held = Some(held);
+        self
+    }
+
     /// How many.
     pub fn bytes(&self) -> u64 {
         self.bytes.load(Ordering::Relaxed)

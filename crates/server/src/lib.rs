@@ -27,10 +27,14 @@ mod engine;
 mod error;
 mod faults;
 mod finite;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod grpc;
 mod host_memory;
 mod ledger;
 mod pool;
+mod quota;
 mod registry;
 mod residency;
 mod scheduler;

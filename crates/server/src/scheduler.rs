@@ -38,6 +38,11 @@ impl<J> Scheduler<J> {
         self.lock().queue.open(id, share);
     }
 
+    /// Another share of the device from now on, for all lanes of this owner.
+    pub fn set_weight(&self, share: Share) {
+        self.lock().queue.set_weight(share);
+    }
+
     /// Hands a job over, or says why not.
     pub fn submit(&self, id: LaneId, kind: Kind, n_tokens: usize, job: J) -> Result<(), Error> {
         let mut shared = self.lock();

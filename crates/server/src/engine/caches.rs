@@ -2,10 +2,12 @@
 
 use crate::error::Error;
 use crate::ledger::{BytesKind, Ledger, Reservation, Shortage};
+use crate::quota::{Account, Amount, Held};
 use crate::scheduler::LaneId;
 use crate::session::ExtendWork;
 use offshoot_model::{KvCache, Part};
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Names a cache: its session's lane and its own number.
@@ -35,6 +37,8 @@ struct OpenCache {
     cache: KvCache,
     /// Last asked for, or since when its last tokens are there.
     used: Instant,
+    /// The same bytes in its tenant's account.
+    of_tenant: Held,
     /// The last field: given back when the cache is gone.
     reserved: Reservation,
 }
@@ -82,6 +86,20 @@ impl Caches {
         }
     }
 
+    /// How many bytes more the frame needs.
+    pub fn growth(&self, part: &Part, lane: LaneId, work: &ExtendWork) -> u64 {
+        let bytes = part.cache_bytes(self.capacity(work));
+        let held = self.open.get(&(lane, work.cache)).map_or(0, |open| open.reserved.bytes());
+        bytes.saturating_sub(held)
+    }
+
+    /// Tokens that the frame's cache has room for with it.
+    fn capacity(&self, work: &ExtendWork) -> u64 {
+        let needed = work.start + work.hidden.shape()[0] as u64;
+        let most = (self.limits.max_tokens as u64).max(needed);
+        needed.next_multiple_of(GROWTH_TOKENS).min(most)
+    }
+
     /// Makes the room that the frame needs, in a new cache if it begins one, or says what is missing.
     /// The frame passed [`Caches::check`].
     pub fn make_room(
@@ -89,17 +107,18 @@ impl Caches {
         part: &Part,
         lane: LaneId,
         work: &ExtendWork,
+        account: &Arc<Account>,
     ) -> Result<(), Shortage> {
         let needed = work.start + work.hidden.shape()[0] as u64;
-        let most = (self.limits.max_tokens as u64).max(needed);
-        let capacity = needed.next_multiple_of(GROWTH_TOKENS).min(most);
+        let capacity = self.capacity(work);
         let bytes = part.cache_bytes(capacity);
         let key = (lane, work.cache);
         let Some(open) = self.open.get_mut(&key) else {
             debug_assert_eq!(work.start, 0, "a cache that goes on was found by the check");
             let reserved = self.ledger.reserve(BytesKind::Caches, bytes)?;
             let cache = part.new_cache(capacity as i64);
-            self.open.insert(key, OpenCache { cache, used: Instant::now(), reserved });
+            let of_tenant = account.count(Amount::OpenBytes, bytes);
+            self.open.insert(key, OpenCache { cache, used: Instant::now(), of_tenant, reserved });
             return Ok(());
         };
         open.cache.truncate(work.start as i64);
@@ -109,6 +128,7 @@ impl Caches {
             open.reserved.resize(bytes + twice)?;
             open.cache.grow(capacity as i64);
             open.reserved.shrink_to(bytes);
+            open.of_tenant = account.count(Amount::OpenBytes, bytes);
         }
         Ok(())
     }

@@ -1,5 +1,6 @@
 use crate::error::Error;
 use crate::ledger::Reservation;
+use crate::quota::Account;
 use crate::scheduler::Kind;
 use crate::session::{BackwardWork, ExtendWork, ForwardWork, StepWork};
 use offshoot_adapters::{AdamW, AdapterState, LoraSpec};
@@ -21,7 +22,7 @@ pub struct Job {
 /// Everything that can happen to the device.
 pub enum Command {
     /// Makes an adapter set.
-    Admit { plan: Box<Plan>, reply: Reply<Admitted> },
+    Admit { plan: Box<Plan>, account: Arc<Account>, reply: Reply<Admitted> },
     /// Drops a session's adapter set and tapes, and then the sender.
     Release { gone: oneshot::Sender<()> },
     /// A frame of a session's stream.

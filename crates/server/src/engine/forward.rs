@@ -10,10 +10,12 @@ use super::worker::Worker;
 use crate::error::Error;
 use crate::faults::Fault;
 use crate::ledger::{Reservation, Shortage};
+use crate::quota::{Account, Amount, Held};
 use crate::scheduler::{LaneId, Scheduler, Taken};
 use crate::session::{ExtendWork, ForwardWork, Mode};
 use offshoot_model::{DropoutKey, Rows, Segment, Tape, TapeSize, Way, Work};
 use offshoot_proto::HostTensor;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tch::Tensor;
 
@@ -25,6 +27,8 @@ struct Chosen {
     taken: Taken<Job>,
     /// None: evaluation, or a cache.
     keep: Option<TapeSize>,
+    /// Of its tape, in its tenant's account.
+    of_tenant: Option<Held>,
 }
 
 /// What a pass gave one job.
@@ -132,7 +136,7 @@ impl Worker {
                 continue;
             }
             if let Err(error) = self.check(lane, sequence, asked) {
-                refuse(taken, error);
+                self.refuse(taken, error);
                 continue;
             }
             let is_first = chosen.is_empty();
@@ -140,7 +144,8 @@ impl Worker {
             match caught("Forward", || Ok(self.fit(lane, asked, need, is_first))) {
                 Ok(Ok((keep, with))) => {
                     need = with;
-                    chosen.push(Chosen { taken, keep });
+                    let of_tenant = self.of_tenant(lane, asked, keep);
+                    chosen.push(Chosen { taken, keep, of_tenant });
                 }
                 Ok(Err(_)) if !is_first => later.push(taken),
                 Ok(Err(shortage)) => match self.must_not_wait(&taken, shortage) {
@@ -158,10 +163,41 @@ impl Worker {
 
     fn check(&self, lane: LaneId, sequence: u64, asked: Asked) -> Result<(), Error> {
         self.check_order(lane, sequence)?;
-        match asked {
-            Asked::Microbatch(_) => Ok(()),
-            Asked::Next(extend) => self.caches.check(lane, extend),
+        if let Asked::Next(extend) = asked {
+            self.caches.check(lane, extend)?;
         }
+        let Some(account) = self.account(lane) else { return Ok(()) };
+        let least = match asked {
+            Asked::Microbatch(forward) if forward.mode == Mode::Eval => 0,
+            Asked::Microbatch(_) => {
+                let of_size = |size| self.tape_bytes(lane, asked, size);
+                TapeSize::ALL.into_iter().map(of_size).min().unwrap_or(0)
+            }
+            Asked::Next(extend) => self.caches.growth(&self.part, lane, extend),
+        };
+        account.refusal(Amount::OpenBytes, least).map_or(Ok(()), |excess| Err(excess.into()))
+    }
+
+    fn account(&self, lane: LaneId) -> Option<&Arc<Account>> {
+        self.slots.get(&lane).map(|slot| &slot.account)
+    }
+
+    fn tape_bytes(&self, lane: LaneId, asked: Asked, size: TapeSize) -> u64 {
+        let adapters = self.slots.get(&lane).map(|slot| &slot.adapters);
+        self.part.tape_bytes(asked.n_tokens() as u64, size, adapters)
+    }
+
+    /// A tape in its tenant's account. That there is room was checked, and only this thread takes it.
+    fn of_tenant(&self, lane: LaneId, asked: Asked, keep: Option<TapeSize>) -> Option<Held> {
+        let bytes = self.tape_bytes(lane, asked, keep?);
+        Some(self.account(lane)?.count(Amount::OpenBytes, bytes))
+    }
+
+    fn refuse(&self, taken: Taken<Job>, error: Error) {
+        if let Some(account) = self.account(taken.lane) {
+            account.give_tokens_back(taken.entry.n_tokens);
+        }
+        refuse(taken, error);
     }
 
     /// After room for it was looked for.
@@ -169,7 +205,7 @@ impl Worker {
         if let Asked::Next(extend) = asked(&taken).1 {
             self.caches.drop_empty((taken.lane, extend.cache));
         }
-        refuse(taken, error);
+        self.refuse(taken, error);
     }
 
     /// How much of a forward can be kept beside what is chosen already, and what all need then. For
@@ -205,7 +241,8 @@ impl Worker {
         extend: &ExtendWork,
         before: Need,
     ) -> Result<(Option<TapeSize>, Need), Shortage> {
-        self.caches.make_room(&self.part, lane, extend)?;
+        let slot = self.slots.get(&lane).expect("the check found it");
+        self.caches.make_room(&self.part, lane, extend, &slot.account)?;
         let n_tokens = extend.hidden.shape()[0] as u64;
         let running = self.part.workspace_bytes(n_tokens, Work::Forward)
             + self.part.prefix_bytes(n_tokens, extend.start + n_tokens);
@@ -228,7 +265,13 @@ impl Worker {
             let mut least: Option<Shortage> = None;
             // The largest first: it is the quickest. A smaller tape is no smaller need if its
             // backward, which computes more again, takes more.
+            let left = self.account(lane).and_then(|account| account.left(Amount::OpenBytes));
             for size in TapeSize::ALL {
+                // Its tenant has no more: the check found that at least the smallest fits.
+                let own = self.tape_bytes(lane, Asked::Microbatch(forward), size);
+                if left.is_some_and(|left| own > left) {
+                    continue;
+                }
                 let need = before.with(self.need(lane, forward, Some(size)));
                 match self.tapes.check(&self.part, need) {
                     Ok(()) => return Ok((Some(size), need)),
@@ -285,16 +328,20 @@ impl Worker {
         let (n_jobs, execute) = (chosen.len(), begun.elapsed());
         self.count();
         let mut opened = Vec::new();
-        for (Chosen { taken, .. }, result) in chosen.into_iter().zip(results) {
+        for (Chosen { taken, of_tenant, .. }, result) in chosen.into_iter().zip(results) {
             let Taken { lane, entry, .. } = taken;
             let queue = begun.saturating_duration_since(entry.since);
             let times = Times { queue, execute, n_jobs, n_tokens };
             let _span = entry.job.span.enter();
+            if let (Err(_), Some(account)) = (&result, self.account(lane)) {
+                account.give_tokens_back(entry.n_tokens);
+            }
             match entry.job.command {
                 Command::Frame { sequence, work: FrameWork::Forward { work, reply } } => {
                     let result = result.map(|done| {
                         let tape_bytes = done.tape.as_ref().map_or(0, Tape::bytes);
-                        opened.extend(done.tape.map(|tape| NewTape {
+                        opened.extend(done.tape.zip(of_tenant).map(|(tape, of_tenant)| NewTape {
+                            of_tenant,
                             key: (lane, work.microbatch),
                             tape,
                             packing: Packing::of(&work),

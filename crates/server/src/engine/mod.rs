@@ -32,6 +32,7 @@ use crate::config::{LimitsConfig, TrunkConfig};
 use crate::error::Error;
 use crate::faults::{Fault, Faults};
 use crate::ledger::Ledger;
+use crate::quota::{Account, Accounts};
 use crate::scheduler::{Budget, Kind, LaneId, OwnerId, Scheduler, Share};
 use caches::CacheLimits;
 use offshoot_adapters::AdapterState;
@@ -73,6 +74,7 @@ pub struct EngineClient {
     ledger: Ledger,
     stats: Arc<Stats>,
     next_lane: Arc<AtomicU64>,
+    accounts: Arc<Accounts>,
 }
 
 /// Bytes and counts, kept by the engine thread, read by anyone.
@@ -90,6 +92,7 @@ pub struct Stats {
 pub struct EngineSession {
     lane: LaneId,
     client: EngineClient,
+    account: Arc<Account>,
     left: bool,
 }
 
@@ -185,7 +188,8 @@ impl Engine {
         // A thread that died meanwhile is noticed as any other.
         let _ = go.send(());
         let (next_lane, end) = (Arc::default(), AbortOnDrop(scheduler.clone()));
-        let client = EngineClient { scheduler, trunk: Arc::new(trunk), ledger, stats, next_lane };
+        let (trunk, accounts) = (Arc::new(trunk), Arc::default());
+        let client = EngineClient { scheduler, trunk, ledger, stats, next_lane, accounts };
         Ok(Engine { client, config, limits: limits.clone(), running, _end: end })
     }
 
@@ -242,6 +246,20 @@ impl EngineClient {
         &self.trunk
     }
 
+    /// What each tenant has.
+    pub fn accounts(&self) -> &Arc<Accounts> {
+        &self.accounts
+    }
+
+    /// Tenants' weights as they are now.
+    pub fn reweigh(&self) {
+        for account in self.accounts.all() {
+            if let Some(owner) = account.owner() {
+                self.scheduler.set_weight(Share { owner, weight: account.weight() });
+            }
+        }
+    }
+
     /// The device's bytes.
     pub fn ledger(&self) -> &Ledger {
         &self.ledger
@@ -265,19 +283,32 @@ impl EngineClient {
     /// Makes a session's adapter set.
     pub async fn admit(&self, plan: Plan) -> Result<(EngineSession, Admitted), Error> {
         let lane = LaneId(self.next_lane.fetch_add(1, Ordering::Relaxed));
-        // Every session is a tenant of its own until there are tenants.
-        self.scheduler.open(lane, Share { owner: OwnerId(lane.0), weight: 1 });
+        let account = self.accounts.of(&plan.settings.tenant);
+        // Without tenants every session is on its own.
+        let owner = account.owner().unwrap_or(OwnerId(lane.0));
+        self.scheduler.open(lane, Share { owner, weight: account.weight() });
         // Before the job, so that the place is given back even if nobody waits for the answer.
-        let session = EngineSession { lane, client: self.clone(), left: false };
-        let admitted = session.call(|reply| Command::Admit { plan: Box::new(plan), reply }).await?;
+        let (client, plan) = (self.clone(), Box::new(plan));
+        let session = EngineSession { lane, client, account: account.clone(), left: false };
+        let admitted = session.call(|reply| Command::Admit { plan, account, reply }).await?;
         Ok((session, admitted))
     }
 }
 
 impl EngineSession {
-    /// Hands a frame over; frames and calls of one session run in this order.
+    /// Hands a frame over; frames and calls of one session run in this order. A forward is refused if
+    /// its tenant has had his tokens of these seconds.
     pub fn submit(&self, sequence: u64, work: FrameWork) -> Result<(), Error> {
-        self.push(Command::Frame { sequence, work })
+        let command = Command::Frame { sequence, work };
+        let n_tokens = if command.kind() == Kind::Forward { command.n_tokens() } else { 0 };
+        if n_tokens > 0 {
+            self.account.take_tokens(n_tokens, Instant::now())?;
+        }
+        let pushed = self.push(command);
+        if pushed.is_err() {
+            self.account.give_tokens_back(n_tokens);
+        }
+        pushed
     }
 
     /// Asks for the adapter set as it is after what was submitted so far.

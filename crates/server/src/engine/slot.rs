@@ -2,6 +2,7 @@ use super::command::{Admitted, Exported, Plan, Settings, Start, StepResult};
 use super::wire;
 use crate::error::Error;
 use crate::ledger::Reservation;
+use crate::quota::Account;
 use crate::session::StepWork;
 use offshoot_adapters::{AdamW, AdapterSet};
 use offshoot_model::Part;
@@ -11,6 +12,8 @@ use tch::{Device, Tensor};
 
 /// What one session has on the device, its tapes apart.
 pub(super) struct Slot {
+    /// Whose it is.
+    pub account: Arc<Account>,
     pub adapters: AdapterSet,
     adamw: AdamW,
     pub seed: u64,
@@ -25,7 +28,7 @@ pub(super) struct Slot {
 }
 
 impl Slot {
-    pub fn new(part: &Part, plan: Plan) -> Result<Slot, Error> {
+    pub fn new(part: &Part, plan: Plan, account: Arc<Account>) -> Result<Slot, Error> {
         let Plan { settings, start, reserved } = plan;
         let Settings { tenant: _, lora, adamw, seed, wire_dtype } = settings;
         let (sites, device) = (part.sites(&lora.target_modules)?, part.device());
@@ -45,7 +48,8 @@ impl Slot {
             }
         };
         let changing = false;
-        Ok(Slot { adapters, adamw, seed, wire_dtype, applied, changing, _reserved: reserved })
+        let _reserved = reserved;
+        Ok(Slot { account, adapters, adamw, seed, wire_dtype, applied, changing, _reserved })
     }
 
     pub fn admitted(&self) -> Admitted {

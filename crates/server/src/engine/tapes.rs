@@ -1,6 +1,7 @@
 //! The tapes of all open microbatches, and the bytes that they and the batches take.
 
 use crate::ledger::{BytesKind, Ledger, Reservation, Shortage};
+use crate::quota::Held;
 use crate::scheduler::LaneId;
 use crate::session::ForwardWork;
 use offshoot_model::{DropoutKey, Part, Tape, TapeSize, Work};
@@ -20,6 +21,8 @@ pub(super) struct OpenTape {
     pub gradient_bytes: u64,
     /// The bytes of all tapes of its forward: full tapes of one batch share their memory.
     held: Rc<Reservation>,
+    /// Its own bytes, in its tenant's account.
+    of_tenant: Held,
     /// Order of opening.
     age: u64,
 }
@@ -39,6 +42,7 @@ pub(super) struct NewTape {
     pub dropout: Option<DropoutKey>,
     pub want_input_grad: bool,
     pub gradient_bytes: u64,
+    pub of_tenant: Held,
 }
 
 /// See the module's text.
@@ -129,12 +133,20 @@ impl Tapes {
         }
         let held = Rc::new(reserved);
         for new in tapes {
-            let NewTape { key, tape, packing, dropout, want_input_grad, gradient_bytes } = new;
-            let (held, age) = (held.clone(), self.n_opened);
+            let age = self.n_opened;
             self.n_opened += 1;
-            let open =
-                OpenTape { tape, packing, dropout, want_input_grad, gradient_bytes, held, age };
-            self.open.insert(key, open);
+            new.of_tenant.shrink_to(new.tape.bytes());
+            let open = OpenTape {
+                tape: new.tape,
+                packing: new.packing,
+                dropout: new.dropout,
+                want_input_grad: new.want_input_grad,
+                gradient_bytes: new.gradient_bytes,
+                held: held.clone(),
+                of_tenant: new.of_tenant,
+                age,
+            };
+            self.open.insert(new.key, open);
         }
     }
 
@@ -176,6 +188,7 @@ impl Tapes {
         let mut company: Vec<&mut OpenTape> = company.collect();
         for open in &mut company {
             open.tape.shrink(to);
+            open.of_tenant.shrink_to(open.tape.bytes());
         }
         let bytes = company.iter().map(|open| open.tape.bytes()).sum();
         held.shrink_to(bytes);

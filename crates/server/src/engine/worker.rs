@@ -97,9 +97,9 @@ impl Worker {
                 self.count();
                 drop(gone);
             }
-            Command::Admit { plan, reply } => {
+            Command::Admit { plan, account, reply } => {
                 answer(reply, "admission", || {
-                    let slot = Slot::new(&self.part, *plan)?;
+                    let slot = Slot::new(&self.part, *plan, account)?;
                     let admitted = slot.admitted();
                     self.slots.insert(lane, slot);
                     Ok(admitted)

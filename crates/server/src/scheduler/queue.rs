@@ -154,6 +154,13 @@ impl<J> Queue<J> {
         debug_assert!(before.is_none(), "a lane is opened once");
     }
 
+    /// Another weight from now on. What the owner had before counts as it did.
+    pub fn set_weight(&mut self, share: Share) {
+        if let Some(owner) = self.owners.get_mut(&share.owner) {
+            owner.weight = share.weight.max(1);
+        }
+    }
+
     /// Adds a job behind the others of its session. Gives it back if the lane is not open.
     pub fn push(&mut self, id: LaneId, entry: Entry<J>) -> Result<(), J> {
         let Some(lane) = self.lanes.get_mut(&id) else { return Err(entry.job) };
