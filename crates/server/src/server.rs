@@ -1,10 +1,11 @@
+use crate::access::{Access, Audit, Keeper};
 use crate::config::{LimitsConfig, ServerConfig};
 use crate::engine::{Engine, EngineClient, TrunkInfo};
 use crate::error::Error;
 use crate::grpc::TrunkGrpc;
 use crate::host_memory;
 use crate::pool::{ActorPool, PoolThreads};
-use crate::registry::{Parts, Registry, Slots};
+use crate::registry::{Owners, Parts, Registry, Slots};
 use crate::residency::{Ages, Residency, ResidencyParts};
 use crate::store::{Kept, Store};
 use crate::supervisor::Supervisor;
@@ -33,6 +34,7 @@ pub struct RunningServer {
     registry: Arc<Registry>,
     threads: PoolThreads,
     served: Served,
+    audit: Audit,
     store_closed: oneshot::Receiver<()>,
 }
 
@@ -41,17 +43,20 @@ impl Server {
     /// when it returns.
     pub async fn start(config: ServerConfig) -> Result<RunningServer, Error> {
         config.validate()?;
-        let ServerConfig { listen, tls, model, limits, session, store, .. } = config;
+        let ServerConfig { listen, tls, access, model, limits, session, store, .. } = config;
         // First what fails quickly.
         let address = format!("{}:{}", bracketed(&listen.host), listen.port);
         let bound = TcpListener::bind(&address).await;
         let listener = bound.map_err(|source| Error::Bind { address, source })?;
         let tls = Tls::start(&tls).await?;
+        let audit = Audit::start(access.audit_log.as_deref())?;
+        let access = Access::start(access.tenants, audit.clone())?;
         let opening = tokio::task::spawn_blocking(move || {
             let kept = Kept { of_client: store.snapshots_kept, of_server: store.server_snapshots_kept };
-            Store::open(&store.dir, kept).map(Arc::new)
+            let store = Store::open(&store.dir, kept).map(Arc::new)?;
+            Ok::<_, Error>((Owners::load(&store)?, store))
         });
-        let store = opening.await.map_err(|_| Error::Gone { part: "store" })??;
+        let (owners, store) = opening.await.map_err(|_| Error::Gone { part: "store" })??;
         let store_closed = store.closed();
         let engine = Engine::start(model, &limits).await?;
         let (pool, threads) = ActorPool::start(session.n_actor_threads).await?;
@@ -67,6 +72,8 @@ impl Server {
             ages: Ages { idle: session.idle(), turn: session.turn() },
         });
         let registry = Registry::start(Parts {
+            access: access.clone(),
+            owners,
             engine: client.clone(),
             store,
             slots,
@@ -80,9 +87,11 @@ impl Server {
         let local_addr = listener
             .local_addr()
             .map_err(|source| Error::Bind { address: listen.host.clone(), source })?;
-        let trunk = TrunkGrpc::new(registry.clone(), client.clone());
+        warn_of_openness(&access, local_addr, tls.is_some());
+        let keeper = Keeper { access, audit: audit.clone() };
+        let trunk = TrunkGrpc::new(registry.clone(), client.clone(), audit.clone());
         let max_connections = limits.max_connections;
-        let served = Served::start(Serving { listener, tls, trunk, max_connections }).await?;
+        let served = Served::start(Serving { listener, tls, keeper, trunk, max_connections }).await?;
         let supervisor = Supervisor::start(engine, registry.clone(), served.health.clone());
         let trunk = client.trunk();
         tracing::info!(
@@ -96,8 +105,22 @@ impl Server {
             registry,
             threads,
             served,
+            audit,
             store_closed,
         })
+    }
+}
+
+fn warn_of_openness(access: &Access, address: SocketAddr, is_encrypted: bool) {
+    let is_far = !address.ip().is_loopback();
+    if access.is_open() {
+        tracing::warn!(
+            %address,
+            "the server is open: whoever reaches its address can train, export and delete everything; \
+             --tenants FILE lets in only who has a token"
+        );
+    } else if is_far && !is_encrypted {
+        tracing::warn!(%address, "without TLS whoever listens to this network reads the tenants' tokens");
     }
 }
 
@@ -133,6 +156,13 @@ impl RunningServer {
     /// Where clients connect.
     pub fn local_addr(&self) -> SocketAddr {
         self.local_addr
+    }
+
+    /// Reads the tenants file again if it has changed, and begins the audit log anew if it was moved
+    /// away, both at once instead of a moment later. Blocks for as long as the disk takes.
+    pub fn reload(&self) {
+        self.audit.reopen();
+        self.registry.access().reload();
     }
 
     /// What the server holds.
@@ -186,7 +216,7 @@ impl RunningServer {
     }
 
     async fn end(self, at_once: bool) {
-        let RunningServer { supervisor, registry, threads, served, .. } = self;
+        let RunningServer { supervisor, registry, threads, served, audit, .. } = self;
         let store_closed = self.store_closed;
         registry.begin_drain();
         // Before the engine ends, which would be a death.
@@ -202,6 +232,7 @@ impl RunningServer {
             join_blocking(move || engine.join()).await;
         }
         drop(registry);
+        join_blocking(move || audit.end()).await;
         // A client that came back at the last moment may still be in the registry.
         if tokio::time::timeout(CLOSE_TIMEOUT, store_closed).await.is_err() {
             tracing::warn!("the store is still in use");

@@ -41,6 +41,7 @@ pub struct Access {
     state: RwLock<Arc<State>>,
     /// The text that was read last, valid or not, so that a mistake is logged once.
     seen: Mutex<Seen>,
+    audit: Audit,
     /// Counts the states.
     changes: watch::Sender<u64>,
 }
@@ -76,7 +77,7 @@ pub struct Caller {
 
 impl Access {
     /// Reads the tenants file, which must be whole the first time. None: everybody gets in.
-    pub fn start(path: Option<PathBuf>) -> Result<Arc<Access>, Error> {
+    pub(crate) fn start(path: Option<PathBuf>, audit: Audit) -> Result<Arc<Access>, Error> {
         let (state, seen) = match &path {
             Some(path) => {
                 let text = read(path).map_err(|cause| file_error(path, cause))?;
@@ -89,6 +90,7 @@ impl Access {
             path,
             state: RwLock::new(Arc::new(state)),
             seen: Mutex::new(seen),
+            audit,
             changes: watch::Sender::new(0),
         });
         if access.path.is_some() {
@@ -171,7 +173,7 @@ impl Access {
             Seen::Text(text) => State::parse(text),
             Seen::Failed(cause) => Err(cause.clone()),
         };
-        Some(match parsed {
+        let reloaded = match parsed {
             Ok(state) => {
                 let n_tenants = state.tenants.len();
                 *self.state.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(state);
@@ -184,7 +186,9 @@ impl Access {
                 tracing::error!("{error}; the tenants stay as they were");
                 Err(error)
             }
-        })
+        };
+        self.audit.reloaded(&reloaded);
+        Some(reloaded)
     }
 
     fn state(&self) -> Arc<State> {

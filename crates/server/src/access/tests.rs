@@ -1,6 +1,6 @@
 use super::*;
-use std::fmt::Write;
 use http::HeaderValue;
+use std::fmt::Write;
 
 fn entry(tenant: &str, tokens: &[(&NewToken, &str)]) -> String {
     let mut text = format!("[[tenants]]\nname = {tenant:?}\n");
@@ -14,6 +14,10 @@ fn entry(tenant: &str, tokens: &[(&NewToken, &str)]) -> String {
 fn bearer(token: &str) -> HeaderMap {
     let value = HeaderValue::from_str(&format!("Bearer {token}")).unwrap();
     HeaderMap::from_iter([("authorization".parse().unwrap(), value)])
+}
+
+fn start(path: Option<PathBuf>) -> Result<Arc<Access>, Error> {
+    Access::start(path, Audit::default())
 }
 
 struct Files {
@@ -34,7 +38,7 @@ async fn a_token_says_who_calls_and_everything_else_is_refused_alike() {
     let text = entry("blue", &[(&blue, ""), (&old, "expires = 2020-01-01T00:00:00Z")])
         + &entry("red", &[(&red, "expires = 2120-01-01T00:00:00+01:00")]);
     let files = files(&text);
-    let access = Access::start(Some(files.path.clone())).unwrap();
+    let access = start(Some(files.path.clone())).unwrap();
     assert!(!access.is_open() && access.tenant("").is_none());
     for (token, tenant) in [(&blue, "blue"), (&red, "red")] {
         let caller = access.authenticate(&bearer(token.text()), None).unwrap();
@@ -65,7 +69,7 @@ async fn a_token_says_who_calls_and_everything_else_is_refused_alike() {
 
 #[tokio::test]
 async fn an_open_server_knows_one_tenant_whatever_is_sent() {
-    let access = Access::start(None).unwrap();
+    let access = start(None).unwrap();
     assert!(access.is_open() && access.reload().is_none());
     for headers in [HeaderMap::new(), bearer("anything")] {
         let caller = access.authenticate(&headers, None).unwrap();
@@ -78,7 +82,7 @@ async fn an_open_server_knows_one_tenant_whatever_is_sent() {
 async fn a_file_that_changes_counts_and_a_broken_one_changes_nothing() {
     let (blue, red) = (NewToken::generate(), NewToken::generate());
     let files = files(&entry("blue", &[(&blue, "")]));
-    let access = Access::start(Some(files.path.clone())).unwrap();
+    let access = start(Some(files.path.clone())).unwrap();
     let is_in = |token: &NewToken| access.authenticate(&bearer(token.text()), None).is_ok();
     assert!(is_in(&blue) && !is_in(&red));
 
@@ -101,10 +105,10 @@ async fn a_file_that_changes_counts_and_a_broken_one_changes_nothing() {
 #[tokio::test]
 async fn nobody_starts_with_a_broken_or_missing_file() {
     let files = files("[[tenants]]\nnam = \"a\"\n");
-    let error = Access::start(Some(files.path.clone())).err().unwrap().to_string();
+    let error = start(Some(files.path.clone())).err().unwrap().to_string();
     assert!(error.contains("nam") && error.contains("tenants.toml"), "{error}");
     let missing = files.path.with_extension("none");
-    assert!(Access::start(Some(missing)).is_err());
+    assert!(start(Some(missing)).is_err());
 }
 
 #[tokio::test]
@@ -112,7 +116,7 @@ async fn a_caller_ends_with_its_token() {
     let (gone, expiring) = (NewToken::generate(), NewToken::generate());
     let soon = OffsetSoon::after(Duration::from_millis(300));
     let files = files(&entry("blue", &[(&gone, ""), (&expiring, &soon.text)]));
-    let access = Access::start(Some(files.path.clone())).unwrap();
+    let access = start(Some(files.path.clone())).unwrap();
     let caller = |token: &NewToken| access.authenticate(&bearer(token.text()), None).unwrap();
     let (first, second) = (caller(&gone), caller(&expiring));
     access.ended(&second).await;

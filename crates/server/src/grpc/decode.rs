@@ -6,8 +6,7 @@ use crate::error::Error;
 use crate::finite::first_bad;
 use crate::registry::Opening;
 use crate::session::{
-    BackwardWork, Digest, ExtendWork, ForwardWork, Frame, Greeting, Head, Mode, SessionId,
-    StepWork, Work,
+    BackwardWork, Digest, ExtendWork, ForwardWork, Frame, Greeting, Head, Mode, StepWork, Work,
 };
 use offshoot_adapters::{AdamW, LoraSpec};
 use offshoot_proto::v1::{self, client_frame::Body};
@@ -27,18 +26,13 @@ pub struct FrameRules {
     pub max_cache_tokens: usize,
 }
 
-/// A session's id, or the answer for one that does not exist.
-pub fn session_id(text: &str) -> Result<SessionId, Error> {
-    SessionId::parse(text).ok_or_else(|| Error::UnknownSession(text.chars().take(64).collect()))
-}
-
-/// The first frame of a stream.
-pub fn hello(frame: Option<v1::ClientFrame>) -> Result<(SessionId, Greeting), Error> {
+/// The first frame of a stream: which session it means, and what its client says of itself.
+pub fn hello(frame: Option<v1::ClientFrame>) -> Result<(String, Greeting), Error> {
     let found = match frame {
         Some(v1::ClientFrame { sequence: 0, body: Some(Body::Hello(hello)), .. }) => {
             let v1::Hello { session_id, last_answered, epoch, client, attempt } = hello;
             let greeting = Greeting { last_answered, epoch, client, attempt };
-            return Ok((self::session_id(&session_id)?, greeting));
+            return Ok((session_id, greeting));
         }
         Some(frame) => format!("{} with sequence {}", body_name(&frame.body), frame.sequence),
         None => "the stream's end".into(),

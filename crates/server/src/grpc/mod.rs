@@ -1,19 +1,22 @@
 //! The wire: thin handlers that decode and check, hand over, and encode.
 
-mod decode;
+mod call;
+pub(crate) mod decode;
+mod memory;
 mod stream;
 
+use crate::access::{Action, Audit, Caller, Subject};
 use crate::engine::{EngineClient, Exported, TrunkInfo};
-use crate::error::Error;
-use crate::ledger::Usage;
-use crate::registry::{Listed, Registry, Restored, snapshot_info};
-use crate::residency::{Residency, Tier};
+use crate::registry::{Listed, OwnSession, Registry, Restored, snapshot_info};
+use crate::residency::Tier;
+use crate::session::SessionId;
+use crate::store::SnapshotRecord;
 use offshoot_adapters::LoraSpec;
 use offshoot_proto::outgoing::Outgoing;
 use offshoot_proto::v1::{self, trunk_service_server::TrunkService};
 use offshoot_proto::{HostTensor, WireDType};
+use call::{Deed, caller};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use stream::StreamContext;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -31,13 +34,18 @@ pub struct TrunkGrpc {
     registry: Arc<Registry>,
     engine: EngineClient,
     limits: v1::Limits,
+    audit: Audit,
 }
 
 impl TrunkGrpc {
     /// Frames and unary calls of any number of clients.
-    pub fn new(registry: Arc<Registry>, engine: EngineClient) -> Self {
+    pub fn new(registry: Arc<Registry>, engine: EngineClient, audit: Audit) -> Self {
         let limits = registry.limits();
-        TrunkGrpc { registry, engine, limits }
+        TrunkGrpc { registry, engine, limits, audit }
+    }
+
+    fn deed(&self, caller: Caller, action: Action, subject: Subject) -> Deed {
+        Deed { caller, audit: self.audit.clone(), action, subject }
     }
 
     /// Bytes of the largest frame of a stream.
@@ -63,23 +71,36 @@ impl TrunkService for TrunkGrpc {
 
     async fn describe(
         &self,
-        _: Request<v1::DescribeRequest>,
+        request: Request<v1::DescribeRequest>,
     ) -> Result<Response<v1::DescribeResponse>, Status> {
-        let memory = memory(&self.engine, self.registry.residency());
-        Ok(Response::new(describe(self.engine.trunk(), self.limits, memory)))
+        let Caller { tenant, .. } = caller(request.extensions())?;
+        let memory = if self.registry.access().is_open() {
+            memory::of_all(&self.engine, self.registry.residency())
+        } else {
+            memory::of_one(&self.engine, &tenant, &self.registry.views(&tenant.name).await)
+        };
+        let limits = self.registry.limits_for(&tenant);
+        Ok(Response::new(describe(self.engine.trunk(), limits, memory)))
     }
 
     async fn open_session(
         &self,
         request: Request<v1::OpenSessionRequest>,
     ) -> Result<Response<v1::OpenSessionResponse>, Status> {
-        let (trunk, tenant) = (self.engine.trunk(), Arc::default());
-        let opening = decode::opening(request.into_inner(), trunk, &self.limits, tenant)?;
+        let caller = caller(request.extensions())?;
+        let tenant = caller.tenant.clone();
+        let (trunk, name) = (self.engine.trunk(), tenant.name.as_str().into());
+        let opening = decode::opening(request.into_inner(), trunk, &self.limits, name)?;
         let registry = self.registry.clone();
-        let (id, admitted) = finish(async move { registry.open(opening).await }).await?;
+        let open = async move { registry.open(opening).await };
+        let deed = self.deed(caller, Action::Open, Subject::default());
+        let named = |(id, _): &(SessionId, _), subject: &mut Subject| {
+            subject.session = Some(id.to_string());
+        };
+        let (id, admitted) = deed.run(open, named).await?;
         Ok(Response::new(v1::OpenSessionResponse {
             session_id: id.to_string(),
-            limits: Some(self.limits),
+            limits: Some(self.registry.limits_for(&tenant)),
             adapter_parameters: admitted.n_parameters,
             adapter_bytes: admitted.bytes,
         }))
@@ -89,10 +110,13 @@ impl TrunkService for TrunkGrpc {
         &self,
         request: Request<Streaming<v1::ClientFrame>>,
     ) -> Result<Response<Self::TrainStream>, Status> {
+        let caller = caller(request.extensions())?;
         let room = self.limits.max_frames_in_flight as usize + stream::EXTRA_ANSWERS;
         let (answers, out) = mpsc::channel(room);
         let context = StreamContext {
             registry: self.registry.clone(),
+            caller,
+            audit: self.audit.clone(),
             hidden_size: self.engine.trunk().hidden_size,
             max_tokens: self.limits.max_tokens_per_microbatch as usize,
             max_cache_tokens: self.limits.max_cache_tokens as usize,
@@ -108,10 +132,16 @@ impl TrunkService for TrunkGrpc {
         &self,
         request: Request<v1::SnapshotRequest>,
     ) -> Result<Response<v1::SnapshotResponse>, Status> {
+        let caller = caller(request.extensions())?;
         let v1::SnapshotRequest { session_id, after_sequence, keep } = request.into_inner();
-        let (id, registry) = (decode::session_id(&session_id)?, self.registry.clone());
-        let snapshot = async move { registry.snapshot(id, after_sequence, keep).await };
-        let snapshot = finish(snapshot).await?;
+        let own = self.registry.owners().check(&caller.tenant.name, &session_id);
+        let registry = self.registry.clone();
+        let snapshot = async move { registry.snapshot(own?, after_sequence, keep).await };
+        let deed = self.deed(caller, Action::Snapshot, Subject::named(&session_id));
+        let named = |taken: &SnapshotRecord, subject: &mut Subject| {
+            subject.snapshot = Some(taken.id.clone());
+        };
+        let snapshot = deed.run(snapshot, named).await?;
         Ok(Response::new(v1::SnapshotResponse { snapshot: Some(snapshot_info(&snapshot)) }))
     }
 
@@ -119,13 +149,24 @@ impl TrunkService for TrunkGrpc {
         &self,
         request: Request<v1::RestoreRequest>,
     ) -> Result<Response<v1::RestoreResponse>, Status> {
+        let caller = caller(request.extensions())?;
+        let tenant = caller.tenant.clone();
         let v1::RestoreRequest { session_id, snapshot_id } = request.into_inner();
-        let (id, registry) = (decode::session_id(&session_id)?, self.registry.clone());
-        let restored = finish(async move { registry.restore(id, &snapshot_id).await }).await?;
+        let own = self.registry.owners().check(&tenant.name, &session_id);
+        let registry = self.registry.clone();
+        let restore = async move {
+            let own = own?;
+            Ok((own, registry.restore(own, &snapshot_id).await?))
+        };
+        let deed = self.deed(caller, Action::Restore, Subject::named(&session_id));
+        let named = |(_, done): &(OwnSession, Restored), subject: &mut Subject| {
+            subject.snapshot = Some(done.snapshot.id.clone());
+        };
+        let (own, restored) = deed.run(restore, named).await?;
         let Restored { snapshot, n_parameters, adapter_bytes, settings } = restored;
         let session = v1::OpenSessionResponse {
-            session_id: id.to_string(),
-            limits: Some(self.limits),
+            session_id: own.id().to_string(),
+            limits: Some(self.registry.limits_for(&tenant)),
             adapter_parameters: n_parameters,
             adapter_bytes,
         };
@@ -141,10 +182,13 @@ impl TrunkService for TrunkGrpc {
         &self,
         request: Request<v1::ExportAdapterRequest>,
     ) -> Result<Response<v1::ExportAdapterResponse>, Status> {
+        let caller = caller(request.extensions())?;
         let v1::ExportAdapterRequest { session_id, include_gradients } = request.into_inner();
-        let (id, registry) = (decode::session_id(&session_id)?, self.registry.clone());
-        let export = async move { registry.export(id, include_gradients).await };
-        let (lora, Exported { tensors, gradients, step }) = finish(export).await?;
+        let own = self.registry.owners().check(&caller.tenant.name, &session_id);
+        let registry = self.registry.clone();
+        let export = async move { registry.export(own?, include_gradients).await };
+        let deed = self.deed(caller, Action::Export, Subject::named(&session_id));
+        let (lora, Exported { tensors, gradients, step }) = deed.run(export, |_, _| {}).await?;
         Ok(Response::new(v1::ExportAdapterResponse {
             lora: Some(lora_config(lora)),
             tensors: tensors.into_iter().map(named_tensor).collect(),
@@ -155,11 +199,12 @@ impl TrunkService for TrunkGrpc {
 
     async fn list_sessions(
         &self,
-        _: Request<v1::ListSessionsRequest>,
+        request: Request<v1::ListSessionsRequest>,
     ) -> Result<Response<v1::ListSessionsResponse>, Status> {
+        let Caller { tenant, .. } = caller(request.extensions())?;
         let trunk = self.engine.trunk();
         let info = |listed| session_info(listed, trunk);
-        let sessions = self.registry.list().await?.into_iter().map(info).collect();
+        let sessions = self.registry.list(&tenant.name).await?.into_iter().map(info).collect();
         Ok(Response::new(v1::ListSessionsResponse { sessions }))
     }
 
@@ -167,48 +212,19 @@ impl TrunkService for TrunkGrpc {
         &self,
         request: Request<v1::CloseSessionRequest>,
     ) -> Result<Response<v1::CloseSessionResponse>, Status> {
+        let caller = caller(request.extensions())?;
         let v1::CloseSessionRequest { session_id, forget } = request.into_inner();
-        let (id, registry) = (decode::session_id(&session_id)?, self.registry.clone());
-        let snapshot = finish(async move { registry.close(id, forget).await }).await?;
+        let own = self.registry.owners().check(&caller.tenant.name, &session_id);
+        let registry = self.registry.clone();
+        let close = async move { registry.close(own?, forget).await };
+        let action = if forget { Action::Forget } else { Action::Close };
+        let deed = self.deed(caller, action, Subject::named(&session_id));
+        let named = |taken: &Option<SnapshotRecord>, subject: &mut Subject| {
+            subject.snapshot = taken.as_ref().map(|taken| taken.id.clone());
+        };
+        let snapshot = deed.run(close, named).await?;
         let snapshot = snapshot.as_ref().map(snapshot_info);
         Ok(Response::new(v1::CloseSessionResponse { snapshot }))
-    }
-}
-
-/// Runs to its end even if the caller hangs up: nothing is left half done.
-async fn finish<T: Send + 'static>(
-    call: impl Future<Output = Result<T, Error>> + Send + 'static,
-) -> Result<T, Error> {
-    let gone = |_| Error::Gone { part: "call" };
-    tokio::spawn(call).await.map_err(gone)?
-}
-
-fn memory(engine: &EngineClient, residency: &Residency) -> v1::MemoryReport {
-    let Usage { budget, now, peak, peak_total } = engine.ledger().usage();
-    let host = residency.host().usage();
-    v1::MemoryReport {
-        resident_bytes: resident_bytes(),
-        weights_bytes: now.weights,
-        adapter_bytes: now.adapters,
-        tape_bytes: now.tapes,
-        live_sessions: residency.n_live() as u32,
-        open_microbatches: engine.stats().n_tapes.load(Ordering::Relaxed) as u32,
-        workspace_bytes: now.workspace,
-        budget_bytes: budget.unwrap_or(0),
-        peak: Some(v1::PeakBytes {
-            adapter_bytes: peak.adapters,
-            tape_bytes: peak.tapes,
-            workspace_bytes: peak.workspace,
-            total_bytes: peak_total,
-            cache_bytes: peak.caches,
-        }),
-        host_bytes: host.now.adapters,
-        host_budget_bytes: host.budget.unwrap_or(0),
-        sessions_on_device: residency.count(Tier::Device) as u32,
-        sessions_on_host: residency.count(Tier::Host) as u32,
-        waiting_for_room: residency.n_waiting() as u32,
-        cache_bytes: now.caches,
-        open_caches: engine.stats().n_caches.load(Ordering::Relaxed) as u32,
     }
 }
 
@@ -234,15 +250,6 @@ fn describe(
         default_target_modules: trunk.default_targets.clone(),
         memory: Some(memory),
     }
-}
-
-/// Resident set of this process; 0 where /proc is not there.
-fn resident_bytes() -> u64 {
-    // Not statm: that counts pages, and their size cannot be asked for without unsafe code.
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let kilobytes = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    let number = kilobytes.and_then(|text| text.trim().trim_end_matches(" kB").parse::<u64>().ok());
-    number.unwrap_or(0) * 1024
 }
 
 fn lora_config(spec: LoraSpec) -> v1::LoraConfig {

@@ -1,7 +1,8 @@
 use super::decode::{self, FrameRules};
+use crate::access::{Action, Audit, Caller, Subject};
 use crate::error::Error;
 use crate::registry::{AttachedStream, Registry, StreamEnd};
-use crate::session::{Detach, Frame, Frames};
+use crate::session::{Detach, Frame, Frames, Revoke};
 use offshoot_proto::v1::{ClientFrame, ServerFrame};
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,6 +21,8 @@ type Answers = mpsc::Sender<Result<ServerFrame, Status>>;
 /// What a stream needs of the server.
 pub struct StreamContext {
     pub registry: Arc<Registry>,
+    pub caller: Caller,
+    pub audit: Audit,
     pub hidden_size: usize,
     pub max_tokens: usize,
     pub max_cache_tokens: usize,
@@ -33,6 +36,7 @@ pub async fn run(context: StreamContext, mut frames: Streaming<ClientFrame>, ans
         Err(error) => {
             tracing::debug!(error = error.label(), "Hello refused");
             // The client may be gone.
+            let error = error.told_to(&context.caller.tenant.name);
             let _ = answers.send(Ok(error.to_frame(0))).await;
             return;
         }
@@ -46,6 +50,10 @@ pub async fn run(context: StreamContext, mut frames: Streaming<ClientFrame>, ans
     tokio::select! {
         _ = ended => {}
         () = read(&attached, &rules, &mut frames, &answers) => {}
+        () = context.registry.access().ended(&context.caller) => {
+            // A session that ended meanwhile has said its last word.
+            let _ = attached.actor.send(Revoke { stream: attached.number }).await;
+        }
     }
     // A session that ended meanwhile knows.
     let _ = attached.actor.send(Detach { stream: attached.number }).await;
@@ -60,15 +68,23 @@ async fn attach(
     let seconds = HELLO_TIMEOUT.as_secs();
     let first = tokio::time::timeout(HELLO_TIMEOUT, frames.message()).await;
     let first = first.map_err(|_| Error::HelloTimeout { seconds })?;
-    let (id, greeting) = decode::hello(first.ok().flatten())?;
+    let (named, greeting) = decode::hello(first.ok().flatten())?;
     let closed = |_| Error::Gone { part: "stream" };
     let hello = answers.clone().reserve_owned().await.map_err(closed)?;
     let farewell = answers.clone().reserve_owned().await.map_err(closed)?;
     let end = StreamEnd { greeting, hello, farewell, ends };
-    let registry = context.registry.clone();
+    let (registry, caller) = (context.registry.clone(), context.caller.clone());
+    let audit = context.audit.clone();
+    let attach = async move {
+        let attached = match registry.owners().check(&caller.tenant.name, &named) {
+            Ok(own) => registry.attach(own, end).await,
+            Err(error) => Err(error),
+        };
+        audit.did(&caller, Action::Attach, Subject::named(&named), &attached);
+        attached
+    };
     // Reviving a session goes on even if this client leaves.
-    let attached = tokio::spawn(async move { registry.attach(id, end).await }).await;
-    attached.map_err(|_| Error::Gone { part: "session" })?
+    tokio::spawn(attach).await.map_err(|_| Error::Gone { part: "session" })?
 }
 
 /// Until the client ends the stream or the session is gone.

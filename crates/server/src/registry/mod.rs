@@ -7,13 +7,17 @@
 //! Frames do not come this way: a stream holds its actor's address.
 
 mod loss;
+mod owners;
 mod parking;
+mod removed;
 mod slots;
 mod snapshot;
 
+pub use owners::{OwnSession, Owners};
 pub use slots::Slots;
 pub use snapshot::{Copied, fits, to_proto as snapshot_info};
 
+use crate::access::{Access, Tenant};
 use crate::engine::{Admitted, EngineClient, Exported, Plan, Settings, Start, export_state};
 use crate::error::Error;
 use crate::pool::ActorPool;
@@ -34,6 +38,8 @@ use tokio::sync::mpsc;
 
 /// See the module's text.
 pub struct Registry {
+    access: Arc<Access>,
+    owners: Owners,
     slots: Arc<Slots>,
     residency: Arc<Residency>,
     engine: EngineClient,
@@ -49,6 +55,8 @@ pub struct Registry {
 
 /// What a registry is made from.
 pub struct Parts {
+    pub access: Arc<Access>,
+    pub owners: Owners,
     pub engine: EngineClient,
     pub store: Arc<Store>,
     pub slots: Arc<Slots>,
@@ -106,7 +114,10 @@ impl Registry {
     /// An empty registry over a store, and the task that parks idle sessions.
     pub fn start(parts: Parts) -> Arc<Registry> {
         let (idle, expired) = mpsc::channel(64);
+        let changes = parts.access.changes();
         let registry = Arc::new(Registry {
+            access: parts.access,
+            owners: parts.owners,
             slots: parts.slots,
             residency: parts.residency,
             engine: parts.engine,
@@ -119,13 +130,41 @@ impl Registry {
             max_live_sessions: parts.max_live_sessions,
             draining: AtomicBool::new(false),
         });
+        registry.count_unreachable();
         tokio::spawn(parking::park_expired(Arc::downgrade(&registry), expired));
+        tokio::spawn(removed::park_removed(Arc::downgrade(&registry), changes));
         registry
     }
 
     /// What every session is told.
     pub fn limits(&self) -> v1::Limits {
         self.limits
+    }
+
+    /// What a tenant's sessions are told: the same, within his quotas.
+    pub fn limits_for(&self, tenant: &Tenant) -> v1::Limits {
+        let least = |limit: u32, quota: Option<u64>| {
+            quota.map_or(limit, |quota| u32::try_from(quota).unwrap_or(u32::MAX).min(limit))
+        };
+        let (limits, quotas) = (self.limits, tenant.quotas);
+        v1::Limits {
+            max_tokens_per_microbatch: least(
+                limits.max_tokens_per_microbatch,
+                quotas.tokens_per_microbatch,
+            ),
+            max_rank: least(limits.max_rank, quotas.rank),
+            ..limits
+        }
+    }
+
+    /// Who gets in.
+    pub fn access(&self) -> &Arc<Access> {
+        &self.access
+    }
+
+    /// Whose the sessions are.
+    pub fn owners(&self) -> &Owners {
+        &self.owners
     }
 
     /// Where the adapters are.
@@ -147,6 +186,7 @@ impl Registry {
         let (store, record) = (self.store.clone(), self.new_record(name, &settings));
         let name = record.name.clone();
         blocking(move || store.create(id, record, first.encode(Origin::Server))).await?;
+        self.owners.insert(id, settings.tenant.clone());
         let profile = profile(id, settings);
         let home = Home::Device(self.residency.settle_in(&profile, (session, admitted)));
         held.put(Some(self.spawn(profile, home, Resume::default(), 0)));
@@ -170,19 +210,33 @@ impl Registry {
             snapshots: Vec::new(),
             n_snapshots: 0,
             kept: Vec::new(),
+            epoch: 0,
+            damaged: Vec::new(),
         }
     }
 
     /// Attaches a stream. A parked session becomes live; its adapter comes with the first frame.
-    pub async fn attach(&self, id: SessionId, end: StreamEnd) -> Result<AttachedStream, Error> {
+    pub async fn attach(
+        &self,
+        session: OwnSession,
+        end: StreamEnd,
+    ) -> Result<AttachedStream, Error> {
+        let id = session.id();
         let mut held = self.slots.lock(id).await;
-        let record = self.record(id).await?;
+        let record = match held.live() {
+            Some(_) => self.record(id).await?,
+            None => self.whole(id).await?,
+        };
         let live = self.revive(&mut held, id, &record)?;
         let StreamEnd { greeting, hello, farewell, ends } = end;
         let durable = record.head().map(snapshot::to_proto);
         let snapshots = record.newest_first().map(snapshot::to_proto).collect();
-        let attach = Attach { greeting, durable, snapshots, hello, farewell, ends };
+        let attach = Attach { greeting, durable, snapshots, farewell, ends };
         let attached = live.actor.send(attach).await.map_err(gone)??;
+        if attached.epoch > record.epoch {
+            self.note_epoch(id, attached.epoch).await;
+        }
+        hello.send(Ok(attached.hello));
         let (number, wire_dtype) = (attached.number, live.profile.settings.wire_dtype);
         Ok(AttachedStream { actor: live.actor, number, wire_dtype })
     }
@@ -191,10 +245,11 @@ impl Registry {
     /// `keep` stay, too.
     pub async fn snapshot(
         &self,
-        id: SessionId,
+        session: OwnSession,
         after: u64,
         keep: Vec<String>,
     ) -> Result<SnapshotRecord, Error> {
+        let id = session.id();
         let held = self.slots.lock(id).await;
         let store = self.store.clone();
         blocking(move || store.keep(id, &keep)).await?;
@@ -213,25 +268,31 @@ impl Registry {
 
     /// Sets a session back to a snapshot; empty: the one that it would go on from. Its adapter
     /// comes with the first frame.
-    pub async fn restore(&self, id: SessionId, snapshot: &str) -> Result<Restored, Error> {
+    pub async fn restore(&self, session: OwnSession, snapshot: &str) -> Result<Restored, Error> {
+        let id = session.id();
         self.refuse_while_draining()?;
         let mut held = self.slots.lock(id).await;
         if held.live().is_none() {
             self.refuse_one_more()?;
         }
+        let live = held.live();
+        // Nothing is written meanwhile, which might push out what is wanted, or become the head.
+        let _in_turn = match &live {
+            Some(live) => Some(live.profile.writes.in_turn().await),
+            None => None,
+        };
         let record = self.record(id).await?;
         let wanted = if snapshot.is_empty() { record.head.as_str() } else { snapshot };
-        let Some(snapshot) = record.snapshot(wanted).cloned() else {
-            let known: Vec<&str> = record.snapshots.iter().map(|s| s.id.as_str()).collect();
-            let (session, known) = (id, known.join(", "));
-            return Err(Error::UnknownSnapshot { session, snapshot: wanted.into(), known });
-        };
+        let found = record.snapshot(wanted).cloned();
+        let snapshot = found.ok_or_else(|| record.no_such(id, wanted))?;
         // Read before anything ends: a damaged snapshot leaves the session as it is.
         drop(self.read(id, &record, &snapshot).await?);
         let settings = snapshot::settings(&record)?;
-        end(held.put(None)).await;
+        // Whoever had it before is set back as well, and cannot take over from who restored it.
+        let epoch = epoch_now().max(record.epoch);
+        retire(held.put(None)).await;
         let (store, head) = (self.store.clone(), snapshot.id.clone());
-        blocking(move || store.set_head(id, &head)).await?;
+        blocking(move || store.set_head(id, &head, epoch)).await?;
         let trunk = self.engine.trunk();
         let restored = Restored {
             n_parameters: trunk.n_parameters(&settings.lora),
@@ -240,8 +301,6 @@ impl Registry {
             snapshot,
         };
         let standing = snapshot::standing(&restored.snapshot);
-        // Whoever had it before is set back as well, and cannot take over from who restored it.
-        let epoch = epoch_now();
         held.put(Some(self.spawn(profile(id, settings), Home::Away(Away::Disk), standing, epoch)));
         tracing::info!(session = %id, snapshot = restored.snapshot.id, "session restored");
         Ok(restored)
@@ -251,9 +310,10 @@ impl Registry {
     /// where it is.
     pub async fn export(
         &self,
-        id: SessionId,
+        session: OwnSession,
         gradients: bool,
     ) -> Result<(LoraSpec, Exported), Error> {
+        let id = session.id();
         let held = self.slots.lock(id).await;
         let exported = match held.live() {
             Some(live) => live.actor.send(Export { gradients }).await.map_err(gone)??,
@@ -276,10 +336,10 @@ impl Registry {
         .await
     }
 
-    /// Every session, live or not.
-    pub async fn list(&self) -> Result<Vec<Listed>, Error> {
-        let store = self.store.clone();
-        let records = blocking(move || store.records()).await?;
+    /// Every session of a tenant, live or not.
+    pub async fn list(&self, tenant: &str) -> Result<Vec<Listed>, Error> {
+        let (store, own) = (self.store.clone(), self.owners.sessions(tenant));
+        let records = blocking(move || store.records_of(own.iter().map(|own| own.id()))).await?;
         let mut listed = Vec::with_capacity(records.len());
         for (id, record) in records {
             let live = match self.slots.actor(id) {
@@ -291,12 +351,24 @@ impl Registry {
         Ok(listed)
     }
 
+    /// A tenant's live sessions at a glance.
+    pub async fn views(&self, tenant: &str) -> Vec<SessionView> {
+        let mut views = Vec::new();
+        for own in self.owners.sessions(tenant) {
+            if let Some(actor) = self.slots.actor(own.id()) {
+                views.extend(actor.send(Info).await);
+            }
+        }
+        views
+    }
+
     /// Parks a session, or deletes it with all its snapshots.
     pub async fn close(
         &self,
-        id: SessionId,
+        session: OwnSession,
         forget: bool,
     ) -> Result<Option<SnapshotRecord>, Error> {
+        let id = session.id();
         let mut held = self.slots.lock(id).await;
         let head = self.head(id).await?;
         if !forget {
@@ -310,6 +382,7 @@ impl Registry {
         end(held.put(None)).await;
         let store = self.store.clone();
         blocking(move || store.forget(id)).await?;
+        self.owners.remove(id);
         tracing::info!(session = %id, "session forgotten");
         Ok(None)
     }
@@ -323,14 +396,17 @@ impl Registry {
         let head = record.head().ok_or_else(|| Error::UnknownSession(id.to_string()))?;
         fits(id, record, head, self.engine.trunk())?;
         let profile = profile(id, snapshot::settings(record)?);
-        let live = self.spawn(profile, Home::Away(Away::Disk), snapshot::standing(head), 0);
+        let (home, standing) = (Home::Away(Away::Disk), snapshot::standing(head));
+        let live = self.spawn(profile, home, standing, record.epoch);
         tracing::info!(session = %id, step = head.step, "session revived");
         held.put(Some(live.clone()));
         Ok(live)
     }
 
     fn spawn(&self, profile: Arc<Profile>, home: Home, resume: Resume, epoch: u64) -> Live {
-        let (limits, lease, idle) = (self.limits, self.lease, self.idle.clone());
+        let (lease, idle) = (self.lease, self.idle.clone());
+        let tenant = self.access.tenant(&profile.settings.tenant);
+        let limits = tenant.map_or(self.limits, |tenant| self.limits_for(&tenant));
         let (residency, known) = (self.residency.clone(), profile.clone());
         let alive = residency.count_in();
         let snapshots = self.snapshots;
@@ -359,7 +435,23 @@ impl Registry {
     ) -> Result<Copied, Error> {
         fits(id, record, snapshot, self.engine.trunk())?;
         let (store, snapshot) = (self.store.clone(), snapshot.clone());
-        blocking(move || Copied::decode(store.read(&snapshot)?)).await
+        blocking(move || Copied::decode(store.read(id, &snapshot)?)).await
+    }
+
+    /// The record of a session that begins again, at its newest whole snapshot.
+    async fn whole(&self, id: SessionId) -> Result<Record, Error> {
+        self.refuse_one_more()?;
+        let store = self.store.clone();
+        blocking(move || store.whole_head(id)).await
+    }
+
+    /// A new client has begun: told before it is, so that those before it cannot come back even if
+    /// this server dies now. A store that cannot be written keeps nobody from training.
+    async fn note_epoch(&self, id: SessionId, epoch: u64) {
+        let store = self.store.clone();
+        if let Err(error) = blocking(move || store.set_epoch(id, epoch)).await {
+            tracing::warn!(session = %id, %error, "the newest client is known until the next start only");
+        }
     }
 
     async fn claim_head(&self, id: SessionId) -> Result<SnapshotRecord, Error> {

@@ -97,8 +97,15 @@ pub struct OnDevice {
 /// A session's adapter in the host's memory.
 pub struct OnHost {
     pub adapters: Arc<AdapterState>,
-    _reserved: Reservation,
+    reserved: Reservation,
     _listed: Listed,
+}
+
+impl OnHost {
+    /// Of the host's memory.
+    pub fn bytes(&self) -> u64 {
+        self.reserved.bytes()
+    }
 }
 
 /// A session's adapter that is not on the device.
@@ -254,11 +261,7 @@ impl Residency {
         let (state, answers) = match away {
             Away::Host(on) => (on.adapters.clone(), None),
             Away::Disk => {
-                let Copied { adapters, resume } = self.read(profile.id).await?;
-                if resume.applied != applied {
-                    let (server, client) = (resume.applied, applied);
-                    return Err(Error::Point { server, client });
-                }
+                let Copied { adapters, resume } = self.read(profile.id, applied).await?;
                 (adapters, Some(resume.answers))
             }
         };
@@ -334,7 +337,7 @@ impl Residency {
             Lowered::Host { adapters, reserved, profile } => {
                 let bytes = reserved.bytes();
                 let _listed = self.list.enter(&profile, Tier::Host, bytes);
-                Away::Host(Box::new(OnHost { adapters, _reserved: reserved, _listed }))
+                Away::Host(Box::new(OnHost { adapters, reserved, _listed }))
             }
             Lowered::Disk => Away::Disk,
         }
@@ -349,15 +352,26 @@ impl Residency {
         Ok(record.head().is_some_and(|head| head.sequence == applied))
     }
 
-    /// The session as the store's head holds it.
-    async fn read(&self, id: SessionId) -> Result<Copied, Error> {
+    /// The session as the store's head holds it, which is the point after frame `applied`; unless
+    /// that was found damaged, now or by another, and the session has gone back to an earlier one.
+    async fn read(&self, id: SessionId, applied: u64) -> Result<Copied, Error> {
         let (store, trunk) = (self.store.clone(), self.engine.trunk().clone());
         let unknown = move || Error::UnknownSession(id.to_string());
         blocking(move || {
             let record = store.record(id)?.ok_or_else(unknown)?;
             let head = record.head().ok_or_else(unknown)?;
             fits(id, &record, head, &trunk)?;
-            Copied::decode(store.read(id, head)?)
+            let found = (head.sequence == applied).then(|| store.read(id, head));
+            match found {
+                Some(Ok(stored)) => Copied::decode(stored),
+                None | Some(Err(Error::SnapshotDamaged { whole: Some(_), .. })) => {
+                    let record = store.whole_head(id)?;
+                    let head = record.head().ok_or_else(unknown)?;
+                    let (snapshot, step) = (head.id.clone(), head.step);
+                    Err(Error::SetBack { session: id, snapshot, step })
+                }
+                Some(Err(error)) => Err(error),
+            }
         })
         .await
     }

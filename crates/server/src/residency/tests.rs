@@ -5,7 +5,8 @@ use super::*;
 use crate::config::{LimitsConfig, TrunkConfig};
 use crate::engine::Engine;
 use crate::pool::{ActorPool, PoolThreads};
-use crate::registry::{AttachedStream, Opening, Parts, Registry, StreamEnd};
+use crate::access::{Access, Audit};
+use crate::registry::{AttachedStream, Opening, OwnSession, Owners, Parts, Registry, StreamEnd};
 use crate::session::{
     BackwardWork, Digest, ForwardWork, Frame, Frames, Greeting, Head, Mode, SnapshotEvery,
     StepWork, Work,
@@ -83,6 +84,8 @@ impl Fixture {
             ages: Ages { idle: Duration::from_secs(3600), turn: Duration::ZERO },
         });
         let registry = Registry::start(Parts {
+            access: Access::start(None, Audit::default()).unwrap(),
+            owners: Owners::load(&store).unwrap(),
             engine: engine.client(),
             store: store.clone(),
             slots,
@@ -121,10 +124,14 @@ impl Fixture {
             farewell: out.clone().try_reserve_owned().unwrap(),
             ends: oneshot::channel().0,
         };
-        let stream = self.registry.attach(id, end).await.unwrap();
+        let stream = self.registry.attach(self.own(id), end).await.unwrap();
         let hello = answers.recv().await.unwrap().unwrap();
         assert!(matches!(hello.body, Some(Body::Attached(_))), "{hello:?}");
         Training { id, stream, out, answers, next: 1 }
+    }
+
+    fn own(&self, id: SessionId) -> OwnSession {
+        self.registry.owners().check("", &id.to_string()).unwrap()
     }
 
     fn residency(&self) -> &Residency {
@@ -133,7 +140,7 @@ impl Fixture {
 
     /// The parameters and gradients of a session, from wherever it is.
     async fn export(&self, training: &Training) -> Vec<(String, Vec<f32>)> {
-        let (_, exported) = self.registry.export(training.id, true).await.unwrap();
+        let (_, exported) = self.registry.export(self.own(training.id), true).await.unwrap();
         let all = exported.tensors.into_iter().chain(exported.gradients);
         all.map(|(name, tensor)| (name, tensor.to_f32())).collect()
     }
@@ -240,12 +247,12 @@ async fn sessions_go_to_the_host_and_then_to_disk_and_come_back_with_their_gradi
     // A snapshot of one that is in the host's memory is taken from there.
     for training in &sessions {
         let taken =
-            fixture.registry.snapshot(training.id, training.next - 1, vec![]).await.unwrap();
+            fixture.registry.snapshot(fixture.own(training.id), training.next - 1, vec![]).await.unwrap();
         assert_eq!(taken.sequence, training.next - 1);
         assert!(on_disk(training));
     }
     for training in &sessions {
-        fixture.registry.close(training.id, true).await.unwrap();
+        fixture.registry.close(fixture.own(training.id), true).await.unwrap();
     }
     assert_eq!(fixture.residency().n_live(), 0);
     assert_eq!((count(Tier::Device), count(Tier::Host)), (0, 0));
@@ -318,7 +325,7 @@ async fn a_snapshot_by_steps_is_the_session_right_behind_its_step() {
     let last = copied.resume.answers.last().unwrap();
     assert_eq!(last.sequence, head.sequence);
     assert!(matches!(&last.answer.body, Some(Body::Step(done)) if done.snapshot && done.step == 3));
-    let restored = fixture.registry.restore(training.id, &head.id).await.unwrap();
+    let restored = fixture.registry.restore(fixture.own(training.id), &head.id).await.unwrap();
     assert_eq!(restored.snapshot, head);
     assert!(fixture.export(&training).await == at_three.1, "the snapshot holds another point");
     fixture.end().await;

@@ -113,7 +113,7 @@ impl SessionActor {
     }
 
     /// Ends the stream, if there is one, with a last word.
-    fn end_stream(&mut self, error: &Error) {
+    pub(super) fn end_stream(&mut self, error: &Error) {
         if let Some(stream) = self.stream.take() {
             stream.farewell.send(Ok(error.to_frame(0)));
         }
@@ -237,7 +237,8 @@ impl SessionActor {
                 Next::Ready { permit, answer } => drop(permit.send(Ok(*answer))),
                 Next::Frame { ticket, sequence, permit, answer, copied } => {
                     self.wire_loss.count(&answer);
-                    let (settled, answer) = answer.settle(sequence, copied, &self.profile.settings.tenant);
+                    let (settled, answer) =
+                        answer.settle(sequence, copied, &self.profile.settings.tenant);
                     self.state.settle(ticket, settled);
                     if let Some(permit) = permit {
                         permit.send(Ok(answer));
@@ -383,9 +384,9 @@ impl Handler<Attach> for SessionActor {
         let _ = self.state.acknowledge(attach.greeting.last_answered);
         self.n_streams += 1;
         let number = self.n_streams;
-        attach.hello.send(Ok(self.attached(attach.durable, attach.snapshots)));
+        let hello = self.attached(attach.durable, attach.snapshots);
         self.stream = Some(Stream { number, farewell: attach.farewell, _ends: attach.ends });
-        Ok(Attached { number })
+        Ok(Attached { number, hello, epoch: self.newest.epoch })
     }
 }
 
@@ -489,6 +490,9 @@ impl Handler<Info> for SessionActor {
             step: self.state.step(),
             applied: self.state.applied(),
             tier: self.place.tier(),
+            adapter_bytes: self.place.adapter_bytes(),
+            n_microbatches: self.state.open().len() as u32,
+            n_caches: self.state.n_caches() as u32,
             tape_bytes: self.state.open().values().sum(),
             cache_bytes: self.state.cache_bytes(),
             wire_loss: self.wire_loss,

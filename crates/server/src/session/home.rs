@@ -8,7 +8,8 @@ use super::outbox::{CutAsked, CutState, CutTo, Pending};
 use crate::error::Error;
 use crate::residency::{Away, Back, Home, OnDevice, Tier};
 use actix::{
-    ActorFutureExt, AsyncContext, Context, Handler, ResponseActFuture, ResponseFuture, WrapFuture,
+    ActorContext, ActorFutureExt, AsyncContext, Context, Handler, ResponseActFuture,
+    ResponseFuture, WrapFuture,
 };
 use offshoot_adapters::AdapterState;
 use std::collections::VecDeque;
@@ -73,6 +74,15 @@ impl Place {
         }
     }
 
+    /// What the adapter takes of the memory that it is in; 0 on disk.
+    pub fn adapter_bytes(&self) -> u64 {
+        match self {
+            Place::At(Home::Device(on)) => on.admitted.bytes,
+            Place::At(Home::Away(Away::Host(on))) => on.bytes(),
+            Place::At(Home::Away(Away::Disk)) | Place::Moving => 0,
+        }
+    }
+
     pub fn on_device(&self) -> Option<&OnDevice> {
         match self {
             Place::At(Home::Device(on)) => Some(on),
@@ -117,11 +127,20 @@ impl SessionActor {
                         actor.state.put_answers(answers);
                     }
                 }
+                Err((_, error @ Error::SetBack { .. })) => return actor.end(&error, ctx),
                 Err((away, error)) => actor.stay_away(away, &error),
             }
             actor.serve_backlog(ctx);
         });
         ctx.spawn(arrive);
+    }
+
+    /// What this actor stands at is not there any more: the next one begins where the store does.
+    fn end(&mut self, error: &Error, ctx: &mut Context<Self>) {
+        tracing::warn!(session = %self.profile.id, %error, "session goes back");
+        self.end_stream(error);
+        self.profile.writes.end();
+        ctx.stop();
     }
 
     fn stay_away(&mut self, away: Away, error: &Error) {

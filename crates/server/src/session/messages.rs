@@ -9,7 +9,7 @@ use crate::error::Error;
 use crate::residency::Tier;
 use actix::Message;
 use offshoot_adapters::AdapterState;
-use offshoot_proto::v1;
+use offshoot_proto::v1::{self, ServerFrame};
 use std::sync::Arc;
 
 /// A stream says Hello. The one before, if there is one, ends.
@@ -20,8 +20,6 @@ pub struct Attach {
     pub durable: Option<v1::SnapshotInfo>,
     /// All that it can be set back to, newest first.
     pub snapshots: Vec<v1::SnapshotInfo>,
-    /// For the answer to Hello.
-    pub hello: Permit,
     pub farewell: Permit,
     pub ends: StreamEnds,
 }
@@ -44,6 +42,10 @@ pub struct Greeting {
 pub struct Attached {
     /// Among the streams of this session.
     pub number: u64,
+    /// The answer to Hello, to be sent before any other.
+    pub hello: ServerFrame,
+    /// Of the client that is attached now.
+    pub epoch: u64,
 }
 
 /// A frame of a stream: checked, or why it is refused.
@@ -177,7 +179,11 @@ pub struct SessionView {
     pub step: u64,
     pub applied: u64,
     pub tier: Tier,
+    /// Of the adapter, in the memory where it is; 0 on disk.
+    pub adapter_bytes: u64,
+    pub n_microbatches: u32,
     pub tape_bytes: u64,
+    pub n_caches: u32,
     pub cache_bytes: u64,
     pub wire_loss: WireLoss,
 }

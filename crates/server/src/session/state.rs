@@ -165,6 +165,11 @@ impl SessionState {
         self.caches.clear();
     }
 
+    /// Its caches.
+    pub fn n_caches(&self) -> usize {
+        self.caches.len()
+    }
+
     /// What its caches take of the device, or a little more.
     pub fn cache_bytes(&self) -> u64 {
         self.caches.values().sum()

@@ -1,6 +1,7 @@
 use super::connections::Connections;
 use super::guard::GuardLayer;
 use super::incoming::incoming;
+use crate::access::Keeper;
 use crate::error::Error;
 use crate::grpc::TrunkGrpc;
 use crate::tls::Tls;
@@ -39,6 +40,8 @@ pub struct Serving {
     pub listener: TcpListener,
     /// None: not encrypted.
     pub tls: Option<Tls>,
+    /// Who gets in.
+    pub keeper: Keeper,
     pub trunk: TrunkGrpc,
     pub max_connections: usize,
 }
@@ -54,7 +57,7 @@ pub struct Served {
 impl Served {
     /// Clients can connect when it returns.
     pub async fn start(serving: Serving) -> Result<Served, Error> {
-        let Serving { listener, tls, trunk, max_connections } = serving;
+        let Serving { listener, tls, keeper, trunk, max_connections } = serving;
         let (bytes, frame_bytes) = (trunk.max_message_bytes(), trunk.max_frame_bytes());
         let trunk = TrunkServiceServer::new(trunk)
             .max_decoding_message_size(bytes)
@@ -82,9 +85,10 @@ impl Served {
             .max_frame_size(HTTP2_FRAME_BYTES)
             .layer(GuardLayer::new(bytes))
             .add_service(health_service)
-            .add_service(reflection().build_v1()?)
-            .add_service(reflection().build_v1alpha()?)
-            .add_service(ServerTransport(trunk));
+            // Health is for everybody: probes have no tokens.
+            .add_service(keeper.guard(reflection().build_v1()?))
+            .add_service(keeper.guard(reflection().build_v1alpha()?))
+            .add_service(keeper.guard(ServerTransport(trunk)));
         let incoming = incoming(listener, tls, connections.clone());
         let (stop, stopped) = oneshot::channel();
         let stopped = async move { drop(stopped.await) };

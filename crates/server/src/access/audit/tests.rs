@@ -26,7 +26,7 @@ async fn a_line_says_who_did_what_and_what_came_of_it() {
     let (_dir, path) = log();
     fs::write(&path, "{\"action\":\"before\"}\n").unwrap();
     let audit = Audit::start(Some(&path)).unwrap();
-    let caller = caller(&crate::access::Access::start(None).unwrap());
+    let caller = caller(&crate::access::Access::start(None, Audit::default()).unwrap());
     let subject = |n| Subject { session: Some("s".into()), snapshot: n };
     audit.did(&caller, Action::Export, subject(None), &Ok(()));
     let failed: Result<(), _> = Err(Error::UnknownSession("s".into()));
@@ -93,5 +93,8 @@ async fn lost_lines_are_counted() {
     audit.reloaded(&Ok(0));
     audit.end();
     let lines = lines(&path);
-    assert_eq!((lines[1]["action"].as_str(), lines[1]["count"].as_u64()), (Some("lines_lost"), Some(7)));
+    assert_eq!(
+        (lines[1]["action"].as_str(), lines[1]["count"].as_u64()),
+        (Some("lines_lost"), Some(7))
+    );
 }
