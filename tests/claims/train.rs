@@ -3,6 +3,8 @@
 
 #[path = "train_client.rs"]
 mod client;
+#[path = "train_follow.rs"]
+mod follow;
 #[path = "train_losses.rs"]
 mod losses;
 #[path = "train_overlap.rs"]
@@ -63,10 +65,14 @@ impl Place {
 
     /// Ten steps of two microbatches with dropout, LoRA in bottom, trunk and top.
     fn options(&self, server: &TestServer, output: &str) -> TrainOptions {
+        self.options_at(&server.endpoint(), output)
+    }
+
+    fn options_at(&self, endpoint: &str, output: &str) -> TrainOptions {
         let model = fixture("tiny_text").display().to_string();
         let path = |name: &str| self.dir.path().join(name);
         let mut options =
-            TrainOptions::new(&model, &server.endpoint(), path("train.txt"), path(output));
+            TrainOptions::new(&model, endpoint, path("train.txt"), path(output));
         options.sources.eval_files = vec![path("eval.jsonl")];
         options.data.max_seq_length = 24;
         options.steps.batch_size = Some(3);
@@ -80,6 +86,11 @@ impl Place {
         options.output.quiet = true;
         options
     }
+}
+
+#[test]
+fn child_process() {
+    offshoot_tests::child::serve_if_asked();
 }
 
 fn quick() -> ClientOptions {

@@ -27,6 +27,7 @@ pub mod evaluate;
 pub mod fit;
 pub mod generate;
 mod in_flight;
+pub mod leak;
 pub mod loss;
 pub mod merge;
 pub mod metrics;
@@ -53,4 +54,4 @@ pub use split::{
     Accumulated, Checkpointing, ClientState, MicrobatchResult, Microbatches, SplitModel,
     SplitOptions, clip_factor,
 };
-pub use train::{Summary, train, train_with_sources};
+pub use train::{Rollback, Summary, train, train_with_sources};

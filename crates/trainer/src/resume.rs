@@ -3,8 +3,8 @@ use crate::checkpoint::{self, Saved};
 use crate::options::TrainOptions;
 use crate::origin::Origin;
 use crate::setup::{self, Prepared};
-use crate::train::Run;
 use crate::train::keep::Keeper;
+use crate::train::{Rollback, Run};
 use offshoot_client::{ClientError, Session, SessionId, SnapshotInfo};
 
 impl Run {
@@ -156,6 +156,7 @@ impl Run {
     fn replay(&mut self, was: u64, how: &str) -> Result<(), TrainError> {
         let step = self.step;
         self.unfinished = true;
+        self.rollbacks.push(Rollback { was, step });
         self.losses.retain(|(s, _)| *s <= step);
         self.report.rewind(step)?;
         self.report.line(&match was - step {

@@ -43,8 +43,19 @@ pub struct Summary {
     pub adapter: Option<PathBuf>,
     /// After how many steps that adapter was taken.
     pub adapter_step: Option<u64>,
+    /// How often the server fell back to an older state, and this run with it.
+    pub rollbacks: Vec<Rollback>,
     /// The session, parked on the server.
     pub session: SessionId,
+}
+
+/// A server that came back in an older state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rollback {
+    /// Steps that were taken.
+    pub was: u64,
+    /// Those that were left. What lies between was replayed.
+    pub step: u64,
 }
 
 /// Trains. Everything that a run leaves is in its output directory and in the server's store.
@@ -142,6 +153,8 @@ pub(crate) struct Run {
     pub evaluations: Vec<Best>,
     /// This side's part of the last steps that the server can go back to.
     pub keeper: Keeper,
+    /// Of this call.
+    pub rollbacks: Vec<Rollback>,
     /// What follows the last step (evaluation, checkpoint) may not have been done: the run went back to
     /// it.
     pub unfinished: bool,
@@ -200,6 +213,7 @@ impl Run {
             losses: Vec::new(),
             evaluations: Vec::new(),
             keeper: Keeper::default(),
+            rollbacks: Vec::new(),
             unfinished: false,
             skipped: false,
             n_compared: 0,

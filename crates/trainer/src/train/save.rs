@@ -258,6 +258,7 @@ impl Run {
             checkpoint: saved,
             adapter_step: exported.as_ref().map(|(_, step)| *step),
             adapter: exported.map(|(dir, _)| dir),
+            rollbacks: self.rollbacks,
             session,
         })
     }

@@ -1,0 +1,254 @@
+//! A run follows its server by itself: through `kill -9`, a full disk, and long absences.
+
+use super::{Place, assert_same_adapters, quick, run};
+use offshoot_client::{Client, Retry};
+use offshoot_server::ServerConfig;
+use offshoot_tests::TestServer;
+use offshoot_tests::child::Child;
+use offshoot_tests::proxy::Proxy;
+use offshoot_trainer::{CancelToken, Summary, TrainError, TrainOptions, checkpoint, train};
+use serde_json::Value;
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+use tokio::task::JoinHandle;
+
+/// Longer than any of this takes.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Polls until `is_so`.
+async fn until(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
+    let began = Instant::now();
+    while !is_so().await {
+        assert!(began.elapsed() < PATIENCE, "{what}: it never came to that");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// Events of a kind in a run's metrics.
+fn events(dir: &Path, kind: &str) -> Vec<Value> {
+    let text = fs::read_to_string(dir.join("metrics.jsonl")).unwrap_or_default();
+    let events = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    events.filter(|event| event["event"] == kind).collect()
+}
+
+/// Steps that a run has written down.
+fn n_steps(dir: &Path) -> u64 {
+    events(dir, "step").last().map_or(0, |event| event["step"].as_u64().unwrap())
+}
+
+/// Every number of two runs but times and speeds.
+fn assert_same_metrics(found: &Path, expected: &Path) {
+    for (kind, fields) in [
+        ("step", &["step", "epoch", "loss", "learning_rate", "grad_norm", "samples"][..]),
+        ("eval", &["step", "loss", "best", "best_step"]),
+        ("checkpoint", &["step", "name"]),
+    ] {
+        let of = |dir| -> Vec<Vec<Value>> {
+            let of_event = |e: Value| fields.iter().map(|field| e[field].clone()).collect();
+            events(dir, kind).into_iter().map(of_event).collect()
+        };
+        assert_eq!(of(found), of(expected), "{kind}");
+    }
+}
+
+fn assert_same_runs(found: &Summary, expected: &Summary) {
+    assert_eq!(found.losses, expected.losses);
+    assert_eq!(found.evaluations, expected.evaluations);
+    assert_eq!(found.best, expected.best);
+    assert_same_adapters(found.adapter.as_ref().unwrap(), expected.adapter.as_ref().unwrap());
+}
+
+/// Many steps, one checkpoint at the end.
+fn long(place: &Place, endpoint: &str, output: &str) -> TrainOptions {
+    let mut options = place.options_at(endpoint, output);
+    options.steps.max_steps = Some(60);
+    (options.output.save_interval, options.evaluation.interval) = (1000, 7);
+    options
+}
+
+/// Snapshots every third step.
+fn server(place: &Place) -> ServerConfig {
+    let mut config = place.server();
+    (config.session.snapshot_steps, config.session.snapshot_seconds) = (3, 0.0);
+    config
+}
+
+/// The newest step of which the server has a snapshot.
+async fn durable(child: &Child) -> u64 {
+    let client = Client::connect(&child.address().to_string()).await.unwrap();
+    let sessions = client.list_sessions().await.unwrap();
+    let snapshots = sessions.iter().flat_map(|session| &session.snapshots);
+    snapshots.map(|snapshot| snapshot.step).max().unwrap_or_default()
+}
+
+/// A run through a proxy, in a thread of its own, since it computes between its awaits.
+fn begin(options: TrainOptions, cancel: CancelToken) -> JoinHandle<Result<Summary, TrainError>> {
+    let runtime = tokio::runtime::Handle::current();
+    tokio::task::spawn_blocking(move || runtime.block_on(train(options, cancel)))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_servers_run_goes_back_to_a_step_in_memory_and_ends_the_same() {
+    let place = Place::new();
+    let other = TestServer::start_with(Place::new().server()).await;
+    let straight = run(long(&place, &other.endpoint(), "straight")).await;
+    assert!(straight.rollbacks.is_empty());
+
+    let config = server(&place);
+    let mut child = Child::start_with(&config);
+    let proxy = Proxy::start(child.address()).await.unwrap();
+    let options = long(&place, &proxy.endpoint(), "followed");
+    let dir = options.output.dir.clone();
+    let running = begin(options, CancelToken::default());
+    for nth in 1..=4 {
+        let mut least = 0;
+        until("a step behind a snapshot", async || {
+            least = durable(&child).await;
+            least >= 3 * nth && n_steps(&dir) > least
+        })
+        .await;
+        proxy.set_upstream(None);
+        child.kill();
+        println!("kill {nth} behind the snapshot of step {least}, at step {}", n_steps(&dir));
+        child = Child::start_with(&config);
+        proxy.set_upstream(Some(child.address()));
+    }
+    let followed = running.await.unwrap().unwrap();
+    println!("{:?}", followed.rollbacks);
+    // Without the copies in memory every one would have led to step 0.
+    assert!(followed.rollbacks.iter().any(|rollback| rollback.step > 0), "{followed:?}");
+    assert!(followed.rollbacks.iter().all(|rollback| rollback.step > 0 || rollback.was < 6));
+    assert_same_runs(&followed, &straight);
+    assert_same_metrics(&dir, straight.checkpoint.parent().unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_costs_checkpoints_and_not_the_run() {
+    let place = Place::new();
+    let other = TestServer::start_with(Place::new().server()).await;
+    let mut options = long(&place, &other.endpoint(), "straight");
+    options.output.save_interval = 4;
+    let straight = run(options.clone()).await;
+
+    let mut config = place.server();
+    config.session.snapshot_seconds = 0.0;
+    let child = Child::start_with(&config);
+    let proxy = Proxy::start(child.address()).await.unwrap();
+    (options.model.server, options.output.dir) = (proxy.endpoint(), place.dir.path().join("full"));
+    options.output.keep_last = 100;
+    let dir = options.output.dir.clone();
+    let running = begin(options, CancelToken::default());
+    until("the first checkpoint", async || n_steps(&dir) >= 5).await;
+    child.fill_disk(Some(4096));
+    let full = n_steps(&dir);
+    until("steps without room", async || n_steps(&dir) >= full + 10).await;
+    child.fill_disk(None);
+    let found = running.await.unwrap().unwrap();
+    let saved: Vec<u64> =
+        checkpoint::list(&dir).unwrap().into_iter().map(|saved| saved.state.step).collect();
+    println!("full from step {full} on, checkpoints {saved:?}");
+    assert!(saved.contains(&4) && saved.contains(&60) && saved.len() < 15, "{saved:?}");
+    assert_same_runs(&found, &straight);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_whose_last_snapshot_finds_no_room_says_what_is_left_of_it() {
+    let place = Place::new();
+    let mut config = place.server();
+    config.session.snapshot_seconds = 0.0;
+    let child = Child::start_with(&config);
+    let mut options = place.options_at(&child.address().to_string(), "run");
+    let retry = Retry { max_elapsed: Duration::from_millis(100), ..quick().retry };
+    options.model.client.retry = retry;
+    let dir = options.output.dir.clone();
+    let running = begin(options, CancelToken::default());
+    until("a checkpoint", async || dir.join("checkpoint_step_4").exists()).await;
+    child.fill_disk(Some(4096));
+    match running.await.unwrap() {
+        Err(error @ TrainError::NoLastSnapshot { step: 10, .. }) => {
+            let text = error.to_string();
+            println!("{text}");
+            assert!(
+                text.contains("checkpoint_step_") && text.contains("--resume latest"),
+                "{text}"
+            );
+        }
+        // It had come to its end before the disk was full.
+        ended => assert!(dir.join("checkpoint_step_10").exists(), "{ended:?}"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_absence_has_an_end_and_the_run_can_go_on_from_its_checkpoint() {
+    let place = Place::new();
+    let server = TestServer::start_with(place.server()).await;
+    let straight = run(place.options(&server, "straight")).await;
+    let proxy = Proxy::start(server.address()).await.unwrap();
+    for (output, asked) in [("waited", false), ("asked", true)] {
+        let mut options = place.options_at(&proxy.endpoint(), output);
+        let max_elapsed = if asked { PATIENCE } else { Duration::from_millis(300) };
+        options.model.client.retry = Retry { max_elapsed, ..quick().retry };
+        let (dir, cancel) = (options.output.dir.clone(), CancelToken::default());
+        let running = begin(options.clone(), cancel.clone());
+        until("a checkpoint", async || dir.join("checkpoint_step_4").exists()).await;
+        proxy.set_upstream(None);
+        proxy.cut();
+        if asked {
+            cancel.cancel();
+        }
+        let began = Instant::now();
+        let ended = running.await.unwrap();
+        if dir.join("adapter").exists() || dir.join("checkpoint_step_10").exists() {
+            // Its last answer was there before the cut.
+            println!("{output}: too quick, {ended:?}");
+        } else {
+            let error = ended.unwrap_err();
+            println!("{output}: {error}");
+            match asked {
+                true => {
+                    assert!(matches!(error, TrainError::StoppedOffline { .. }), "{error}");
+                    assert!(began.elapsed() < PATIENCE / 2);
+                }
+                false => assert!(matches!(error, TrainError::Offline { .. }), "{error}"),
+            }
+            let text = error.to_string();
+            assert!(
+                text.contains("checkpoint_step_") && text.contains("--resume latest"),
+                "{text}"
+            );
+        }
+        proxy.set_upstream(Some(server.address()));
+        options.output.resume = Some("latest".into());
+        options.model.client = quick();
+        let resumed = run(options).await;
+        let n = resumed.losses.len();
+        assert_eq!(resumed.losses, straight.losses[10 - n..]);
+        assert_same_adapters(&resumed.adapter.unwrap(), straight.adapter.as_ref().unwrap());
+    }
+    server.drain().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_that_falls_silent_is_left() {
+    let place = Place::new();
+    let server = TestServer::start_with(place.server()).await;
+    let straight = run(place.options(&server, "straight")).await;
+    let proxy = Proxy::start(server.address()).await.unwrap();
+    let mut options = place.options_at(&proxy.endpoint(), "silence");
+    let client = &mut options.model.client;
+    client.keepalive_interval = Duration::from_millis(200);
+    client.keepalive_timeout = Duration::from_millis(200);
+    client.connect_timeout = Duration::from_millis(400);
+    let dir = options.output.dir.clone();
+    let running = begin(options, CancelToken::default());
+    until("some steps", async || n_steps(&dir) >= 2).await;
+    // Nothing is closed: only keepalive can tell.
+    proxy.mute(true);
+    let connections = proxy.connections();
+    until("another connection", async || proxy.connections() > connections).await;
+    proxy.mute(false);
+    let found = running.await.unwrap().unwrap();
+    assert_eq!(found.losses, straight.losses);
+    server.drain().await;
+}
