@@ -1,6 +1,7 @@
 //! Backwards of any sessions in one pass, whatever forwards their tapes come from.
 
-use super::command::{BackwardResult, Command, FrameWork, Job, Reply, Times};
+use super::command::{BackwardResult, Command, FrameWork, Job, Reply};
+use super::company::Company;
 use super::forward::concat;
 use super::outcome::{caught, send, together_or_alone};
 use super::tapes::{OpenTape, Packing, TapeKey};
@@ -109,11 +110,10 @@ impl Worker {
         let span = tracing::debug_span!("backward batch", n_jobs = chosen.len(), n_tokens);
         let results =
             span.in_scope(|| together_or_alone("Backward", &chosen, |some| self.gradients(some)));
-        let (n_jobs, execute) = (chosen.len(), begun.elapsed());
+        let company = Company::new(begun, &self.slots, chosen.iter());
         for (taken, result) in chosen.into_iter().zip(results) {
             let Taken { lane, entry, .. } = taken;
-            let queue = begun.saturating_duration_since(entry.since);
-            let times = Times { queue, execute, n_jobs, n_tokens };
+            let times = company.times(&self.slots, lane, entry.since);
             let _span = entry.job.span.enter();
             let Command::Frame { sequence, work: FrameWork::Backward { work, reply } } =
                 entry.job.command

@@ -2,7 +2,8 @@
 //! sequences that go on from their caches.
 
 use super::caches::{Asks, CacheKey};
-use super::command::{Command, ForwardResult, FrameWork, Job, Reply, Times};
+use super::command::{Command, ForwardResult, FrameWork, Job, Reply};
+use super::company::Company;
 use super::outcome::{caught, send, together_or_alone};
 use super::tapes::{Need, NewTape, Packing};
 use super::wire;
@@ -325,13 +326,12 @@ impl Worker {
         let span = tracing::debug_span!("forward batch", n_jobs = chosen.len(), n_tokens);
         let results =
             span.in_scope(|| together_or_alone("Forward", &chosen, |some| Ok(self.compute(some))));
-        let (n_jobs, execute) = (chosen.len(), begun.elapsed());
+        let company = Company::new(begun, &self.slots, chosen.iter().map(|chosen| &chosen.taken));
         self.count();
         let mut opened = Vec::new();
         for (Chosen { taken, of_tenant, .. }, result) in chosen.into_iter().zip(results) {
             let Taken { lane, entry, .. } = taken;
-            let queue = begun.saturating_duration_since(entry.since);
-            let times = Times { queue, execute, n_jobs, n_tokens };
+            let times = company.times(&self.slots, lane, entry.since);
             let _span = entry.job.span.enter();
             if let (Err(_), Some(account)) = (&result, self.account(lane)) {
                 account.give_tokens_back(entry.n_tokens);

@@ -12,6 +12,7 @@
 mod backward;
 mod caches;
 mod command;
+mod company;
 mod export;
 mod forward;
 mod outcome;
