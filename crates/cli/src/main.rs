@@ -8,6 +8,7 @@ mod eval;
 mod export;
 mod generate;
 mod import;
+mod leak;
 mod legacy;
 mod merge;
 mod noise_args;
@@ -54,6 +55,7 @@ enum Command {
     Generate(Box<generate::GenerateArgs>),
     Verify(verify::VerifyArgs),
     Eval(eval::EvalArgs),
+    Leak(Box<leak::LeakArgs>),
     Export(export::ExportArgs),
     Import(import::ImportArgs),
     Merge(merge::MergeArgs),
@@ -92,6 +94,7 @@ impl Command {
             Command::Generate(args) => generate::run(*args),
             Command::Verify(args) => verify::run(args),
             Command::Eval(args) => eval::run(args),
+            Command::Leak(args) => leak::run(*args),
             Command::Export(args) => export::run(args),
             Command::Import(args) => import::run(args),
             Command::Merge(args) => merge::run(args),

@@ -1,4 +1,5 @@
 use crate::Norm;
+use std::ops::Range;
 use tch::{Kind, Tensor};
 
 /// Final norm and LM head, frozen: `[N, H] -> [N, V]`.
@@ -47,6 +48,16 @@ impl Head {
 
     fn logits_by(&self, weight: &Tensor, hidden: &Tensor) -> Tensor {
         self.norm.forward(hidden).matmul(&weight.tr()).to_kind(Kind::Float)
+    }
+
+    /// The gradients of the cross-entropy of one row of hidden states `[1, H]` by that row, one for each
+    /// of some labels that it could have: `[n, H]`.
+    pub fn label_gradients(&self, hidden: &Tensor, labels: Range<i64>) -> Tensor {
+        let weight = self.weight.to_kind(hidden.kind());
+        let p = self.logits_by(&weight, hidden).softmax(-1, Kind::Float).to_kind(hidden.kind());
+        let n = labels.end - labels.start;
+        let by_normed = p.matmul(&weight) - weight.narrow(0, labels.start, n); // [n, H]
+        self.norm.backward(&hidden.expand(by_normed.size(), false), &by_normed)
     }
 
     /// The rows with a label go through `of_chunk`, a chunk at a time, so that the logits of all

@@ -197,6 +197,19 @@ impl Part {
         self.head().logits(hidden)
     }
 
+    /// `[V, H]`: the head's weights, one row for each token. Not to be changed in place. Panics if the
+    /// part has no head.
+    pub fn head_rows(&self) -> Tensor {
+        self.head().weight.shallow_clone()
+    }
+
+    /// The gradients of the cross-entropy of one row of hidden states `[1, H]` by that row, one for each
+    /// of some labels that it could have: `[n, H]`. What a server can compute that has the public head.
+    /// Panics if the part has no head.
+    pub fn label_gradients(&self, hidden: &Tensor, labels: Range<i64>) -> Tensor {
+        self.head().label_gradients(hidden, labels)
+    }
+
     /// Cross-entropy and its gradient by `hidden` `[N, H]`. `labels` int64 `[N]`: the token that
     /// follows each row, negative where nothing is predicted. The gradient is that of
     /// `scale * loss_sum`. Panics if the part has no head.
