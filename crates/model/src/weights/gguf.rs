@@ -37,6 +37,7 @@ pub(super) fn open(path: &Path) -> Result<Opened, WeightsError> {
     if !file.bytes().starts_with(b"GGUF") {
         return Err(file.bad("it does not begin with the letters GGUF"));
     }
+    super::gguf_header::check(file.bytes()).map_err(|reason| file.bad(reason))?;
     let content = Content::read(&mut Cursor::new(file.bytes())).map_err(|e| header(&file, &e))?;
     let mut metadata = Metadata::new(path, content.metadata);
     let architecture = metadata.architecture()?;
@@ -66,8 +67,12 @@ pub(super) fn open(path: &Path) -> Result<Opened, WeightsError> {
                 _ => None,
             };
         }
+        let divides = |heads: i64| {
+            let rows = entry.shape.first().zip(heads.checked_mul(2));
+            rows.is_some_and(|(rows, halves)| rows % halves == 0)
+        };
         if let Some(heads) = entry.heads
-            && entry.shape.first().is_none_or(|rows| rows % (2 * heads) != 0)
+            && !divides(heads)
         {
             let shape = &entry.shape;
             return Err(
@@ -141,7 +146,8 @@ fn locate(
     let (Some(length), Some(start)) = (length, start) else {
         return Err(file.bad(format!("{stored_name} {dims:?} is larger than any memory")));
     };
-    if dims.last().is_some_and(|row| row % block != 0) {
+    // A single number has no row, and no quantised type stores one.
+    if !dims.last().unwrap_or(&1).is_multiple_of(block) {
         let dtype = info.ggml_dtype;
         return Err(file.bad(format!("{stored_name} {dims:?} does not fit {dtype:?} blocks")));
     }

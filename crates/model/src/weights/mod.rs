@@ -19,6 +19,7 @@
 mod error;
 mod fingerprint;
 mod gguf;
+mod gguf_header;
 mod gguf_metadata;
 mod hub;
 mod mapped;

@@ -1,8 +1,8 @@
 //! A Hugging Face directory: `config.json` and one or several safetensors files.
 
 use super::{Entries, Entry, Mapped, Opened, Stored, WeightsError};
+use ::safetensors::Dtype;
 use ::safetensors::tensor::Metadata;
-use ::safetensors::{Dtype, SafeTensorError, SafeTensors};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -155,30 +155,33 @@ fn add_file(opened: &mut Opened, path: &Path) -> Result<(), WeightsError> {
     Ok(())
 }
 
-/// Where the tensors' bytes begin, and what the header says about them.
+/// Longest header that is read, as in the format's own library: a model has some KiB.
+const MAX_HEADER_BYTES: u64 = 100_000_000;
+
+/// Where the tensors' bytes begin, and what the header says about them. The library checks the
+/// header in itself; how it fits the file is checked here, where no sum of lengths can overflow.
 fn read_header(file: &Mapped) -> Result<(usize, Metadata), WeightsError> {
     let bytes = file.bytes();
-    let Some(length) = bytes.first_chunk::<8>() else {
+    let Some((length, rest)) = bytes.split_first_chunk::<8>() else {
         return Err(file.truncated(8));
     };
-    let header_end = u64::from_le_bytes(*length).saturating_add(8);
-    match SafeTensors::read_metadata(bytes) {
-        Ok((length, metadata)) => Ok((8 + length, metadata)),
-        Err(SafeTensorError::InvalidHeaderLength) => Err(file.truncated(header_end)),
-        Err(SafeTensorError::MetadataIncompleteBuffer) => {
-            // The header itself is whole here, so it says how long the file should be.
-            let header = &bytes[8..header_end as usize];
-            let metadata: Metadata =
-                serde_json::from_slice(header).map_err(|e| file.bad(e.to_string()))?;
-            let needed = header_end + metadata.data_len() as u64;
-            if needed > bytes.len() as u64 {
-                Err(file.truncated(needed))
-            } else {
-                let surplus = bytes.len() as u64 - needed;
-                Err(file.bad(format!("{surplus} bytes more than its header says")))
-            }
-        }
-        Err(other) => Err(file.bad(other.to_string())),
+    let length = u64::from_le_bytes(*length);
+    if length > MAX_HEADER_BYTES {
+        return Err(file.bad(format!(
+            "its header would have {length} bytes, at most {MAX_HEADER_BYTES} are read"
+        )));
+    }
+    let Some(header) = rest.get(..length as usize) else {
+        return Err(file.truncated(8 + length));
+    };
+    let metadata: Metadata = serde_json::from_slice(header)
+        .map_err(|e| file.bad(format!("invalid JSON in its header: {e}")))?;
+    let (found, header_end) = (bytes.len() as u64, 8 + length);
+    let needed = header_end.saturating_add(metadata.data_len() as u64);
+    match found.checked_sub(needed) {
+        Some(0) => Ok((header_end as usize, metadata)),
+        Some(surplus) => Err(file.bad(format!("{surplus} bytes more than its header says"))),
+        None => Err(file.truncated(needed)),
     }
 }
 

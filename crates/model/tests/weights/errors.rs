@@ -77,7 +77,7 @@ fn truncated_safetensors_says_both_lengths() {
 fn broken_safetensors_is_no_safetensors_file() {
     for (bytes, reason) in [
         (&b"version https://git-lfs.github.com/spec/v1\noid sha256:0"[..], "git lfs pull"),
-        (b"<html>not found</html>", "header too large"),
+        (b"<html>not found</html>", "its header would have"),
         (b"\x02\0\0\0\0\0\0\0[]", "invalid JSON"),
         (b"\x02\0\0\0\0\0\0\0{}surplus", "7 bytes more"),
     ] {
@@ -154,6 +154,46 @@ fn broken_index_names_the_shard() {
         assert!(matches!(error, WeightsError::BadIndex { .. }), "{error}");
         assert!(error.to_string().contains(reason), "{error}");
     }
+}
+
+/// Lengths that fit one by one and overflow together.
+#[test]
+fn a_header_of_more_bytes_than_there_are_numbers_is_cut_off() {
+    let (size, mut tensors) = ((1u64 << 61) - 1, Vec::new());
+    for i in 0..8 {
+        let (start, end) = (i * size, (i + 1) * size);
+        tensors.push(format!(
+            r#""t{i}":{{"dtype":"U8","shape":[{size}],"data_offsets":[{start},{end}]}}"#
+        ));
+    }
+    let header = format!("{{{}}}", tensors.join(","));
+    let bytes = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat();
+    let error = open_error_of(&bytes);
+    assert!(matches!(error, WeightsError::Truncated { needed: u64::MAX, .. }), "{error}");
+}
+
+#[test]
+fn gguf_numbers_that_nobody_can_divide_by_are_refused() {
+    // The reader of headers would divide by the alignment, and rows are divided by the heads.
+    let field = |key: &str, kind: u32, value: &[u8]| {
+        [&(key.len() as u64).to_le_bytes()[..], key.as_bytes(), &kind.to_le_bytes(), value].concat()
+    };
+    let heads = (1u64 << 62).to_le_bytes();
+    let fields = [
+        field("general.architecture", 8, b"\x05\0\0\0\0\0\0\0llama"),
+        field("llama.attention.head_count", 10, &heads),
+        field("llama.embedding_length", 4, &[8, 0, 0, 0]),
+    ];
+    let tensor =
+        [&b"\x13\0\0\0\0\0\0\0blk.0.attn_q.weight\x01\0\0\0"[..], &[0; 8 + 4 + 8]].concat();
+    let file = |n: u8, last: Vec<u8>| {
+        let counts = [&b"GGUF\x03\0\0\0\x01\0\0\0\0\0\0\0"[..], &[n, 0, 0, 0, 0, 0, 0, 0]].concat();
+        [counts, fields.concat(), last, tensor.clone(), vec![0; 64]].concat()
+    };
+    let error = open_error_of_gguf(&file(3, vec![])).to_string();
+    assert!(error.contains("does not divide by 4611686018427387904 heads"), "{error}");
+    let error = open_error_of_gguf(&file(4, field("general.alignment", 4, &[0; 4]))).to_string();
+    assert!(error.contains("general.alignment is 0"), "{error}");
 }
 
 #[test]
