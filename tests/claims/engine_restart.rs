@@ -69,7 +69,10 @@ async fn run((client, mut session): (Client, Session)) -> Seen {
 }
 
 /// All that health says of this service, in its order.
-async fn watch(server: &TestServer, service: &str) -> tonic::Streaming<tonic_health::pb::HealthCheckResponse> {
+async fn watch(
+    server: &TestServer,
+    service: &str,
+) -> tonic::Streaming<tonic_health::pb::HealthCheckResponse> {
     let address = format!("http://{}", server.endpoint());
     let mut health = HealthClient::connect(address).await.unwrap();
     let service = service.to_string();
@@ -80,9 +83,8 @@ async fn reaches(
     health: &mut tonic::Streaming<tonic_health::pb::HealthCheckResponse>,
     status: ServingStatus,
 ) {
-    let wait = async {
-        while health.message().await.unwrap().expect("a status").status() != status {}
-    };
+    let wait =
+        async { while health.message().await.unwrap().expect("a status").status() != status {} };
     let waited = tokio::time::timeout(Duration::from_secs(60), wait).await;
     waited.unwrap_or_else(|_| panic!("health never says {status:?}"));
 }
@@ -104,7 +106,7 @@ async fn an_engine_death_changes_no_numbers() {
     }
     let players = [open(&server, 1).await, open(&server, 2).await];
     let (watcher, ids) = (players[0].0.clone(), [0, 1].map(|i| players[i].1.id().clone()));
-    let before = watcher.describe().await.unwrap().memory.unwrap();
+    let before = watcher.describe().await.unwrap().memory;
     // In the middle of both runs; and the first start after it fails.
     server.faults().plan(Fault::Load, 1);
     server.faults().plan(Fault::Engine, 25);
@@ -120,7 +122,7 @@ async fn an_engine_death_changes_no_numbers() {
         assert_same_adapter(&seen.adapter, &expected.adapter);
     }
     // Nothing of what died is still counted.
-    let after = watcher.describe().await.unwrap().memory.unwrap();
+    let after = watcher.describe().await.unwrap().memory;
     assert_eq!(after.adapter_bytes, before.adapter_bytes);
     assert_eq!(after.weights_bytes, before.weights_bytes);
     assert_eq!((after.tape_bytes, after.workspace_bytes, after.cache_bytes), (0, 0, 0));
@@ -128,7 +130,7 @@ async fn an_engine_death_changes_no_numbers() {
     for id in &ids {
         watcher.close_session(id, true).await.unwrap();
     }
-    let empty = watcher.describe().await.unwrap().memory.unwrap();
+    let empty = watcher.describe().await.unwrap().memory;
     assert_eq!((empty.adapter_bytes, empty.live_sessions), (0, 0));
     server.drain().await;
 }

@@ -226,7 +226,9 @@ impl FileMap {
     pub fn release(&self, range: Range<usize>) -> io::Result<()> {
         // SAFETY: the map is read-only and backed by a file: a page that is dropped is read again
         // from the file, with the same content, when somebody touches it.
-        unsafe { self.0.unchecked_advise_range(UncheckedAdvice::DontNeed, range.start, range.len()) }
+        unsafe {
+            self.0.unchecked_advise_range(UncheckedAdvice::DontNeed, range.start, range.len())
+        }
     }
 }
 

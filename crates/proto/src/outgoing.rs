@@ -318,7 +318,8 @@ mod tests {
         for dtype in WireDType::ALL {
             for n_rows in [1, 100] {
                 let tensor = tensor(n_rows, dtype);
-                let client = |body| v1::ClientFrame { sequence: 300, acknowledged: 2, body: Some(body) };
+                let client =
+                    |body| v1::ClientFrame { sequence: 300, acknowledged: 2, body: Some(body) };
                 let frame = frame(n_rows, dtype);
                 let Some(client_frame::Body::Forward(forward)) = &frame.body else { panic!() };
                 check_pieces(&frame, &forward.hidden.as_ref().unwrap().data);

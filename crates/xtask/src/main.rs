@@ -3,6 +3,7 @@
 //! Everything else that a command needs (libtorch, a model, texts) is fetched by the ordinary
 //! Python package client into ignored folders of the repository.
 
+mod audit;
 mod bundle;
 mod checks;
 mod command;
@@ -39,6 +40,12 @@ enum Task {
     },
     /// Formatting, lints, docs and the borders between the crates
     Check,
+    /// Licences, bans and sources of all packages, by deny.toml
+    Audit {
+        /// A clone of RustSec's advisory-db: known faults are looked up in it, with cargo-audit
+        #[arg(long, value_name = "FOLDER")]
+        advisories: Option<PathBuf>,
+    },
     /// Read runs' event files with TensorBoard itself, and compare them with their metrics.jsonl
     Tensorboard {
         /// Output directories of `offshoot train`, such as .demo/run/support
@@ -56,6 +63,7 @@ fn main() -> ExitCode {
         Task::Demo(options) => demo::run(options),
         Task::Test { args } => checks::test(&args),
         Task::Check => checks::check(),
+        Task::Audit { advisories } => audit::run_all(advisories),
         Task::Tensorboard { runs } => tensorboard::check(&runs),
         Task::Bundle => bundle::run(),
     };
