@@ -21,6 +21,7 @@
 //! # Ok::<(), offshoot_adapters::AdapterError>(())
 //! ```
 
+mod checked;
 mod init;
 mod optimizer;
 pub mod peft;

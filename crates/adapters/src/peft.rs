@@ -2,8 +2,8 @@
 
 mod config;
 
-use crate::{AdapterError, LoraSpec};
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use crate::{AdapterError, LoraSpec, checked};
+use safetensors::tensor::{Dtype, TensorView};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -141,8 +141,7 @@ pub fn to_safetensors_as(tensors: &[(String, Tensor)], kind: Kind) -> Vec<u8> {
 }
 
 fn from_safetensors(path: &Path, bytes: &[u8]) -> Result<Vec<(String, Tensor)>, AdapterError> {
-    let file = SafeTensors::deserialize(bytes)
-        .map_err(|e| file_error(path, format!("not a safetensors file ({e}); was it cut off?")))?;
+    let (file, _) = checked::safetensors(bytes).map_err(|problem| file_error(path, problem))?;
     // The library hands tensors out in the order of a hash map; here it is that of their names.
     let named: BTreeMap<&str, TensorView<'_>> = file.iter().collect();
     named
@@ -160,10 +159,18 @@ fn from_safetensors(path: &Path, bytes: &[u8]) -> Result<Vec<(String, Tensor)>, 
                 }
             };
             let shape: Vec<i64> = view.shape().iter().map(|&n| n as i64).collect();
-            let tensor = Tensor::from_data_size(view.data(), &shape, kind).to_kind(Kind::Float);
+            // libtorch has limits of its own, on the number of dimensions and on their size.
+            let tensor = Tensor::f_from_data_size(view.data(), &shape, kind)
+                .and_then(|tensor| tensor.f_to_kind(Kind::Float))
+                .map_err(|e| file_error(path, format!("\"{name}\": {}", first_line(&e))))?;
             Ok((name.to_owned(), tensor))
         })
         .collect()
+}
+
+/// Without libtorch's own call stack.
+fn first_line(error: &tch::TchError) -> String {
+    error.to_string().lines().next().unwrap_or_default().to_owned()
 }
 
 fn file_error(path: &Path, problem: String) -> AdapterError {
@@ -204,6 +211,37 @@ mod tests {
             assert_eq!(name, name2);
             assert!(tensor.equal(tensor2));
         }
+    }
+
+    /// Found by fuzzing: libtorch refuses such shapes with an exception.
+    #[test]
+    fn a_shape_that_no_tensor_can_have_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), &LoraSpec::default());
+        for shape in ["[0,9223372036854775808]", "[0,4294967296,4294967296,2]"] {
+            let header =
+                format!(r#"{{"w":{{"dtype":"F32","shape":{shape},"data_offsets":[0,0]}}}}"#);
+            let file = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat();
+            std::fs::write(dir.path().join(WEIGHTS), file).unwrap();
+            let error = read_dir(dir.path()).unwrap_err().to_string();
+            assert!(error.contains("adapter_model.safetensors: \"w\": "), "{error}");
+        }
+    }
+
+    #[test]
+    fn lengths_that_overflow_together_are_refused() {
+        let (size, mut tensors) = ((1u64 << 61) - 1, Vec::new());
+        for i in 0..8 {
+            let (start, end) = (i * size, (i + 1) * size);
+            tensors.push(format!(
+                r#""t{i}":{{"dtype":"U8","shape":[{size}],"data_offsets":[{start},{end}]}}"#
+            ));
+        }
+        let header = format!("{{{}}}", tensors.join(","));
+        let file = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat();
+        let error = from_safetensors(Path::new("x"), &file).unwrap_err().to_string();
+        assert!(error.contains("18446744073709551608 bytes, 0 are there"), "{error}");
+        assert!(crate::AdapterState::from_safetensors(&file).is_err());
     }
 
     #[test]

@@ -1,7 +1,7 @@
 use crate::init::init_a;
 use crate::optimizer::Buffers;
-use crate::{AdamW, AdapterError, LoraSpec, Site};
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use crate::{AdamW, AdapterError, LoraSpec, Site, checked};
+use safetensors::tensor::{Dtype, TensorView};
 use std::collections::HashMap;
 use tch::{Device, Kind, Tensor};
 
@@ -329,14 +329,12 @@ impl AdapterState {
 
     pub fn from_safetensors(bytes: &[u8]) -> Result<Self, AdapterError> {
         let wrong = |problem: String| AdapterError::File { path: "adapter state".into(), problem };
-        let (_, header) = SafeTensors::read_metadata(bytes)
-            .map_err(|e| wrong(format!("not a safetensors file ({e}); was it cut off?")))?;
+        let (file, header) = checked::safetensors(bytes).map_err(wrong)?;
         let n_steps = header
             .metadata()
             .as_ref()
             .and_then(|m| m.get("n_steps")?.parse().ok())
             .ok_or_else(|| wrong("its metadata has no number n_steps".into()))?;
-        let file = SafeTensors::deserialize(bytes).map_err(|e| wrong(e.to_string()))?;
         let [parameters, gradients, first_moments, second_moments] =
             STATE_TENSORS.map(|name| match file.tensor(name) {
                 Ok(view) if view.dtype() == Dtype::F32 => Ok(f32_values(view.data())),

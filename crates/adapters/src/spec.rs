@@ -37,8 +37,9 @@ impl LoraSpec {
     pub fn validate(&self) -> Result<(), AdapterError> {
         let wrong =
             |field, value: String, expected| Err(AdapterError::Setting { field, value, expected });
-        if self.r == 0 {
-            return wrong("r", self.r.to_string(), "a rank of at least 1");
+        // As wide as it is on the wire: no number of values can overflow.
+        if !(1..=u32::MAX as usize).contains(&self.r) {
+            return wrong("r", self.r.to_string(), "a rank of at least 1, below 2^32");
         }
         if !(self.lora_alpha.is_finite() && self.lora_alpha > 0.0) {
             return wrong("lora_alpha", self.lora_alpha.to_string(), "a positive number");
