@@ -55,12 +55,25 @@ fn names(folder: &Path) -> BTreeSet<String> {
     names.collect()
 }
 
+/// Bytes of the largest file in the store.
+fn largest(store: &Path) -> u64 {
+    let Ok(entries) = std::fs::read_dir(store) else { return 0 };
+    let sizes = entries.filter_map(Result::ok).map(|entry| match entry.metadata() {
+        Ok(data) if data.is_dir() => largest(&entry.path()),
+        Ok(data) => data.len(),
+        Err(_) => 0,
+    });
+    sizes.max().unwrap_or(0)
+}
+
 /// Writes behind a random size fail, until one did.
 pub(super) fn fill(world: &mut World, rng: &mut StdRng) -> anyhow::Result<Hit> {
     let Some(server) = &world.server else { return Ok(Hit::default()) };
     let before = world.seen.n_full.load(Ordering::SeqCst);
-    server.process.limit_file_size(Some(rng.random_range(0..400_000)))?;
-    world.log.line("-- disk full");
+    // Within the largest file that there is.
+    let bytes = rng.random_range(0..largest(&world.store()).max(2));
+    server.process.limit_file_size(Some(bytes))?;
+    world.log.line(&format!("-- disk full behind {bytes} bytes of a file"));
     let failed = |w: &World| w.seen.n_full.load(Ordering::SeqCst) > before;
     let hit = world.wait_until(Duration::from_secs(4), failed);
     std::thread::sleep(within(rng, 200));

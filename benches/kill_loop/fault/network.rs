@@ -42,8 +42,9 @@ pub(super) fn half_open(world: &mut World) -> anyhow::Result<Hit> {
 
 pub(super) fn delay(world: &mut World, rng: &mut StdRng) -> anyhow::Result<Hit> {
     world.proxy.hold(true);
+    // Nothing may be on its way while a checkpoint is written.
+    let hit = world.wait_until(Duration::from_secs(2), |w| w.proxy.n_held() > 0 || is_over(w));
     std::thread::sleep(within(rng, 400));
-    let hit = world.proxy.n_held() > 0;
     world.proxy.hold(false);
     Ok(Hit::if_so(hit))
 }

@@ -43,22 +43,23 @@ pub(super) async fn carry(
     }
     let now = *ends.borrow();
     if now.strandings > before.strandings && now.cuts == before.cuts {
-        strand(up, down.from, &shared, ends, deliveries).await;
+        strand(up, down, &shared, ends, deliveries).await;
     }
 }
 
 /// Closes the client's end; the server's gets what is pending when it is told to.
 async fn strand(
     up: Way,
-    mut from_server: OwnedReadHalf,
+    down: Way,
     shared: &Shared,
     mut ends: watch::Receiver<Ends>,
     mut deliveries: watch::Receiver<u64>,
 ) {
     let Way { from: from_client, to: mut to_server, mut pending } = up;
+    let Way { from: mut from_server, to: to_client, .. } = down;
     // What has come meanwhile; it never waits.
     while let Ok(1..) = from_client.try_read_buf(&mut pending) {}
-    drop(from_client);
+    drop((from_client, to_client));
     lock(&shared.late).extend(&pending);
     // Those before were for others.
     deliveries.mark_unchanged();
