@@ -74,6 +74,13 @@ fn server(place: &Place) -> ServerConfig {
     config
 }
 
+/// With a store of its own.
+async fn undisturbed(place: &Place) -> TestServer {
+    let mut config = place.server();
+    config.store.dir = place.dir.path().join("undisturbed");
+    TestServer::start_with(config).await
+}
+
 /// The newest step of which the server has a snapshot.
 async fn durable(child: &Child) -> u64 {
     let client = Client::connect(&child.address().to_string()).await.unwrap();
@@ -91,7 +98,7 @@ fn begin(options: TrainOptions, cancel: CancelToken) -> JoinHandle<Result<Summar
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_servers_run_goes_back_to_a_step_in_memory_and_ends_the_same() {
     let place = Place::new();
-    let other = TestServer::start_with(Place::new().server()).await;
+    let other = undisturbed(&place).await;
     let straight = run(long(&place, &other.endpoint(), "straight")).await;
     assert!(straight.rollbacks.is_empty());
 
@@ -126,7 +133,7 @@ async fn a_killed_servers_run_goes_back_to_a_step_in_memory_and_ends_the_same() 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_disk_costs_checkpoints_and_not_the_run() {
     let place = Place::new();
-    let other = TestServer::start_with(Place::new().server()).await;
+    let other = undisturbed(&place).await;
     let mut options = long(&place, &other.endpoint(), "straight");
     options.output.save_interval = 4;
     let straight = run(options.clone()).await;
