@@ -35,12 +35,22 @@ impl RawStream {
         id: &str,
         epoch: u64,
     ) -> Result<RawStream, v1::FrameError> {
+        RawStream::attach_with(rpc, id, epoch, "").await
+    }
+
+    /// Says Hello with this token, if it is one.
+    pub async fn attach_with(
+        rpc: &mut Rpc,
+        id: &str,
+        epoch: u64,
+        token: &str,
+    ) -> Result<RawStream, v1::FrameError> {
         let (out, frames) = mpsc::channel(64);
         let hello = v1::Hello { session_id: id.to_string(), epoch, ..Default::default() };
         let hello = frame(0, client_frame::Body::Hello(hello));
         out.send(hello).await.expect("the receiver is here");
-        let mut answers =
-            rpc.train(ReceiverStream::new(frames)).await.expect("streams are taken").into_inner();
+        let request = bearing(ReceiverStream::new(frames), token);
+        let mut answers = rpc.train(request).await.expect("streams are taken").into_inner();
         let answer = answers.message().await.expect("an answer to Hello").expect("one frame");
         assert_eq!(answer.sequence, 0);
         match answer.body {
@@ -102,6 +112,16 @@ impl RawStream {
             other => panic!("a refusal, not {other:?}"),
         }
     }
+}
+
+/// A request with this token; without one if it is empty.
+pub fn bearing<T>(message: T, token: &str) -> tonic::Request<T> {
+    let mut request = tonic::Request::new(message);
+    if !token.is_empty() {
+        let value = format!("Bearer {token}").parse().expect("tokens are ASCII");
+        request.metadata_mut().insert("authorization", value);
+    }
+    request
 }
 
 /// A frame that acknowledges nothing.

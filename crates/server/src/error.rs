@@ -82,11 +82,11 @@ pub enum Error {
     )]
     SetBack { session: SessionId, snapshot: String, step: u64 },
     #[error(
-        "the record of session {session} is damaged: {cause}. It is kept in {path}, its snapshots in \
-         {blobs}; bring the store back from a copy, or begin a new session from the newest checkpoint's \
+        "the record of session {session} did not fit its checksum when the server started. It is kept in \
+         {path}, its snapshots in {blobs}; bring the store back from a copy, or begin a new session from the newest checkpoint's \
          or export's adapter"
     )]
-    RecordDamaged { session: SessionId, path: PathBuf, cause: String, blobs: PathBuf },
+    RecordDamaged { session: SessionId, path: PathBuf, blobs: PathBuf },
     #[error(
         "{n_bytes} bytes could not be written to {path}: {source}. Nothing is lost and nothing was \
          changed: sessions stay as they are, in memory and in their last snapshots. Make room there, or \
@@ -232,8 +232,6 @@ pub enum Error {
     Quota(Excess),
     #[error("{limit} large requests are coming in already, the limit; try again later")]
     LargeRequests { limit: usize },
-    #[error("{limit} sessions are being opened already, the limit; try again later")]
-    Opens { limit: usize },
     #[error(
         "the request came too slowly, {bytes} bytes so far; is the connection that slow? Send it again"
     )]
@@ -391,7 +389,7 @@ impl Error {
             CacheTokens { .. } => Class::Invalid,
             OpenCaches { .. } => Class::Exhausted,
             InFlight { .. } | OpenMicrobatches { .. } | QueueFull { .. } => Class::Exhausted,
-            LargeRequests { .. } | Opens { .. } | SlowRequest { .. } => Class::Exhausted,
+            LargeRequests { .. } | SlowRequest { .. } => Class::Exhausted,
             Quota(_) => Class::Exhausted,
             WaitingForRoom { .. } | Full { .. } | NeverFits => Class::Exhausted,
             NoRoom { .. } | LiveSessions { .. } | OutOfMemory { .. } => Class::Exhausted,
@@ -458,7 +456,6 @@ impl Error {
             OpenMicrobatches { .. } => "open_microbatches",
             Quota(excess) => excess.quota.name(),
             LargeRequests { .. } => "large_requests",
-            Opens { .. } => "opens",
             SlowRequest { .. } => "slow_request",
             QueueFull { .. } => "queue_full",
             Full { .. } => "full",
@@ -493,7 +490,7 @@ impl Error {
             Error::Full { retry_after } => Some(*retry_after),
             Error::LiveSessions { .. } | Error::WaitingForRoom { .. } => Some(Duration::from_secs(5)),
             Error::Quota(excess) => excess.retry_after,
-            Error::LargeRequests { .. } | Error::Opens { .. } => Some(Duration::from_secs(1)),
+            Error::LargeRequests { .. } => Some(Duration::from_secs(1)),
             Error::SlowRequest { .. } => Some(Duration::from_secs(1)),
             Error::InFlight { .. } | Error::QueueFull { .. } | Error::Busy => {
                 Some(Duration::from_millis(100))

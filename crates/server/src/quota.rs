@@ -11,10 +11,9 @@ pub use excess::{Excess, Quota};
 use crate::access::{Access, Quotas, Tenant};
 use crate::scheduler::OwnerId;
 use bucket::Bucket;
-use offshoot_proto::v1;
 use std::collections::HashMap;
 use std::future::Future;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
@@ -45,6 +44,8 @@ pub struct Account {
     /// Order of coming, from 1.
     number: u64,
     rules: Arc<Rules>,
+    /// As the scheduler knows it.
+    weight: AtomicU32,
     // Never held across an await; every use is a few additions.
     books: Mutex<Books>,
     freed: Arc<Notify>,
@@ -97,16 +98,12 @@ impl Accounts {
             name: name.clone(),
             number: all.len() as u64 + 1,
             rules: self.rules.clone(),
+            weight: AtomicU32::new(0),
             books: Mutex::default(),
             freed: Arc::default(),
         });
         all.insert(name, account.clone());
         account
-    }
-
-    /// All that had anything so far.
-    pub fn all(&self) -> Vec<Arc<Account>> {
-        lock(&self.all).values().cloned().collect()
     }
 }
 
@@ -117,11 +114,6 @@ impl Rules {
 }
 
 impl Account {
-    /// Empty on an open server.
-    pub fn name(&self) -> &Arc<str> {
-        &self.name
-    }
-
     /// Who it is to the scheduler; none on an open server, where each session is on its own.
     pub fn owner(&self) -> Option<OwnerId> {
         // Lanes, which count from 0, are owners of their own.
@@ -131,6 +123,12 @@ impl Account {
     /// The share of the device as it is now.
     pub fn weight(&self) -> u32 {
         self.rules.tenant(&self.name).map_or(1, |tenant| tenant.weight)
+    }
+
+    /// The share of the device if it is another one than when this was last asked.
+    pub fn new_weight(&self) -> Option<u32> {
+        let weight = self.weight();
+        (self.weight.swap(weight, Ordering::Relaxed) != weight).then_some(weight)
     }
 
     /// What the tenant may have, as it is now.
@@ -198,22 +196,6 @@ impl Account {
     /// Checks an adapter's rank.
     pub fn check_rank(&self, r: u32) -> Result<(), Excess> {
         self.check(Quota::Rank, self.quotas().rank, r.into())
-    }
-
-    /// The server's limits, as far as they are this tenant's.
-    pub fn limits(&self, server: v1::Limits) -> v1::Limits {
-        let Quotas { tokens_per_microbatch, rank, .. } = self.quotas();
-        let least = |server: u32, own: Option<u64>| {
-            own.map_or(server, |own| server.min(u32::try_from(own).unwrap_or(u32::MAX)))
-        };
-        v1::Limits {
-            max_tokens_per_microbatch: least(
-                server.max_tokens_per_microbatch,
-                tokens_per_microbatch,
-            ),
-            max_rank: least(server.max_rank, rank),
-            ..server
-        }
     }
 
     /// Resolves when something has been given back since this was called, even if that was before
@@ -292,17 +274,6 @@ impl Held {
     /// How much.
     pub fn n(&self) -> u64 {
         self.n.load(Ordering::Relaxed)
-    }
-
-    /// Takes more, or gives some back. An error changes nothing.
-    pub fn resize(&mut self, n: u64) -> Result<(), Excess> {
-        let before = self.n();
-        if n > before {
-            self.account.add(self.amount, n - before)?;
-            self.n.store(n, Ordering::Relaxed);
-        }
-        self.shrink_to(n);
-        Ok(())
     }
 
     /// Gives back what is more than so much.

@@ -61,6 +61,7 @@ impl Server {
         let engine = Engine::start(model, &limits).await?;
         let (pool, threads) = ActorPool::start(session.n_actor_threads).await?;
         let client = engine.client();
+        client.accounts().follow(access.clone());
         let slots = Arc::<Slots>::default();
         let residency = Residency::start(ResidencyParts {
             engine: client.clone(),

@@ -252,15 +252,6 @@ impl EngineClient {
         &self.accounts
     }
 
-    /// Tenants' weights as they are now.
-    pub fn reweigh(&self) {
-        for account in self.accounts.all() {
-            if let Some(owner) = account.owner() {
-                self.scheduler.set_weight(Share { owner, weight: account.weight() });
-            }
-        }
-    }
-
     /// The device's bytes.
     pub fn ledger(&self) -> &Ledger {
         &self.ledger
@@ -302,6 +293,10 @@ impl EngineSession {
     pub fn submit(&self, sequence: u64, work: FrameWork) -> Result<(), Error> {
         let command = Command::Frame { sequence, work };
         let n_tokens = if command.kind() == Kind::Forward { command.n_tokens() } else { 0 };
+        // The tenants file may have changed.
+        if let (Some(owner), Some(weight)) = (self.account.owner(), self.account.new_weight()) {
+            self.client.scheduler.set_weight(Share { owner, weight });
+        }
         if n_tokens > 0 {
             self.account.take_tokens(n_tokens, Instant::now())?;
         }

@@ -12,10 +12,11 @@ impl Error {
         }
         match self {
             NoRoom { retry_after: None, .. } => Some(NeverFits),
-            NoRoom { .. } | LiveSessions { .. } | QueueFull { .. } | WaitingForRoom { .. } => {
-                Some(Full { retry_after: self.retry_after().unwrap_or_default() })
-            }
-            LargeRequests { .. } | Opens { .. } => {
+            NoRoom { .. }
+            | LiveSessions { .. }
+            | QueueFull { .. }
+            | WaitingForRoom { .. }
+            | LargeRequests { .. } => {
                 Some(Full { retry_after: self.retry_after().unwrap_or_default() })
             }
             // Its text may have the shapes of a batch.
@@ -44,7 +45,7 @@ mod tests {
             (|| Error::LiveSessions { limit: 1234 }, true),
             (|| Error::QueueFull { limit: 1234 }, true),
             (|| Error::WaitingForRoom { limit: 1234 }, true),
-            (|| Error::Opens { limit: 1234 }, true),
+            (|| Error::LargeRequests { limit: 1234 }, true),
             (|| Error::Panic { job: "Forward", panic: "[1234, 8]".into() }, false),
         ];
         let mut errors: Vec<(Error, bool)> =

@@ -7,6 +7,7 @@ mod stream;
 
 use crate::access::{Action, Audit, Caller, Subject};
 use crate::engine::{EngineClient, Exported, TrunkInfo};
+use crate::error::Error;
 use crate::registry::{Listed, OwnSession, Registry, Restored, snapshot_info};
 use crate::residency::Tier;
 use crate::session::SessionId;
@@ -90,7 +91,11 @@ impl TrunkService for TrunkGrpc {
         let caller = caller(request.extensions())?;
         let tenant = caller.tenant.clone();
         let (trunk, name) = (self.engine.trunk(), tenant.name.as_str().into());
-        let opening = decode::opening(request.into_inner(), trunk, &self.limits, name)?;
+        let request = request.into_inner();
+        if let Some(lora) = &request.lora {
+            self.engine.accounts().of(&tenant.name).check_rank(lora.r).map_err(Error::from)?;
+        }
+        let opening = decode::opening(request, trunk, &self.limits, name)?;
         let registry = self.registry.clone();
         let open = async move { registry.open(opening).await };
         let deed = self.deed(caller, Action::Open, Subject::default());
@@ -115,6 +120,7 @@ impl TrunkService for TrunkGrpc {
         let (answers, out) = mpsc::channel(room);
         let context = StreamContext {
             registry: self.registry.clone(),
+            account: self.engine.accounts().of(&caller.tenant.name),
             caller,
             audit: self.audit.clone(),
             hidden_size: self.engine.trunk().hidden_size,

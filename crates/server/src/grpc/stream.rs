@@ -1,6 +1,7 @@
 use super::decode::{self, FrameRules};
 use crate::access::{Action, Audit, Caller, Subject};
 use crate::error::Error;
+use crate::quota::Account;
 use crate::registry::{AttachedStream, Registry, StreamEnd};
 use crate::session::{Detach, Frame, Frames, Revoke};
 use offshoot_proto::v1::{ClientFrame, ServerFrame};
@@ -21,6 +22,8 @@ type Answers = mpsc::Sender<Result<ServerFrame, Status>>;
 /// What a stream needs of the server.
 pub struct StreamContext {
     pub registry: Arc<Registry>,
+    /// The caller's, whose session it is, or there is no stream.
+    pub account: Arc<Account>,
     pub caller: Caller,
     pub audit: Audit,
     pub hidden_size: usize,
@@ -49,7 +52,7 @@ pub async fn run(context: StreamContext, mut frames: Streaming<ClientFrame>, ans
     };
     tokio::select! {
         _ = ended => {}
-        () = read(&attached, &rules, &mut frames, &answers) => {}
+        () = read(&attached, (&rules, &context.account), &mut frames, &answers) => {}
         () = context.registry.access().ended(&context.caller) => {
             // A session that ended meanwhile has said its last word.
             let _ = attached.actor.send(Revoke { stream: attached.number }).await;
@@ -90,7 +93,7 @@ async fn attach(
 /// Until the client ends the stream or the session is gone.
 async fn read(
     attached: &AttachedStream,
-    rules: &FrameRules,
+    (rules, account): (&FrameRules, &Account),
     frames: &mut Streaming<ClientFrame>,
     answers: &Answers,
 ) {
@@ -111,7 +114,11 @@ async fn read(
         // Not before there is room for its answer.
         let Ok(permit) = answers.clone().reserve_owned().await else { return };
         let sequence = frame.sequence;
-        let frame = check(frame, *rules).await;
+        let frame = check(frame, *rules).await.and_then(|frame| {
+            // As the tenants file has it now. A Backward always runs.
+            account.check_tokens(frame.work.n_forward_tokens())?;
+            Ok(frame)
+        });
         let frames = Frames { stream: attached.number, sequence, frame, permit };
         if attached.actor.send(frames).await.is_err() {
             return;

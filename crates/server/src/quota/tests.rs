@@ -19,7 +19,7 @@ name = "red"
 fn accounts(dir: &std::path::Path) -> (Accounts, Arc<Access>) {
     let path = dir.join("tenants.toml");
     std::fs::write(&path, TENANTS).unwrap();
-    let access = Access::start(Some(path)).unwrap();
+    let access = Access::start(Some(path), Default::default()).unwrap();
     let accounts = Accounts::default();
     accounts.follow(access.clone());
     (accounts, access)
@@ -35,7 +35,10 @@ async fn what_is_taken_is_counted_for_one_tenant_and_given_back_by_drop() {
     assert_eq!((excess.quota, excess.limit, excess.value), (Quota::Sessions, 2, 3));
     assert_eq!(excess.retry_after, Some(SESSION_RETRY));
     let text = excess.to_string();
-    assert!(text.contains("quota sessions of tenant \"blue\" is 2, this would make it 3"), "{text}");
+    assert!(
+        text.contains("quota sessions of tenant \"blue\" is 2, this would make it 3"),
+        "{text}"
+    );
     let _others: Vec<Held> = (0..9).map(|_| red.take(Amount::Sessions, 1).unwrap()).collect();
     let freed = blue.freed();
     drop(held);
@@ -52,11 +55,11 @@ async fn bytes_grow_and_shrink_and_what_never_fits_has_no_retry() {
     let dir = tempfile::tempdir().unwrap();
     let (accounts, _access) = accounts(dir.path());
     let blue = accounts.of("blue");
-    let mut held = blue.take(Amount::OpenBytes, 600).unwrap();
+    let held = blue.take(Amount::OpenBytes, 600).unwrap();
     assert_eq!(blue.left(Amount::OpenBytes), Some(400));
-    assert_eq!(held.resize(1001).unwrap_err().value, 1001);
+    assert_eq!(blue.take(Amount::OpenBytes, 401).unwrap_err().value, 1001);
+    held.shrink_to(900);
     assert_eq!(held.n(), 600);
-    held.resize(1000).unwrap();
     held.shrink_to(100);
     assert!(blue.refusal(Amount::OpenBytes, 900).is_none());
     let passing = blue.refusal(Amount::OpenBytes, 950).unwrap();
@@ -81,14 +84,10 @@ async fn opens_under_way_count_beside_what_is_stored() {
 }
 
 #[tokio::test]
-async fn limits_are_the_lower_ones_and_an_open_server_has_its_own() {
+async fn what_a_request_asks_for_is_checked_and_an_open_server_asks_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let (accounts, _access) = accounts(dir.path());
-    let server =
-        v1::Limits { max_rank: 16, max_tokens_per_microbatch: 32, ..v1::Limits::default() };
     let blue = accounts.of("blue");
-    let limits = blue.limits(server);
-    assert_eq!((limits.max_rank, limits.max_tokens_per_microbatch), (8, 32));
     assert_eq!(blue.check_rank(9).unwrap_err().quota, Quota::Rank);
     assert!(blue.check_rank(8).is_ok() && blue.check_tokens(64).is_ok());
     assert_eq!(blue.check_tokens(65).unwrap_err().retry_after, None);
@@ -98,7 +97,6 @@ async fn limits_are_the_lower_ones_and_an_open_server_has_its_own() {
     assert_eq!((early.quota, early.limit), (Quota::TokensPerSecond, 100));
     assert!(early.value > 100 && early.retry_after >= Some(Duration::from_millis(500)));
     let open = Accounts::default().of("");
-    assert_eq!(open.limits(server), server);
     assert_eq!(open.owner(), None);
     open.take_tokens(1 << 40, now).unwrap();
 }

@@ -21,7 +21,8 @@ use crate::access::{Access, Tenant};
 use crate::engine::{Admitted, EngineClient, Exported, Plan, Settings, Start, export_state};
 use crate::error::Error;
 use crate::pool::ActorPool;
-use crate::residency::{Activity, Away, Home, Profile, Residency, Writes};
+use crate::quota::Amount;
+use crate::residency::{Activity, Alive, Away, Home, Profile, Residency, Writes};
 use crate::session::{
     Attach, DRAIN_RETRY, Export, ExportOf, Greeting, Info, Permit, Reason, Resume, Retire,
     SessionActor, SessionId, SessionSeed, SessionView, SnapshotEvery, StreamEnds, epoch_now,
@@ -76,6 +77,15 @@ pub struct Opening {
     pub name: String,
     pub settings: Settings,
     pub start: Start,
+}
+
+/// What a live session begins with.
+struct Beginning {
+    alive: Alive,
+    profile: Arc<Profile>,
+    home: Home,
+    resume: Resume,
+    epoch: u64,
 }
 
 /// A stream that is attached.
@@ -174,11 +184,14 @@ impl Registry {
 
     /// Starts a session and makes it durable as it begins.
     pub async fn open(&self, opening: Opening) -> Result<(SessionId, Admitted), Error> {
-        self.refuse_one_more()?;
         let Opening { name, settings, start } = opening;
+        let alive = self.seat(&settings.tenant)?;
+        let stored = self.owners.count(&settings.tenant);
+        // Until it is among those that are counted.
+        let opening = self.engine.accounts().of(&settings.tenant).take_stored(stored)?;
         let id = SessionId::new();
         let mut held = self.slots.lock(id).await;
-        let reserved = self.residency.reserve(&settings.lora).await?;
+        let reserved = self.residency.reserve(&settings).await?;
         let plan = Plan { reserved, settings: settings.clone(), start };
         let (session, admitted) = self.engine.admit(plan).await?;
         let adapters = Arc::new(session.state().await?);
@@ -187,9 +200,11 @@ impl Registry {
         let name = record.name.clone();
         blocking(move || store.create(id, record, first.encode(Origin::Server))).await?;
         self.owners.insert(id, settings.tenant.clone());
+        drop(opening);
         let profile = profile(id, settings);
         let home = Home::Device(self.residency.settle_in(&profile, (session, admitted)));
-        held.put(Some(self.spawn(profile, home, Resume::default(), 0)));
+        let resume = Resume::default();
+        held.put(Some(self.spawn(Beginning { alive, profile, home, resume, epoch: 0 })));
         tracing::info!(session = %id, name, parameters = admitted.n_parameters, "session opened");
         Ok((id, admitted))
     }
@@ -272,10 +287,16 @@ impl Registry {
         let id = session.id();
         self.refuse_while_draining()?;
         let mut held = self.slots.lock(id).await;
-        if held.live().is_none() {
-            self.refuse_one_more()?;
-        }
         let live = held.live();
+        let tenant = self.owners.of(id).unwrap_or_default();
+        let alive = match &live {
+            // The one that ends gives its place a moment later.
+            Some(_) => {
+                let account = self.engine.accounts().of(&tenant);
+                self.residency.count_in(account.count(Amount::Sessions, 1))
+            }
+            None => self.seat(&tenant)?,
+        };
         // Nothing is written meanwhile, which might push out what is wanted, or become the head.
         let _in_turn = match &live {
             Some(live) => Some(live.profile.writes.in_turn().await),
@@ -301,7 +322,9 @@ impl Registry {
             snapshot,
         };
         let standing = snapshot::standing(&restored.snapshot);
-        held.put(Some(self.spawn(profile(id, settings), Home::Away(Away::Disk), standing, epoch)));
+        let (profile, home) = (profile(id, settings), Home::Away(Away::Disk));
+        let resume = standing;
+        held.put(Some(self.spawn(Beginning { alive, profile, home, resume, epoch })));
         tracing::info!(session = %id, snapshot = restored.snapshot.id, "session restored");
         Ok(restored)
     }
@@ -338,8 +361,9 @@ impl Registry {
 
     /// Every session of a tenant, live or not.
     pub async fn list(&self, tenant: &str) -> Result<Vec<Listed>, Error> {
-        let (store, own) = (self.store.clone(), self.owners.sessions(tenant));
-        let records = blocking(move || store.records_of(own.iter().map(|own| own.id()))).await?;
+        let own: Vec<_> = self.owners.sessions(tenant).into_iter().map(OwnSession::id).collect();
+        let store = self.store.clone();
+        let records = blocking(move || Ok(store.records_of(&own))).await?;
         let mut listed = Vec::with_capacity(records.len());
         for (id, record) in records {
             let live = match self.slots.actor(id) {
@@ -392,23 +416,23 @@ impl Registry {
         if let Some(live) = held.live() {
             return Ok(live);
         }
-        self.refuse_one_more()?;
+        let alive = self.seat(&record.tenant)?;
         let head = record.head().ok_or_else(|| Error::UnknownSession(id.to_string()))?;
         fits(id, record, head, self.engine.trunk())?;
         let profile = profile(id, snapshot::settings(record)?);
-        let (home, standing) = (Home::Away(Away::Disk), snapshot::standing(head));
-        let live = self.spawn(profile, home, standing, record.epoch);
+        let (home, resume) = (Home::Away(Away::Disk), snapshot::standing(head));
+        let live = self.spawn(Beginning { alive, profile, home, resume, epoch: record.epoch });
         tracing::info!(session = %id, step = head.step, "session revived");
         held.put(Some(live.clone()));
         Ok(live)
     }
 
-    fn spawn(&self, profile: Arc<Profile>, home: Home, resume: Resume, epoch: u64) -> Live {
+    fn spawn(&self, beginning: Beginning) -> Live {
+        let Beginning { alive, profile, home, resume, epoch } = beginning;
         let (lease, idle) = (self.lease, self.idle.clone());
         let tenant = self.access.tenant(&profile.settings.tenant);
         let limits = tenant.map_or(self.limits, |tenant| self.limits_for(&tenant));
         let (residency, known) = (self.residency.clone(), profile.clone());
-        let alive = residency.count_in();
         let snapshots = self.snapshots;
         let seed = SessionSeed {
             alive,
@@ -440,7 +464,7 @@ impl Registry {
 
     /// The record of a session that begins again, at its newest whole snapshot.
     async fn whole(&self, id: SessionId) -> Result<Record, Error> {
-        self.refuse_one_more()?;
+        self.refuse_while_draining()?;
         let store = self.store.clone();
         blocking(move || store.whole_head(id)).await
     }
@@ -470,10 +494,15 @@ impl Registry {
         record.head().cloned().ok_or_else(|| Error::UnknownSession(id.to_string()))
     }
 
-    fn refuse_one_more(&self) -> Result<(), Error> {
+    /// A place among the live sessions, all of them and those of the tenant.
+    fn seat(&self, tenant: &str) -> Result<Alive, Error> {
         self.refuse_while_draining()?;
-        let limit = self.max_live_sessions;
-        if self.residency.n_live() < limit { Ok(()) } else { Err(Error::LiveSessions { limit }) }
+        let seat = self.engine.accounts().of(tenant).take(Amount::Sessions, 1)?;
+        let (alive, limit) = (self.residency.count_in(seat), self.max_live_sessions);
+        if self.residency.n_live() > limit {
+            return Err(Error::LiveSessions { limit });
+        }
+        Ok(alive)
     }
 
     fn refuse_while_draining(&self) -> Result<(), Error> {

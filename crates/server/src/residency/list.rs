@@ -106,6 +106,13 @@ impl List {
         self.entries().iter().map(|(&id, entry)| entry.resident(id)).collect()
     }
 
+    /// Those of one tenant.
+    pub fn of_tenant(&self, tenant: &str) -> Vec<Resident> {
+        let entries = self.entries();
+        let own = entries.iter().filter(|(_, entry)| *entry.profile.settings.tenant == *tenant);
+        own.map(|(&id, entry)| entry.resident(id)).collect()
+    }
+
     /// A session is asked to leave.
     pub fn set_leaving(&self, id: SessionId) {
         if let Some(entry) = self.entries().get_mut(&id) {

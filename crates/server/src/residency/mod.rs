@@ -13,6 +13,7 @@
 mod list;
 mod policy;
 mod room;
+mod tenants;
 mod writes;
 
 pub use list::{Activity, Listed};
@@ -23,11 +24,12 @@ use crate::engine::{Admitted, EngineClient, EngineSession, Plan, Settings, Start
 use crate::error::Error;
 use crate::faults::Faults;
 use crate::ledger::{BytesKind, Ledger, Reservation};
+use crate::quota::Held;
 use crate::registry::{Copied, Slots, blocking, fits};
 use crate::session::{Recorded, Resume, SessionId};
 use crate::store::{Origin, Store};
 use list::List;
-use offshoot_adapters::{AdapterState, LoraSpec};
+use offshoot_adapters::AdapterState;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -49,17 +51,21 @@ pub struct Residency {
     /// A resident has become quiet.
     quiet: Arc<Notify>,
     list: Arc<List>,
+    slots: Arc<Slots>,
     draining: Arc<AtomicBool>,
     n_live: Arc<AtomicUsize>,
     own: OwnSnapshots,
 }
 
-/// Counts a live session until it is dropped.
-pub struct Alive(Arc<AtomicUsize>);
+/// Counts a live session until it is dropped, also among those of its tenant.
+pub struct Alive {
+    n_live: Arc<AtomicUsize>,
+    _seat: Held,
+}
 
 impl Drop for Alive {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+        self.n_live.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -144,6 +150,7 @@ impl Residency {
             n_waiting: Arc::default(),
             quiet: Arc::default(),
             list: Arc::default(),
+            slots: parts.slots.clone(),
             draining: Arc::default(),
             n_live: Arc::default(),
             own: OwnSnapshots::default(),
@@ -163,9 +170,9 @@ impl Residency {
     }
 
     /// Counts a session that becomes live.
-    pub fn count_in(&self) -> Alive {
+    pub fn count_in(&self, seat: Held) -> Alive {
         self.n_live.fetch_add(1, Ordering::Relaxed);
-        Alive(self.n_live.clone())
+        Alive { n_live: self.n_live.clone(), _seat: seat }
     }
 
     /// Sessions that have an actor, wherever their adapters are.
@@ -183,10 +190,15 @@ impl Residency {
         self.list.count(tier)
     }
 
-    /// Room on the device for an adapter. Idle sessions leave for it; what does not fit then waits,
-    /// in the order in which it was asked for, and is refused at its deadline.
-    pub async fn reserve(&self, lora: &LoraSpec) -> Result<Reservation, Error> {
-        let bytes = self.engine.trunk().adapter_bytes(lora);
+    /// Room on the device for an adapter, first its tenant's. Idle sessions leave for it; what does
+    /// not fit then waits, in the order in which it was asked for, and is refused at its deadline.
+    pub async fn reserve(&self, settings: &Settings) -> Result<Reservation, Error> {
+        let bytes = self.engine.trunk().adapter_bytes(&settings.lora);
+        let of_tenant = self.reserve_of_tenant(&settings.tenant, bytes).await?;
+        Ok(self.reserve_on_device(bytes).await?.with(of_tenant))
+    }
+
+    async fn reserve_on_device(&self, bytes: u64) -> Result<Reservation, Error> {
         // Nobody overtakes those who wait.
         if self.n_waiting.load(Ordering::Relaxed) == 0
             && let Ok(reserved) = self.engine.ledger().reserve(BytesKind::Adapters, bytes)
@@ -257,7 +269,7 @@ impl Residency {
         applied: u64,
     ) -> Result<Back, Error> {
         // First the room: whoever waits for it holds no copy meanwhile.
-        let reserved = self.reserve(&profile.settings.lora).await?;
+        let reserved = self.reserve(&profile.settings).await?;
         let (state, answers) = match away {
             Away::Host(on) => (on.adapters.clone(), None),
             Away::Disk => {

@@ -21,7 +21,7 @@ use tokio::task::{JoinError, JoinSet};
 /// So many leave at a time: each is copied on its way, and disks gain little from more.
 const MAX_LEAVING: usize = 4;
 /// A session that was in use after all is asked again after so long.
-const BUSY_PAUSE: Duration = Duration::from_millis(20);
+pub(super) const BUSY_PAUSE: Duration = Duration::from_millis(20);
 /// One that could not be written, after so long.
 const FAILED_PAUSE: Duration = Duration::from_secs(5);
 
@@ -235,7 +235,7 @@ impl Room {
 
 /// Under the session's own lock, so that nothing else happens to it meanwhile but frames, which
 /// wait.
-async fn leave(slots: Arc<Slots>, id: SessionId) -> Result<(), Error> {
+pub(super) async fn leave(slots: Arc<Slots>, id: SessionId) -> Result<(), Error> {
     let held = slots.try_lock(id).ok_or(Error::Busy)?;
     let actor = held.live().ok_or(Error::Busy)?.actor;
     actor.send(Leave).await.map_err(|_| Error::Busy)?

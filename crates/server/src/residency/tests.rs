@@ -12,6 +12,7 @@ use crate::session::{
     StepWork, Work,
 };
 use crate::store::Kept;
+use offshoot_adapters::LoraSpec;
 use offshoot_proto::v1::{self, ServerFrame, server_frame::Body};
 use offshoot_proto::{HostTensor, WireDType};
 
@@ -276,15 +277,15 @@ async fn a_reservation_that_nobody_waits_for_any_more_is_given_back() {
         dropout_key: 1,
     };
     training.ask(Work::Forward(forward)).await;
-    let wanted = lora();
-    let mut given_up = Box::pin(fixture.residency().reserve(&wanted));
+    let wanted = fixture.engine.client().trunk().adapter_bytes(&lora());
+    let mut given_up = Box::pin(fixture.residency().reserve_on_device(wanted));
     let mut context = std::task::Context::from_waker(std::task::Waker::noop());
     assert!(given_up.as_mut().poll(&mut context).is_pending());
     assert_eq!(fixture.residency().n_waiting(), 1);
     drop(given_up);
     training.ask(Work::Backward(BackwardWork { microbatch: 1, grad: rows })).await;
     // Whoever comes next gets the room, and nothing is held for the other.
-    let reserved = fixture.residency().reserve(&wanted).await.unwrap();
+    let reserved = fixture.residency().reserve_on_device(wanted).await.unwrap();
     assert_eq!(fixture.residency().n_waiting(), 0);
     let usage = fixture.engine.client().ledger().usage();
     assert_eq!(usage.now.adapters, reserved.bytes());

@@ -138,6 +138,16 @@ pub struct StepWork {
 }
 
 impl Work {
+    /// Tokens that are new to the server; those of a Backward came with its Forward.
+    pub fn n_forward_tokens(&self) -> usize {
+        match self {
+            Work::Forward(ForwardWork { hidden, .. }) | Work::Extend(ExtendWork { hidden, .. }) => {
+                hidden.shape()[0]
+            }
+            Work::Backward(_) | Work::Step(_) | Work::Discard { .. } | Work::DropCache { .. } => 0,
+        }
+    }
+
     /// What this does to the open microbatches and caches.
     pub fn effect(&self) -> Effect {
         match self {

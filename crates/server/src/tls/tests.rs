@@ -77,3 +77,29 @@ fn a_change_counts_when_it_has_settled_and_once() {
     assert!(!changes.settled([0; 32]));
     assert!(changes.settled([0; 32]));
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_broken_pair_keeps_the_one_before_and_a_good_one_replaces_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = (own(), own());
+    let files = files(dir.path(), &a.cert.pem(), &a.signing_key.serialize_pem());
+    let config = TlsConfig {
+        cert: Some(files.cert.clone()),
+        key: Some(dir.path().join("key.pem")),
+        client_ca: None,
+    };
+    let tls = Tls::start(&config).await.unwrap().unwrap();
+    let now = || tls.0.borrow().clone();
+    let first = now();
+    // The certificate alone does not fit the key.
+    std::fs::write(&files.cert, b.cert.pem()).unwrap();
+    tokio::time::sleep(10 * LOOK).await;
+    assert!(Arc::ptr_eq(&first, &now()));
+    std::fs::remove_file(&files.cert).unwrap();
+    tokio::time::sleep(10 * LOOK).await;
+    assert!(Arc::ptr_eq(&first, &now()));
+    std::fs::write(&files.cert, b.cert.pem()).unwrap();
+    std::fs::write(dir.path().join("key.pem"), b.signing_key.serialize_pem()).unwrap();
+    tokio::time::sleep(10 * LOOK).await;
+    assert!(!Arc::ptr_eq(&first, &now()));
+}

@@ -1,0 +1,1 @@
+//! Clients that wish the server ill, beside one that trains.

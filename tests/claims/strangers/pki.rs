@@ -1,0 +1,68 @@
+//! Issuers and certificates of a test, as files.
+
+use rcgen::{
+    BasicConstraints, CertificateParams, CertifiedIssuer, ExtendedKeyUsagePurpose, IsCa, KeyPair,
+};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+/// Whom a certificate is for.
+#[derive(Clone, Copy, PartialEq)]
+pub enum For {
+    Server,
+    Client,
+}
+
+/// A certificate and its key, as PEM.
+pub struct Pair {
+    pub cert: String,
+    pub key: String,
+    /// The certificate as it is sent.
+    pub der: Vec<u8>,
+}
+
+/// Whoever makes certificates.
+pub struct Ca(CertifiedIssuer<'static, KeyPair>);
+
+impl Ca {
+    pub fn new() -> Ca {
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        Ca(CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap())
+    }
+
+    pub fn pem(&self) -> String {
+        self.0.pem()
+    }
+
+    /// For this machine, valid for a day.
+    pub fn make(&self, whom: For) -> Pair {
+        self.make_until(whom, SystemTime::now() + Duration::from_secs(24 * 3600))
+    }
+
+    pub fn make_until(&self, whom: For, end: SystemTime) -> Pair {
+        let names = ["localhost".to_string(), "127.0.0.1".to_string()];
+        let mut params = CertificateParams::new(names).unwrap();
+        params.not_after = end.into();
+        params.extended_key_usages = vec![match whom {
+            For::Server => ExtendedKeyUsagePurpose::ServerAuth,
+            For::Client => ExtendedKeyUsagePurpose::ClientAuth,
+        }];
+        let key = KeyPair::generate().unwrap();
+        let cert = params.signed_by(&key, &self.0).unwrap();
+        Pair { cert: cert.pem(), key: key.serialize_pem(), der: cert.der().to_vec() }
+    }
+}
+
+/// Writes a text and says where.
+pub fn file(dir: &Path, name: &str, text: &str) -> PathBuf {
+    let path = dir.join(name);
+    std::fs::write(&path, text).unwrap();
+    path
+}
+
+/// Writes a pair: the paths of certificate and key.
+pub fn pair_files(dir: &Path, name: &str, pair: &Pair) -> (PathBuf, PathBuf) {
+    let cert = file(dir, &format!("{name}.pem"), &pair.cert);
+    (cert, file(dir, &format!("{name}.key"), &pair.key))
+}
