@@ -5,6 +5,8 @@
 mod breaks;
 #[path = "protocol_discards.rs"]
 mod discards;
+#[path = "protocol_liars.rs"]
+mod liars;
 #[path = "protocol_refusals.rs"]
 mod refusals;
 #[path = "protocol_sessions.rs"]
