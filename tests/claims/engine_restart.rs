@@ -6,6 +6,7 @@ use offshoot_server::{Error, Fault};
 use offshoot_tests::TestServer;
 use offshoot_tests::run::{Numbers, assert_same_adapter, open_request, train};
 use std::time::Duration;
+use tonic::transport::Channel;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
@@ -74,7 +75,8 @@ async fn watch(
     service: &str,
 ) -> tonic::Streaming<tonic_health::pb::HealthCheckResponse> {
     let address = format!("http://{}", server.endpoint());
-    let mut health = HealthClient::connect(address).await.unwrap();
+    let channel = Channel::from_shared(address).unwrap().connect().await.unwrap();
+    let mut health = HealthClient::new(channel);
     let service = service.to_string();
     health.watch(HealthCheckRequest { service }).await.unwrap().into_inner()
 }
