@@ -22,7 +22,7 @@ pub use record::{BlobName, DamagedSnapshot, Kept, Origin, Record, SnapshotRecord
 use crate::error::Error;
 use crate::session::SessionId;
 use blobs::{Blobs, Damage, file_error, names_in};
-use records::{DamagedRecord, Entry, Records};
+use records::{DamagedRecord, Records};
 use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io;
@@ -69,10 +69,10 @@ impl Store {
     /// what an earlier process left half done.
     pub fn open(dir: &Path, kept: Kept) -> Result<Store, Error> {
         let blobs = Blobs::open(dir)?;
-        let records = Records::open(dir)?;
+        let (records, damaged) = Records::open(dir)?;
         let (references, closes) = (Mutex::default(), Mutex::default());
         let store = Store { records, blobs, kept, references, closes };
-        store.collect()?;
+        store.collect(&damaged)?;
         Ok(store)
     }
 
@@ -134,7 +134,7 @@ impl Store {
         let _guard = self.references();
         let mut record = self.known(session)?;
         let changed = record.keep(names, self.kept.of_client);
-        if changed { self.records.put(session, &record) } else { Ok(()) }
+        if changed { self.records.put(session, record) } else { Ok(()) }
     }
 
     /// Sets where the session goes on, and which clients may: none that began before `epoch`.
@@ -146,7 +146,7 @@ impl Store {
         }
         record.head = snapshot.into();
         record.epoch = record.epoch.max(epoch);
-        self.records.put(session, &record)
+        self.records.put(session, record)
     }
 
     /// A client has begun: those before it cannot come back, also after a restart.
@@ -157,48 +157,31 @@ impl Store {
             return Ok(());
         }
         record.epoch = epoch;
-        self.records.put(session, &record)
+        self.records.put(session, record)
     }
 
     /// A session's record, if it is known.
     pub fn record(&self, session: SessionId) -> Result<Option<Record>, Error> {
-        match self.records.get(session)? {
-            Some(Entry::Whole(record)) => Ok(Some(*record)),
-            Some(Entry::Damaged(damaged)) => {
-                Err(self.record_damaged(session, self.records.path(), damaged.cause))
-            }
-            None => {
-                let aside = self.aside(&session.to_string());
-                if !aside.exists() {
-                    return Ok(None);
-                }
-                let cause = "it did not fit its checksum when the server started".into();
-                Err(self.record_damaged(session, aside, cause))
-            }
+        if let Some(record) = self.records.get(session) {
+            return Ok(Some(record));
         }
+        let path = self.aside(&session.to_string());
+        if !path.exists() {
+            return Ok(None);
+        }
+        let blobs = self.blobs.dir().to_path_buf();
+        Err(Error::RecordDamaged { session, path, blobs })
     }
 
     /// All sessions but those whose records are damaged.
-    pub fn records(&self) -> Result<Vec<(SessionId, Record)>, Error> {
-        let whole = |(session, entry): (Option<SessionId>, Entry)| match entry {
-            Entry::Whole(record) => session.map(|session| (session, *record)),
-            Entry::Damaged(_) => None,
-        };
-        Ok(self.records.all()?.into_iter().filter_map(whole).collect())
+    pub fn records(&self) -> Vec<(SessionId, Record)> {
+        self.records.all()
     }
 
     /// Those of these sessions that are there and not damaged.
-    pub fn records_of(
-        &self,
-        sessions: impl Iterator<Item = SessionId>,
-    ) -> Result<Vec<(SessionId, Record)>, Error> {
-        let mut found = Vec::new();
-        for session in sessions {
-            if let Some(Entry::Whole(record)) = self.records.get(session)? {
-                found.push((session, *record));
-            }
-        }
-        Ok(found)
+    pub fn records_of(&self, sessions: &[SessionId]) -> Vec<(SessionId, Record)> {
+        let known = |&session| Some((session, self.records.get(session)?));
+        sessions.iter().filter_map(known).collect()
     }
 
     /// Reads a snapshot and checks it against its hashes. A damaged one is set aside; the error says
@@ -246,7 +229,7 @@ impl Store {
     pub fn forget(&self, session: SessionId) -> Result<(), Error> {
         let mut references = self.references();
         let Some(record) = self.record(session)? else { return Ok(()) };
-        self.records.remove(session.to_string().as_bytes())?;
+        self.records.remove(session)?;
         self.release(&mut references, record.blobs())
     }
 
@@ -302,7 +285,7 @@ impl Store {
         snapshot.id = format!("{}-step{}", record.n_snapshots + 1, snapshot.step);
         record.push(snapshot.clone());
         let dropped = record.drop_surplus(self.kept);
-        self.records.put(session, &record)?;
+        self.records.put(session, record)?;
         name_blobs(references, snapshot.blobs());
         self.release(references, dropped.iter().flat_map(SnapshotRecord::blobs))?;
         Ok(snapshot)
@@ -316,7 +299,7 @@ impl Store {
     ) -> Result<SnapshotRecord, Error> {
         let head = record.claim_head().ok_or_else(|| unknown(session))?;
         let dropped = record.drop_surplus(self.kept);
-        self.records.put(session, &record)?;
+        self.records.put(session, record)?;
         self.release(references, dropped.iter().flat_map(SnapshotRecord::blobs))?;
         Ok(head)
     }
@@ -369,7 +352,7 @@ impl Store {
                 }
             }
             record.set_aside(place, &cause, whole);
-            self.records.put(session, &record)?;
+            self.records.put(session, record)?;
             self.release(&mut references, damaged.blobs())?;
         }
         Ok(Error::SnapshotDamaged { session, snapshot: id.into(), cause, whole })
@@ -395,23 +378,17 @@ impl Store {
     /// Sets damaged records aside, counts references anew and deletes every file that no record
     /// names. What a damaged record names cannot be known for certain, so while there is one no
     /// whole file is deleted.
-    fn collect(&self) -> Result<(), Error> {
+    fn collect(&self, damaged: &[DamagedRecord]) -> Result<(), Error> {
         let mut references = self.references();
         references.clear();
-        let mut unreadable = self.names_set_aside()?;
-        let mut any_damaged = unreadable.is_some();
-        let mut named_by_damaged = unreadable.take().unwrap_or_default();
-        for (_, entry) in self.records.all()? {
-            match entry {
-                Entry::Whole(record) => name_blobs(&mut references, record.blobs()),
-                Entry::Damaged(damaged) => {
-                    any_damaged = true;
-                    named_by_damaged.extend(damaged.names());
-                    self.set_record_aside(&damaged)?;
-                }
-            }
+        self.records.each(|record| name_blobs(&mut references, record.blobs()));
+        for record in damaged {
+            self.set_record_aside(record)?;
+            name_blobs(&mut references, &record.names());
         }
-        name_blobs(&mut references, &named_by_damaged);
+        let aside = self.names_set_aside()?;
+        let any_damaged = aside.is_some() || !damaged.is_empty();
+        name_blobs(&mut references, &aside.unwrap_or_default());
         self.blobs.collect(|name| references.contains_key(name), any_damaged)
     }
 
@@ -431,7 +408,7 @@ impl Store {
             fs::File::open(&path)?.sync_all()
         };
         match write() {
-            Ok(()) => self.records.remove(&damaged.key),
+            Ok(()) => self.records.remove_damaged(damaged),
             // Then it stays where it is, and is found again.
             Err(error) => {
                 tracing::warn!(path = %path.display(), %error, "it could not be set aside");
@@ -460,10 +437,6 @@ impl Store {
 
     fn aside(&self, name: &str) -> PathBuf {
         self.blobs.damaged_dir().join(name).with_extension(RECORD)
-    }
-
-    fn record_damaged(&self, session: SessionId, path: PathBuf, cause: String) -> Error {
-        Error::RecordDamaged { session, path, cause, blobs: self.blobs.dir().to_path_buf() }
     }
 
     fn references(&self) -> MutexGuard<'_, References> {

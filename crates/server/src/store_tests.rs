@@ -52,7 +52,7 @@ fn files(store: &Store) -> BTreeSet<String> {
 }
 
 fn named(store: &Store) -> BTreeSet<String> {
-    let records = store.records().unwrap();
+    let records = store.records();
     records.iter().flat_map(|(_, record)| record.blobs().map(|blob| blob.0.clone())).collect()
 }
 
@@ -275,8 +275,6 @@ fn another_format_version_is_refused() {
         assert!(matches!(error, Error::StoreVersion { .. }), "{error}");
         let text = error.to_string();
         assert!(text.contains(version) && text.contains("reads version"), "{text}");
-        let db = Records::open(dir.path()).err().unwrap();
-        assert!(matches!(db, Error::StoreVersion { .. }));
         Records::force_version(dir.path(), "3");
     }
     open(&dir, 3).unwrap();
@@ -393,7 +391,6 @@ fn a_damaged_record_harms_nobody_else_and_its_files_stay() {
     bytes[middle] ^= 1;
     store.records.put_raw(hurt.to_string().as_bytes(), &bytes);
     let before = files(&store);
-    assert!(matches!(store.record(hurt), Err(Error::RecordDamaged { .. })));
     drop(store);
 
     for _ in 0..2 {
@@ -406,7 +403,7 @@ fn a_damaged_record_harms_nobody_else_and_its_files_stay() {
         let aside = store.aside(&hurt.to_string());
         assert_eq!(fs::read(&aside).unwrap(), bytes);
         assert!(text.contains(&aside.display().to_string()), "{text}");
-        assert!(store.records().unwrap().iter().all(|(session, _)| *session != hurt));
+        assert!(store.records().iter().all(|(session, _)| *session != hurt));
         assert_eq!(store.read(other, &fine).unwrap().state, vec![2; 1000]);
         assert!(store.add_snapshot(hurt, snapshot(3)).is_err());
         assert!(store.whole_head(hurt).is_err());
@@ -456,9 +453,37 @@ fn a_store_of_version_2_becomes_one_of_version_3_whenever_that_was_interrupted()
             assert_eq!(store.record(*session).unwrap().as_ref(), Some(known));
             store.read(*session, known.head().unwrap()).unwrap();
         }
-        assert_eq!(store.records().unwrap().len(), expected.len());
+        assert_eq!(store.records().len(), expected.len());
         assert_eq!(fs::read(store.aside("0123")).unwrap(), b"{\"name\": \"cut");
     }
+}
+
+/// sled refuses everything once a write has failed, and nobody knows how far that one came.
+#[test]
+fn records_go_on_after_a_write_that_failed() {
+    let dir = tempfile::tempdir().unwrap();
+    let [kept_one, lost, forgotten] = [SessionId::new(), SessionId::new(), SessionId::new()];
+    let store = open(&dir, 3).unwrap();
+    store.create(kept_one, record(), snapshot(0)).unwrap();
+    let one = store.record(kept_one).unwrap().unwrap();
+    // On the disk, but told as failed: another head, a session that was never made; and one that is
+    // gone there.
+    let mut other = one.clone();
+    other.head = "99-step99".into();
+    store.records.put_unflushed(kept_one, &other);
+    store.records.put_unflushed(lost, &one);
+    store.create(forgotten, record(), snapshot(1)).unwrap();
+    store.records.remove_unknown(forgotten);
+    store.records.fail();
+    assert_eq!(store.record(kept_one).unwrap().as_ref(), Some(&one));
+    store.add_snapshot(kept_one, snapshot(2)).unwrap();
+    let expected = store.record(kept_one).unwrap();
+    drop(store);
+    let store = open(&dir, 3).unwrap();
+    assert_eq!(store.record(kept_one).unwrap(), expected);
+    assert!(store.record(lost).unwrap().is_none());
+    assert!(store.record(forgotten).unwrap().is_some());
+    assert_eq!(files(&store), named(&store));
 }
 
 #[test]
@@ -539,7 +564,7 @@ fn a_store_of_a_thousand_sessions_opens_with_all_of_them_and_without_what_is_lef
     drop(store);
 
     let store = Store::open(dir.path(), Kept { of_client: 8, of_server: 2 }).unwrap();
-    assert_eq!(store.records().unwrap().len(), N_SESSIONS);
+    assert_eq!(store.records().len(), N_SESSIONS);
     let there = files(&store);
     assert_eq!(there.len(), 10 * N_SESSIONS);
     assert_eq!(there, named(&store));

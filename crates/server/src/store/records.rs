@@ -1,16 +1,17 @@
 //! The sessions' records in sled, each with a checksum. The only file that names sled.
 //!
-//! sled gives up for good when a write fails, as on a full disk; then it is opened again, and what
-//! stands on the disk counts.
+//! What is read comes from memory, where each record stands as it was last flushed. sled gives up for
+//! good when a write fails, as on a full disk; then it is opened again at the next write, and what is
+//! on the disk is made to agree with the memory first.
 
 use super::blobs::{is_full, names_in};
 use super::record::{BlobName, Record};
 use crate::error::{DISK_RETRY, Error};
 use crate::session::SessionId;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
 /// Of the records and the blobs. Older ones from [`OLDEST_READ`] on are made new, others refused.
 const FORMAT_VERSION: u32 = 3;
@@ -22,22 +23,18 @@ const VERSION_KEY: &[u8] = b"format_version";
 const CHECKED: u8 = 3;
 const CHECKSUM_BYTES: usize = 16;
 
-/// The records on disk.
+/// The records on disk, and the same in memory.
 pub(super) struct Records {
     /// The store's.
     dir: PathBuf,
-    open: RwLock<Option<Opened>>,
+    known: RwLock<HashMap<SessionId, Record>>,
+    /// None: a write has failed.
+    disk: Mutex<Option<Opened>>,
 }
 
 struct Opened {
     db: sled::Db,
     sessions: sled::Tree,
-}
-
-/// An entry as it is found.
-pub(super) enum Entry {
-    Whole(Box<Record>),
-    Damaged(DamagedRecord),
 }
 
 /// A record that its checksum does not fit.
@@ -56,11 +53,23 @@ impl DamagedRecord {
 }
 
 impl Records {
-    /// Opens or creates them; older ones become those of this version.
-    pub fn open(dir: &Path) -> Result<Records, Error> {
+    /// Opens or creates them; older ones become those of this version. Damaged ones are not known.
+    pub fn open(dir: &Path) -> Result<(Records, Vec<DamagedRecord>), Error> {
         let opened = Opened::open(dir)?;
         opened.check_version(dir)?;
-        Ok(Records { dir: dir.to_path_buf(), open: RwLock::new(Some(opened)) })
+        let (mut known, mut damaged) = (HashMap::new(), Vec::new());
+        for entry in opened.sessions.iter() {
+            let (key, value) = entry.map_err(|error| sled_error(dir, error))?;
+            match decode(&key, &value) {
+                Ok((session, record)) => drop(known.insert(session, record)),
+                Err(cause) => {
+                    let (key, bytes) = (key.to_vec(), value.to_vec());
+                    damaged.push(DamagedRecord { key, bytes, cause });
+                }
+            }
+        }
+        let (known, disk) = (RwLock::new(known), Mutex::new(Some(opened)));
+        Ok((Records { dir: dir.to_path_buf(), known, disk }, damaged))
     }
 
     /// Where they are.
@@ -68,37 +77,42 @@ impl Records {
         self.dir.join("records")
     }
 
-    pub fn get(&self, session: SessionId) -> Result<Option<Entry>, Error> {
-        let key = session.to_string();
-        let value = self.with(|opened| opened.sessions.get(&key))?;
-        Ok(value.map(|value| decode(key.as_bytes(), &value)))
+    pub fn get(&self, session: SessionId) -> Option<Record> {
+        self.known().get(&session).cloned()
     }
 
-    /// Everything that is there.
-    pub fn all(&self) -> Result<Vec<(Option<SessionId>, Entry)>, Error> {
-        self.with(|opened| {
-            let decoded = |(key, value): (sled::IVec, sled::IVec)| {
-                let session = std::str::from_utf8(&key).ok().and_then(SessionId::parse);
-                (session, decode(&key, &value))
-            };
-            opened.sessions.iter().map(|entry| entry.map(decoded)).collect()
-        })
+    pub fn all(&self) -> Vec<(SessionId, Record)> {
+        self.known().iter().map(|(&session, record)| (session, record.clone())).collect()
     }
 
-    /// Durable when it returns. After an error the record on disk is the one before or this one.
-    pub fn put(&self, session: SessionId, record: &Record) -> Result<(), Error> {
-        let key = session.to_string();
-        let value = encode(key.as_bytes(), record).map_err(|error| Error::StoreRecords {
+    /// Looks at each without a copy.
+    pub fn each(&self, look: impl FnMut(&Record)) {
+        self.known().values().for_each(look);
+    }
+
+    /// Durable when it returns. After an error all goes on with the one before; a start that comes
+    /// now may find either.
+    pub fn put(&self, session: SessionId, record: Record) -> Result<(), Error> {
+        let value = encode(session, &record).map_err(|error| Error::StoreRecords {
             path: self.dir.clone(),
             cause: format!("a session's record cannot be written: {error}"),
         })?;
-        let n_bytes = value.len();
-        self.change(n_bytes, |opened| opened.sessions.insert(&key, value.as_slice()).map(drop))
+        let key = session.to_string();
+        self.change(value.len(), |disk| disk.sessions.insert(&key, value.as_slice()).map(drop))?;
+        self.known.write().unwrap_or_else(PoisonError::into_inner).insert(session, record);
+        Ok(())
     }
 
     /// Durable when it returns.
-    pub fn remove(&self, key: &[u8]) -> Result<(), Error> {
-        self.change(0, |opened| opened.sessions.remove(key).map(drop))
+    pub fn remove(&self, session: SessionId) -> Result<(), Error> {
+        self.change(0, |disk| disk.sessions.remove(session.to_string()).map(drop))?;
+        self.known.write().unwrap_or_else(PoisonError::into_inner).remove(&session);
+        Ok(())
+    }
+
+    /// Durable when it returns.
+    pub fn remove_damaged(&self, damaged: &DamagedRecord) -> Result<(), Error> {
+        self.change(0, |disk| disk.sessions.remove(&damaged.key).map(drop))
     }
 
     fn change(
@@ -106,54 +120,61 @@ impl Records {
         n_bytes: usize,
         change: impl FnOnce(&Opened) -> sled::Result<()>,
     ) -> Result<(), Error> {
-        let done = self.with(|opened| change(opened).and_then(|()| opened.db.flush()).map(drop));
-        done.map_err(|error| match error {
+        let mut disk = self.disk();
+        let changed = match &*disk {
+            Some(opened) => change(opened).and_then(|()| opened.flush()),
+            None => {
+                let opened = Opened::open(&self.dir).map_err(|error| self.full(n_bytes, error))?;
+                let agreed = opened.agree(&self.known());
+                let changed = agreed.and_then(|()| change(&opened)).and_then(|()| opened.flush());
+                if changed.is_ok() {
+                    tracing::info!(path = %self.dir.display(), "records can be written again");
+                }
+                *disk = Some(opened);
+                changed
+            }
+        };
+        changed.map_err(|error| {
+            // From now on it would refuse everything, whatever comes free.
+            *disk = None;
+            self.full(n_bytes, sled_error(&self.dir, error))
+        })
+    }
+
+    /// Tells a full disk apart.
+    fn full(&self, n_bytes: usize, error: Error) -> Error {
+        match error {
             Error::StoreFile { source, .. } if is_full(&source) => {
-                let path = self.path();
-                let n_bytes = n_bytes as u64;
+                let (path, n_bytes) = (self.path(), n_bytes as u64);
                 Error::DiskFull { path, n_bytes, source, retry_after: DISK_RETRY }
             }
             other => other,
-        })
+        }
     }
 
-    fn with<T>(&self, run: impl FnOnce(&Opened) -> sled::Result<T>) -> Result<T, Error> {
-        let result = {
-            let open = self.opened()?;
-            let opened = open.as_ref().ok_or_else(|| closed(&self.dir))?;
-            run(opened)
-        };
-        result.map_err(|error| {
-            if matches!(error, sled::Error::Io(_)) {
-                // From now on it would refuse everything, whatever comes free.
-                *self.open.write().unwrap_or_else(PoisonError::into_inner) = None;
-            }
-            sled_error(&self.dir, error)
-        })
+    fn known(&self) -> RwLockReadGuard<'_, HashMap<SessionId, Record>> {
+        // Each use is whole even if another thread panicked.
+        self.known.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Opens what a failure closed.
-    fn opened(&self) -> Result<RwLockReadGuard<'_, Option<Opened>>, Error> {
-        let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
-        if open.is_some() {
-            return Ok(open);
-        }
-        drop(open);
-        let mut open = self.open.write().unwrap_or_else(PoisonError::into_inner);
-        if open.is_none() {
-            *open = Some(Opened::open(&self.dir)?);
-            tracing::info!(path = %self.dir.display(), "the store's records are open again");
-        }
-        drop(open);
-        Ok(self.open.read().unwrap_or_else(PoisonError::into_inner))
+    fn disk(&self) -> MutexGuard<'_, Option<Opened>> {
+        self.disk.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// What only a damaged disk or another version does.
 #[cfg(test)]
 impl Records {
+    fn on_disk<T>(&self, run: impl FnOnce(&Opened) -> sled::Result<T>) -> T {
+        let disk = self.disk();
+        let opened = disk.as_ref().unwrap();
+        let done = run(opened).unwrap();
+        opened.flush().unwrap();
+        done
+    }
+
     pub fn set_version(&self, version: &str) {
-        self.with(|opened| opened.db.insert(VERSION_KEY, version).map(drop)).unwrap();
+        self.on_disk(|opened| opened.db.insert(VERSION_KEY, version).map(drop));
     }
 
     /// Of records that cannot be opened.
@@ -162,21 +183,28 @@ impl Records {
     }
 
     pub fn put_raw(&self, key: &[u8], value: &[u8]) {
-        let put = |opened: &Opened| {
-            opened.sessions.insert(key, value)?;
-            opened.db.flush().map(drop)
-        };
-        self.with(put).unwrap();
+        self.on_disk(|opened| opened.sessions.insert(key, value).map(drop));
     }
 
     pub fn put_unflushed(&self, session: SessionId, record: &Record) {
-        let key = session.to_string();
-        let value = encode(key.as_bytes(), record).unwrap();
-        self.with(|opened| opened.sessions.insert(&key, value.as_slice()).map(drop)).unwrap();
+        let value = encode(session, record).unwrap();
+        let disk = self.disk();
+        let opened = disk.as_ref().unwrap();
+        opened.sessions.insert(session.to_string(), value.as_slice()).unwrap();
     }
 
     pub fn raw(&self, session: SessionId) -> Option<Vec<u8>> {
-        self.with(|opened| opened.sessions.get(session.to_string())).unwrap().map(|v| v.to_vec())
+        self.on_disk(|opened| opened.sessions.get(session.to_string())).map(|v| v.to_vec())
+    }
+
+    /// From the disk only.
+    pub fn remove_unknown(&self, session: SessionId) {
+        self.on_disk(|opened| opened.sessions.remove(session.to_string()).map(drop));
+    }
+
+    /// As a write does that fails.
+    pub fn fail(&self) {
+        *self.disk() = None;
     }
 }
 
@@ -229,19 +257,45 @@ impl Opened {
             }
         }
         self.sessions.apply_batch(batch)?;
-        self.db.flush()?;
+        self.flush()?;
         Ok(n_records)
+    }
+
+    /// A write that failed may or may not have come to the disk: makes it hold what is known. What
+    /// is not known and not readable either is left.
+    fn agree(&self, known: &HashMap<SessionId, Record>) -> sled::Result<()> {
+        let (mut batch, mut there) = (sled::Batch::default(), HashSet::new());
+        for entry in self.sessions.iter() {
+            let (key, value) = entry?;
+            let Ok((session, record)) = decode(&key, &value) else { continue };
+            if known.get(&session) == Some(&record) {
+                there.insert(session);
+            } else {
+                batch.remove(key);
+            }
+        }
+        for (session, record) in known.iter().filter(|(session, _)| !there.contains(session)) {
+            if let Ok(value) = encode(*session, record) {
+                batch.insert(session.to_string().as_bytes(), value);
+            }
+        }
+        self.sessions.apply_batch(batch)?;
+        self.flush()
+    }
+
+    fn flush(&self) -> sled::Result<()> {
+        self.db.flush().map(drop)
     }
 
     fn set_version(&self) -> sled::Result<()> {
         self.db.insert(VERSION_KEY, FORMAT_VERSION.to_string().as_bytes())?;
-        self.db.flush().map(drop)
+        self.flush()
     }
 }
 
 /// The mark, the checksum, the record as JSON.
-fn encode(key: &[u8], record: &Record) -> serde_json::Result<Vec<u8>> {
-    serde_json::to_vec(record).map(|json| with_checksum(key, &json))
+fn encode(session: SessionId, record: &Record) -> serde_json::Result<Vec<u8>> {
+    serde_json::to_vec(record).map(|json| with_checksum(session.to_string().as_bytes(), &json))
 }
 
 fn with_checksum(key: &[u8], json: &[u8]) -> Vec<u8> {
@@ -257,33 +311,25 @@ fn checksum(key: &[u8], json: &[u8]) -> [u8; CHECKSUM_BYTES] {
     checksum
 }
 
-fn decode(key: &[u8], value: &[u8]) -> Entry {
-    let damaged = |cause: String| {
-        Entry::Damaged(DamagedRecord { key: key.to_vec(), bytes: value.to_vec(), cause })
-    };
+/// The record, or what is wrong with it.
+fn decode(key: &[u8], value: &[u8]) -> Result<(SessionId, Record), String> {
     let parts = value.strip_prefix(&[CHECKED]);
     let Some((expected, json)) = parts.and_then(|rest| rest.split_at_checked(CHECKSUM_BYTES))
     else {
-        return damaged(format!("its {} bytes do not begin as a record does", value.len()));
+        return Err(format!("its {} bytes do not begin as a record does", value.len()));
     };
     if checksum(key, json) != *expected {
-        return damaged(format!("its {} bytes do not fit their checksum", value.len()));
+        return Err(format!("its {} bytes do not fit their checksum", value.len()));
     }
-    match serde_json::from_slice(json) {
-        Ok(record) => Entry::Whole(Box::new(record)),
-        Err(error) => damaged(error.to_string()),
-    }
+    let session = std::str::from_utf8(key).ok().and_then(SessionId::parse);
+    let session = session.ok_or("it is under a name that is no session's")?;
+    serde_json::from_slice(json).map(|record| (session, record)).map_err(|error| error.to_string())
 }
 
 fn is_lock(error: &io::Error) -> bool {
     // sled wraps the system's error; its text is the only mark.
     error.kind() == io::ErrorKind::WouldBlock
         || error.to_string().contains("could not acquire lock")
-}
-
-fn closed(dir: &Path) -> Error {
-    let cause = "they were closed by a failure and are being opened again".into();
-    Error::StoreRecords { path: dir.to_path_buf(), cause }
 }
 
 fn sled_error(dir: &Path, error: sled::Error) -> Error {
