@@ -7,6 +7,8 @@ mod client;
 mod follow;
 #[path = "train_losses.rs"]
 mod losses;
+#[path = "train_noise.rs"]
+mod noise;
 #[path = "train_overlap.rs"]
 mod overlap;
 #[path = "train_packing.rs"]

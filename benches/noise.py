@@ -1,0 +1,142 @@
+#!/usr/bin/env python3
+"""What noise on hidden states and gradients buys, and what it costs: recovered tokens and labels
+against the loss of a run that was trained with it.
+
+    python benches/noise.py [--steps 40] [--out benches/runs/DATE-leak]
+
+Each setting trains SmolLM2 on the demo's questions and answers for the same steps with the same seed,
+and is measured by `offshoot leak` with the run's adapter: once by a reader who knows the other half of
+the text, once by one who knows the King James Bible only. Clip norms are the median norms that
+`offshoot leak` prints. The loss is that of questions and answers that were held out, as the run saw it
+(with the noise), and uncut without any noise (`offshoot eval`).
+
+Losses and shares do not depend on how busy a machine is. Writes noise.json and prints a table. Needs a
+release build, `cargo xtask fetch`, and only the standard library.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import tempfile
+
+from whole_job import ROOT, Process, wait_ready
+
+# Name, hidden clip (in medians), hidden noise, gradient clip (in medians), gradient noise.
+SETTINGS = [
+    ("as it is", None, 0, None, 0),
+    ("hidden: clip", 1, 0, None, 0),
+    ("hidden: clip, noise 0.25", 1, 0.25, None, 0),
+    ("hidden: clip, noise 0.5", 1, 0.5, None, 0),
+    ("hidden: clip, noise 1", 1, 1, None, 0),
+    ("hidden: clip, noise 2", 1, 2, None, 0),
+    ("gradients: clip, noise 1", None, 0, 1, 1),
+    ("gradients: clip, noise 4", None, 0, 1, 4),
+    ("both: clip, noise 1", 1, 1, 1, 1),
+]
+
+
+def arguments():
+    a = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    a.add_argument("--offshoot", default=str(ROOT / "target/release/offshoot"))
+    a.add_argument("--model", default=str(ROOT / ".demo/smollm2-hf"))
+    a.add_argument("--split", default="2..28")
+    a.add_argument("--steps", type=int, default=40)
+    a.add_argument("--batch-size", type=int, default=8)
+    a.add_argument("--learning-rate", default="5e-4")
+    a.add_argument("--port", type=int, default=50971)
+    a.add_argument("--only", help="settings by number, such as 0,3")
+    a.add_argument("--out", required=True, help="folder for the record")
+    return a.parse_args()
+
+
+def leak(args, split, adapter=None, privacy=(), reader=None):
+    command = [args.offshoot, "leak", "--model-name", args.model, "--json", "--no-cache",
+               "--train-file", str(ROOT / ".demo/support.jsonl"),
+               "--split-point-1", split[0], "--split-point-2", split[1], *privacy]
+    if adapter:
+        command += ["--adapter", str(adapter)]
+    if reader:
+        command += ["--reader-data", str(reader)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+
+
+def options(setting, norms):
+    _, hidden_clip, hidden_noise, gradient_clip, gradient_noise = setting
+    words = []
+    if hidden_clip:
+        words += [f"--hidden-clip-norm={hidden_clip * norms['hidden']:.3g}", f"--hidden-noise={hidden_noise}"]
+    if gradient_clip:
+        words += [f"--gradient-clip-norm={gradient_clip * norms['gradients']:.3g}",
+                  f"--gradient-noise={gradient_noise}"]
+    return words
+
+
+def train(args, folder, privacy):
+    subprocess.run(
+        [args.offshoot, "train", "--model-name", args.model, "--server", f"127.0.0.1:{args.port}",
+         "--train-file", str(ROOT / ".demo/support.jsonl"), "--eval-file", str(ROOT / ".demo/support.eval.jsonl"),
+         "--output-dir", str(folder), f"--max-steps={args.steps}", f"--batch-size={args.batch_size}",
+         f"--learning-rate={args.learning_rate}", "--warmup-steps=5", "--max-seq-length=256",
+         f"--eval-interval={args.steps}", "--wire-dtype=f32", "--no-cache", "--quiet", "--no-tensorboard",
+         *privacy], check=True)
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [e["loss"] for e in events if e["event"] == "eval"], [e["loss"] for e in events if e["event"] == "step"]
+
+
+def uncut_loss(args, folder):
+    command = [args.offshoot, "eval", "--model-name", args.model, "--adapter", str(folder), "--no-base",
+               "--eval-file", str(ROOT / ".demo/support.eval.jsonl"), "--no-cache", "--json",
+               "--max-seq-length=256"]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)["adapter"]["loss"]
+
+
+def row(name, found):
+    known, bible = found["known"], found["bible"]
+    share = lambda leak, reader: f"{leak['split_points'][0][reader]['top_1']:.1%}"
+    return (f"| {name} | {found['eval'][-1]:.3f} | {found['uncut']:.3f} "
+            f"| {share(known, 'nearest')} | {share(known, 'centred')} | {share(known, 'linear')} "
+            f"| {known['split_points'][0]['linear']['rare_top_1']:.1%} | {share(bible, 'linear')} "
+            f"| {known['labels']['direct']['top_1']:.1%} | {known['labels']['linear']['top_1']:.1%} |")
+
+
+HEAD = """\
+| what is sent | eval loss, with noise | uncut, without | nearest | centred | linear | linear, rare | linear, stranger | labels, direct | labels, linear |
+|---|---|---|---|---|---|---|---|---|---|"""
+
+
+def main():
+    args = arguments()
+    split = args.split.split("..")
+    chosen = [int(n) for n in args.only.split(",")] if args.only else range(len(SETTINGS))
+    out = pathlib.Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    base = leak(args, split)
+    norms = {"hidden": base["split_points"][0]["norms"]["median"], "gradients": base["labels"]["norms"]["median"]}
+    print(f"median norms: {norms}", flush=True)
+    record = {"split": args.split, "steps": args.steps, "batch_size": args.batch_size,
+              "learning_rate": args.learning_rate, "norms": norms, "base": base, "settings": []}
+    print(HEAD, flush=True)
+    with tempfile.TemporaryDirectory() as place:
+        place = pathlib.Path(place)
+        server = Process([args.offshoot, "serve", "--model-name", args.model, "--split-point-1", split[0],
+                          "--split-point-2", split[1], "--port", str(args.port), "--host", "127.0.0.1",
+                          "--store-dir", str(place / "store")], place / "server.log")
+        try:
+            wait_ready(args.port, server)
+            for number in chosen:
+                setting = SETTINGS[number]
+                privacy, folder = options(setting, norms), place / f"run-{number}"
+                evaluations, losses = train(args, folder, privacy)
+                found = {"name": setting[0], "options": privacy, "eval": evaluations, "losses": losses,
+                         "uncut": uncut_loss(args, folder), "known": leak(args, split, folder, privacy),
+                         "bible": leak(args, split, folder, privacy, ROOT / ".demo/scribe.txt")}
+                record["settings"].append(found)
+                print(row(setting[0], found), flush=True)
+                (out / "noise.json").write_text(json.dumps(record, indent=1) + "\n")
+        finally:
+            server.stop()
+
+
+if __name__ == "__main__":
+    main()
