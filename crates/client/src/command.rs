@@ -14,6 +14,8 @@ pub(crate) enum Command {
     },
     /// A microbatch is not wanted any more.
     Look,
+    /// The stream is to be taken up anew, to learn where the server stands.
+    Reattach,
     /// Answered with the last number once no frame is without an answer.
     Settle {
         reply: oneshot::Sender<Result<u64, ClientError>>,

@@ -235,8 +235,12 @@ impl Driver {
                     Ok(None) => return End::Broken("the server ended the stream".to_string()),
                     Err(status) => return wire::judge(&self.client, &self.id, &status).into(),
                 },
-                command = self.commands.recv(), if listens => if let Some(command) = command {
-                    self.take_command(command);
+                command = self.commands.recv(), if listens => match command {
+                    Some(Command::Reattach) => {
+                        return End::Broken("the session is compared with the server's".to_string());
+                    }
+                    Some(command) => self.take_command(command),
+                    None => {}
                 },
                 () = sleep_until(retry_at), if !self.window.is_returning() => {
                     self.retry_at = None;
@@ -259,7 +263,7 @@ impl Driver {
         // They may stand in the way of a step, and belong before a snapshot.
         self.discard_abandoned();
         match command {
-            Command::Look => {}
+            Command::Look | Command::Reattach => {}
             Command::Send { request, reply } => match self.unreported.take() {
                 Some(earlier) => {
                     let _ = reply.send(Err(aborted(request.call(), earlier)));
@@ -403,7 +407,7 @@ impl Driver {
             let _ = match command {
                 Command::Send { reply, .. } => reply.send(Err(error.clone())).is_err(),
                 Command::Settle { reply } => reply.send(Err(error.clone())).is_err(),
-                Command::Look => false,
+                Command::Look | Command::Reattach => false,
             };
         }
     }

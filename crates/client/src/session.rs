@@ -5,7 +5,9 @@ use crate::command::{Answer, Command};
 use crate::entry::Request;
 use crate::extend::{PendingDropCache, PendingExtend};
 use crate::loss::SentLoss;
-use crate::types::{ExportedAdapter, FrameReport, Limits, SessionId, SnapshotInfo, WireError};
+use crate::types::{
+    ErrorCode, ExportedAdapter, FrameReport, Limits, SessionId, SnapshotInfo, WireError,
+};
 use offshoot_proto::v1::server_frame::Body;
 use offshoot_proto::{HostTensor, WireDType, v1};
 use std::future::IntoFuture;
@@ -147,16 +149,39 @@ impl Session {
     /// such as that of the best checkpoint, the most important first: as many of them as it keeps of
     /// the last ones, until the next snapshot does not name them.
     pub async fn snapshot_keeping(&self, keep: Vec<String>) -> Result<SnapshotInfo, ClientError> {
-        let after = self.settle().await?;
-        self.client.snapshot(&self.id, after, keep, true).await
+        self.snapshot_now(keep, true).await
     }
 
     /// Like [`snapshot_keeping`](Session::snapshot_keeping), but a server that has no room for a snapshot
     /// now (its disk is full, a quota is used up) is not waited for: that is an error at once, and the
     /// session goes on. A server that is away is waited for.
     pub async fn try_snapshot(&self, keep: Vec<String>) -> Result<SnapshotInfo, ClientError> {
+        self.snapshot_now(keep, false).await
+    }
+
+    async fn snapshot_now(
+        &self,
+        keep: Vec<String>,
+        waits_for_room: bool,
+    ) -> Result<SnapshotInfo, ClientError> {
         let after = self.settle().await?;
-        self.client.snapshot(&self.id, after, keep, false).await
+        let taken = self.client.snapshot(&self.id, after, keep, waits_for_room).await;
+        if let Err(ClientError::Refused {
+            code: ErrorCode::Invalid | ErrorCode::Sequence, ..
+        }) = taken
+        {
+            // A server that was killed may be asked for the snapshot before the stream has learned that
+            // it stands elsewhere now.
+            self.reattach().await?;
+        }
+        taken
+    }
+
+    /// Takes the stream up anew, and waits for what is without an answer. A server that has fallen back
+    /// meanwhile is noticed: [`ClientError::RolledBack`].
+    pub async fn reattach(&self) -> Result<(), ClientError> {
+        self.commands.send(Command::Reattach).await.map_err(|_| ClientError::Closed)?;
+        self.settle().await.map(drop)
     }
 
     /// Waits for all outstanding answers, then fetches the adapter.

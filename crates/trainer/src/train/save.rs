@@ -34,6 +34,8 @@ impl Run {
     async fn trunk_tensors(&self) -> Result<Vec<(String, Tensor)>, TrainError> {
         let exported = self.session.export().await?;
         if exported.step != self.step {
+            // It may have been killed just now.
+            self.session.reattach().await?;
             return Err(TrainError::Answer {
                 problem: format!(
                     "the trunk's adapter is at step {}, the client's at step {}; does another client train this session?",
