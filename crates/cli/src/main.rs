@@ -19,6 +19,7 @@ mod run_config;
 mod serve;
 mod serve_config;
 mod server_args;
+mod tenant;
 mod train;
 mod verify;
 
@@ -49,6 +50,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Serve(serve::ServeArgs),
+    Tenant(tenant::TenantArgs),
     Train(Box<train::TrainArgs>),
     Checkpoints(checkpoints::CheckpointsArgs),
     Plot(plot::PlotArgs),
@@ -88,6 +90,7 @@ impl Command {
     fn run(self) -> anyhow::Result<ExitCode> {
         match self {
             Command::Serve(args) => serve::run(args),
+            Command::Tenant(args) => tenant::run(args),
             Command::Train(args) => train::run(*args),
             Command::Checkpoints(args) => checkpoints::run(args),
             Command::Plot(args) => plot::run(args),

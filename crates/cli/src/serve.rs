@@ -28,15 +28,19 @@ pub fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
         // Before the server starts, so that no signal finds the default handler.
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut hangup = signal(SignalKind::hangup())?;
         let mut server = Server::start(config).await?;
         println!("ready grpc={}", server.local_addr());
         std::io::stdout().flush()?;
-        let name = tokio::select! {
-            _ = terminate.recv() => "SIGTERM",
-            _ = interrupt.recv() => "SIGINT",
-            error = server.failed() => {
-                server.drain(timeout).await;
-                return Err(error.into());
+        let name = loop {
+            tokio::select! {
+                _ = terminate.recv() => break "SIGTERM",
+                _ = interrupt.recv() => break "SIGINT",
+                _ = hangup.recv() => tokio::task::block_in_place(|| server.reload()),
+                error = server.failed() => {
+                    server.drain(timeout).await;
+                    return Err(error.into());
+                }
             }
         };
         tracing::info!(signal = name, "draining");

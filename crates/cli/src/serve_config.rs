@@ -12,7 +12,8 @@ use std::path::{Path, PathBuf};
 /// Loads the layers [SPLIT_POINT_1, SPLIT_POINT_2) once, frozen, and trains one LoRA adapter with
 /// its optimizer for each client session. Prints one line `ready grpc=HOST:PORT` on stdout when
 /// clients can connect. SIGTERM or Ctrl-C ends it after open work is finished and every session is
-/// saved; sessions go on after a restart with the same --store-dir.
+/// saved; sessions go on after a restart with the same --store-dir. SIGHUP reads the tenants file again and
+/// begins the audit log anew; both happen by themselves, too, within seconds of a change.
 ///
 /// Every setting can come from (later ones win): the defaults, the file of --config, environment
 /// variables such as OFFSHOOT_LIMITS__MAX_RANK=64, and these options.

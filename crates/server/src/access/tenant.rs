@@ -38,6 +38,11 @@ pub(super) struct TokenEntry {
 }
 
 impl Tenant {
+    /// Its tokens by id, and when each ends. None: never.
+    pub fn tokens(&self) -> impl Iterator<Item = (&str, Option<SystemTime>)> {
+        self.tokens.iter().map(|token| (token.id.as_str(), token.expires))
+    }
+
     /// Who calls a server without a tenants file.
     pub fn anybody() -> Tenant {
         Tenant { name: String::new(), weight: 1, quotas: Quotas::default(), tokens: Vec::new() }

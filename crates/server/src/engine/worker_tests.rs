@@ -88,7 +88,8 @@ impl Rig {
         };
         let lane = LaneId(lane);
         self.scheduler.open(lane, Share { owner: OwnerId(lane.0), weight: 1 });
-        let slot = Slot::new(&self.worker.part, plan).unwrap();
+        let account = crate::quota::Accounts::default().of("");
+        let slot = Slot::new(&self.worker.part, plan, account).unwrap();
         self.worker.slots.insert(lane, slot);
     }
 
