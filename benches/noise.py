@@ -16,6 +16,7 @@ release build, `cargo xtask fetch`, and only the standard library.
 
 import argparse
 import json
+import os
 import pathlib
 import subprocess
 import tempfile
@@ -44,7 +45,6 @@ def arguments():
     a.add_argument("--steps", type=int, default=40)
     a.add_argument("--batch-size", type=int, default=8)
     a.add_argument("--learning-rate", default="5e-4")
-    a.add_argument("--port", type=int, default=50971)
     a.add_argument("--only", help="settings by number, such as 0,3")
     a.add_argument("--out", required=True, help="folder for the record")
     return a.parse_args()
@@ -119,11 +119,11 @@ def main():
     print(HEAD, flush=True)
     with tempfile.TemporaryDirectory() as place:
         place = pathlib.Path(place)
-        server = Process([args.offshoot, "serve", "--model-name", args.model, "--split-point-1", split[0],
-                          "--split-point-2", split[1], "--port", str(args.port), "--host", "127.0.0.1",
-                          "--store-dir", str(place / "store")], place / "server.log")
+        command = [args.offshoot, "serve", "--model-name", args.model, "--split-point-1", split[0],
+                   "--split-point-2", split[1], "--host=127.0.0.1", "--port=0", "--store-dir=store"]
+        server = Process(command, os.sched_getaffinity(0), {}, place)
         try:
-            wait_ready(args.port, server)
+            args.port = wait_ready(server)
             for number in chosen:
                 setting = SETTINGS[number]
                 privacy, folder = options(setting, norms), place / f"run-{number}"
