@@ -266,6 +266,29 @@ async fn killed_restart_rolls_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_asked_of_a_server_that_fell_back_is_a_rollback() {
+    let store = tempfile::tempdir().unwrap();
+    let mut server = Child::start(store.path());
+    let proxy = Proxy::start(server.address()).await.unwrap();
+    let (client, h, mut session) = through(&proxy).await;
+    let id = session.id().clone();
+    for round in 0..5 {
+        train(&session, h, round..round + 1).await.unwrap();
+        let snapshot = session.snapshot().await.unwrap();
+        train(&session, h, round + 1..round + 2).await.unwrap();
+        session.settle().await.unwrap();
+        server.kill();
+        server = Child::start(store.path());
+        proxy.set_upstream(Some(server.address()));
+        // Nothing is on the stream: the call may be there before the stream knows anything.
+        let error = session.snapshot().await.unwrap_err();
+        assert!(matches!(error, ClientError::RolledBack { .. }), "{error}");
+        session = client.restore(&id, Some(&snapshot.snapshot_id)).await.unwrap().0;
+    }
+    server.kill();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn killed_right_after_a_snapshot_goes_on() {
     let (expected, adapter) = undisturbed(4).await;
     let store = tempfile::tempdir().unwrap();
