@@ -237,7 +237,7 @@ mod tests {
         assert_eq!(options.sources.train_files.len(), 2);
         assert_eq!(
             parse(&format!("{line} --server-host ::1")).unwrap().model.server,
-            "http://[::1]:50051"
+            "[::1]:50051"
         );
         assert!(parse(&format!("{line} --server http://h:7 --server-host h")).is_err());
     }
