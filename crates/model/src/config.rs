@@ -189,6 +189,9 @@ fn refuse_unsupported(json: &Value) -> Result<(), ModelError> {
     Ok(())
 }
 
+/// Of every size, so that products of two of them cannot overflow.
+const MAX_SIZE: i64 = 1 << 31;
+
 /// config.json with errors that name the field.
 struct Fields<'a>(&'a Value);
 
@@ -202,7 +205,8 @@ impl Fields<'_> {
         match &self.0[field] {
             Value::Null => Ok(None),
             value => match value.as_i64() {
-                Some(n) if n > 0 => Ok(Some(n)),
+                Some(n) if n > 0 && n <= MAX_SIZE => Ok(Some(n)),
+                Some(n) if n > 0 => Err(self.wrong(field, "at most 2^31, as sizes are")),
                 _ => Err(self.wrong(field, "a positive whole number")),
             },
         }

@@ -90,8 +90,10 @@ fn renumber(adapter: &mut PeftAdapter, first_layer: usize) -> usize {
         LISTS.iter().find_map(|(list, whole)| {
             let (layer, rest) = name.strip_prefix(list)?.split_once('.')?;
             let layer: usize = layer.parse().ok()?;
+            // A number that no layer has stays: then the name is of no layer of any model.
+            let renumbered = first_layer.checked_add(layer).filter(|&n| n < usize::MAX / 4)?;
             n_layers = n_layers.max(layer + 1);
-            Some(format!("base_model.model.{whole}{}.{rest}", first_layer + layer))
+            Some(format!("base_model.model.{whole}{renumbered}.{rest}"))
         })
     };
     for (name, _) in &mut adapter.tensors {
