@@ -28,7 +28,7 @@ pub mod peft;
 mod set;
 mod spec;
 
-pub use optimizer::AdamW;
+pub use optimizer::{AdamW, Stepped};
 pub use set::{AdapterSet, AdapterState, LoraPair};
 pub use spec::{LoraSpec, Site};
 

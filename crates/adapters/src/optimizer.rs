@@ -18,12 +18,19 @@ impl Default for AdamW {
     }
 }
 
-/// The flat buffers of one optimizer step, all `[P]` float32 and changed in place.
+/// The flat buffers that an optimizer step reads, all `[P]` float32.
 pub(crate) struct Buffers<'a> {
-    pub parameters: &'a mut Tensor,
-    pub gradients: &'a mut Tensor,
-    pub first_moments: &'a mut Tensor,
-    pub second_moments: &'a mut Tensor,
+    pub parameters: &'a Tensor,
+    pub gradients: &'a Tensor,
+    pub first_moments: &'a Tensor,
+    pub second_moments: &'a Tensor,
+}
+
+/// What it makes of them; see [`AdapterSet::take_over`](crate::AdapterSet::take_over).
+pub struct Stepped {
+    pub(crate) parameters: Tensor,
+    pub(crate) first_moments: Tensor,
+    pub(crate) second_moments: Tensor,
 }
 
 impl AdamW {
@@ -36,8 +43,9 @@ impl AdamW {
                 return wrong(field, beta, "at least 0, below 1");
             }
         }
-        if !(self.eps.is_finite() && self.eps > 0.0) {
-            return wrong("eps", self.eps, "a positive number");
+        // In float32, in which it is added: what vanishes there divides zero by zero.
+        if !(self.eps as f32).is_normal() || self.eps < 0.0 {
+            return wrong("eps", self.eps, "a positive number, at least 1.2e-38");
         }
         if !(self.weight_decay.is_finite() && self.weight_decay >= 0.0) {
             return wrong("weight_decay", self.weight_decay, "zero or a positive number");
@@ -45,23 +53,32 @@ impl AdamW {
         Ok(())
     }
 
-    /// Step number `n` (the first is 1) on gradients times `clip_factor`.
-    pub(crate) fn apply(&self, buffers: Buffers<'_>, n: u64, learning_rate: f64, clip_factor: f64) {
-        let Buffers { parameters, gradients, first_moments, second_moments } = buffers;
+    /// What step number `n` (the first is 1) makes of these buffers, on gradients times `clip_factor`.
+    /// Nothing is changed.
+    pub(crate) fn next(
+        &self,
+        now: Buffers<'_>,
+        n: u64,
+        learning_rate: f64,
+        clip_factor: f64,
+    ) -> Stepped {
         let correction1 = 1.0 - self.beta1.powf(n as f64);
         let correction2 = 1.0 - self.beta2.powf(n as f64);
-        if clip_factor != 1.0 {
-            let _ = gradients.g_mul_scalar_(clip_factor);
-        }
-        let _ = parameters.g_mul_scalar_(1.0 - learning_rate * self.weight_decay);
-        let _ = first_moments.lerp_(gradients, 1.0 - self.beta1);
-        let _ = second_moments.lerp_(&gradients.square(), 1.0 - self.beta2);
-        let mut denominator = second_moments.sqrt();
-        let _ = denominator.g_div_scalar_(correction2.sqrt());
-        let _ = denominator.g_add_scalar_(self.eps);
-        let _ = denominator.reciprocal_();
-        let _ = denominator.g_mul_(first_moments);
-        let _ = denominator.g_mul_scalar_(learning_rate / correction1);
-        let _ = parameters.g_sub_(&denominator);
+        let gradients = match clip_factor {
+            1.0 => now.gradients.shallow_clone(),
+            factor => now.gradients.g_mul_scalar(factor),
+        };
+        let first_moments = now.first_moments.lerp(&gradients, 1.0 - self.beta1);
+        let second_moments = now.second_moments.lerp(&gradients.square(), 1.0 - self.beta2);
+        drop(gradients);
+        let mut update = second_moments.sqrt();
+        let _ = update.g_div_scalar_(correction2.sqrt());
+        let _ = update.g_add_scalar_(self.eps);
+        let _ = update.reciprocal_();
+        let _ = update.g_mul_(&first_moments);
+        let _ = update.g_mul_scalar_(learning_rate / correction1);
+        let mut parameters = now.parameters.g_mul_scalar(1.0 - learning_rate * self.weight_decay);
+        let _ = parameters.g_sub_(&update);
+        Stepped { parameters, first_moments, second_moments }
     }
 }

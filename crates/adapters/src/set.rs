@@ -1,5 +1,5 @@
 use crate::init::init_a;
-use crate::optimizer::Buffers;
+use crate::optimizer::{Buffers, Stepped};
 use crate::{AdamW, AdapterError, LoraSpec, Site, checked};
 use safetensors::tensor::{Dtype, TensorView};
 use std::collections::HashMap;
@@ -196,17 +196,57 @@ impl AdapterSet {
         self.gradients.dot(&self.gradients).double_value(&[])
     }
 
-    /// One AdamW step on the accumulated gradients times `clip_factor`; then they are zero.
+    /// Adds a `[P]` gradient, which is used up, and gives the sum of squares of all that is accumulated
+    /// then; unless that is no number: then nothing is changed. Takes no memory.
+    pub fn accumulate_if_finite(&mut self, gradient: Tensor) -> Option<f64> {
+        // Into the new one: a sum is the same either way round.
+        let mut sum = gradient;
+        let _ = sum.g_add_(&self.gradients);
+        let norm_squared = sum.dot(&sum).double_value(&[]);
+        norm_squared.is_finite().then(|| {
+            self.gradients = sum;
+            norm_squared
+        })
+    }
+
+    /// One AdamW step on the accumulated gradients times `clip_factor`; then they are zero. Takes five
+    /// times `[P]` while it runs.
     pub fn step(&mut self, optimizer: &AdamW, learning_rate: f64, clip_factor: f64) {
-        self.n_steps += 1;
-        let buffers = Buffers {
-            parameters: &mut self.parameters,
-            gradients: &mut self.gradients,
-            first_moments: &mut self.first_moments,
-            second_moments: &mut self.second_moments,
+        let stepped = self.next(optimizer, learning_rate, clip_factor);
+        self.take_over(stepped);
+    }
+
+    /// What such a step would make of this set, which does not change; None: what would not be finite.
+    pub fn next_if_finite(
+        &self,
+        optimizer: &AdamW,
+        learning_rate: f64,
+        clip_factor: f64,
+    ) -> Option<Stepped> {
+        let stepped = self.next(optimizer, learning_rate, clip_factor);
+        let Stepped { parameters, first_moments, second_moments } = &stepped;
+        let all_finite = [parameters, first_moments, second_moments].into_iter().all(is_finite);
+        all_finite.then_some(stepped)
+    }
+
+    fn next(&self, optimizer: &AdamW, learning_rate: f64, clip_factor: f64) -> Stepped {
+        let now = Buffers {
+            parameters: &self.parameters,
+            gradients: &self.gradients,
+            first_moments: &self.first_moments,
+            second_moments: &self.second_moments,
         };
-        optimizer.apply(buffers, self.n_steps, learning_rate, clip_factor);
+        optimizer.next(now, self.n_steps + 1, learning_rate, clip_factor)
+    }
+
+    /// Makes a step, with what was computed for it and nothing changed since. Gradients are zero then.
+    pub fn take_over(&mut self, stepped: Stepped) {
+        let Stepped { parameters, first_moments, second_moments } = stepped;
+        // In place: every A and B is a view of them.
+        self.parameters.copy_(&parameters);
+        (self.first_moments, self.second_moments) = (first_moments, second_moments);
         let _ = self.gradients.zero_();
+        self.n_steps += 1;
         self.check_finite();
     }
 
@@ -227,8 +267,7 @@ impl AdapterSet {
     }
 
     fn check_finite(&mut self) {
-        // A sum that overflows counts as diverged, too: it is not far from it.
-        self.is_finite = self.parameters.sum(Kind::Float).double_value(&[]).is_finite();
+        self.is_finite = is_finite(&self.parameters);
     }
 
     /// Every LoRA matrix as a float32 host tensor under its name in a PEFT file.
@@ -291,6 +330,11 @@ fn missing(name: &str, tensors: &[(String, Tensor)]) -> AdapterError {
             None => "it holds no tensors at all".into(),
         },
     }
+}
+
+/// Whether all values are numbers. A sum that overflows counts as none, too: it is not far from it.
+fn is_finite(values: &Tensor) -> bool {
+    values.sum(Kind::Float).double_value(&[]).is_finite()
 }
 
 fn to_host(tensor: &Tensor) -> Vec<f32> {
@@ -420,5 +464,40 @@ mod tests {
         tensors[0].1 = Tensor::zeros([2, 6], (Kind::Float, Device::Cpu));
         let error = set.load_named(&tensors).unwrap_err().to_string();
         assert!(error.contains("[2, 6]") && error.contains("[2, 5]"), "{error}");
+    }
+
+    #[test]
+    fn what_would_not_be_finite_changes_nothing() {
+        let site = Site::new(0, "q", "model.layers.0.q", 3, 2);
+        let spec = LoraSpec { r: 2, ..LoraSpec::default() };
+        let mut set = AdapterSet::init(spec, vec![site], 1, Device::Cpu).unwrap();
+        let adamw = AdamW::default();
+        let flat = |value: f64| set_like(&set.parameters, value);
+        let (gradient, large) = (flat(0.5), flat(1.5e19));
+        assert!(set.accumulate_if_finite(gradient).is_some());
+        let stepped = set.next_if_finite(&adamw, 0.1, 1.0).unwrap();
+        set.take_over(stepped);
+        let half = 0.5 * set.n_parameters() as f64;
+        let again = set_like(&set.parameters, 0.5);
+        assert_eq!(set.accumulate_if_finite(again), Some(half * 0.5));
+        let before = set.to_state();
+        for rate in [1e300, f64::MAX, f64::INFINITY, f64::NAN] {
+            assert!(set.next_if_finite(&adamw, rate, 1.0).is_none(), "{rate}");
+            assert_eq!(set.to_state(), before);
+        }
+        let heavy = AdamW { weight_decay: 1e300, ..AdamW::default() };
+        assert!(set.next_if_finite(&heavy, 0.1, 1.0).is_none());
+        // Two gradients whose squares are numbers, and whose sum's is none.
+        assert!(set.accumulate_if_finite(large.copy()).is_none());
+        for _ in 0..2 {
+            assert!(set.accumulate_if_finite(set_like(&large, f64::NAN)).is_none());
+        }
+        assert_eq!(set.to_state(), before);
+        set.take_over(set.next_if_finite(&adamw, 0.1, 1.0).unwrap());
+        assert!(set.is_finite() && set.n_steps() == 2);
+    }
+
+    fn set_like(like: &Tensor, value: f64) -> Tensor {
+        like.full_like(value)
     }
 }

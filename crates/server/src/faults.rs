@@ -44,7 +44,7 @@ impl Faults {
         {
             let mut planned = self.planned.lock().unwrap_or_else(PoisonError::into_inner);
             for (_, left) in planned.iter_mut().filter(|(fault, _)| *fault == here) {
-                *left -= 1;
+                *left = left.saturating_sub(1);
             }
             let struck = planned.iter().position(|&(_, left)| left == 0);
             if let Some(struck) = struck {

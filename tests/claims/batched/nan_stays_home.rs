@@ -16,12 +16,13 @@ enum Sickness {
     Gradient,
     /// An adapter that multiplies by 1e50.
     LargeAdapter,
-    /// An adapter full of NaN, after a step with a learning rate of 1e300.
-    NanAdapter,
+    /// A step with a learning rate of 1e300, which would leave an adapter full of NaN. It is refused and
+    /// changes nothing: the one that asked goes on in health.
+    HugeStep,
 }
 
 const ALL: [Sickness; 4] =
-    [Sickness::Rows, Sickness::Gradient, Sickness::LargeAdapter, Sickness::NanAdapter];
+    [Sickness::Rows, Sickness::Gradient, Sickness::LargeAdapter, Sickness::HugeStep];
 
 async fn request(client: &Client, seed: u64) -> OpenSession {
     let lora = LoraConfig {
@@ -57,8 +58,10 @@ async fn sick(client: &Client, sickness: Sickness) -> Player {
         Sickness::Rows => player.rows_scale = 1e30,
         Sickness::Gradient => player.gradient_scale = 1e38,
         Sickness::LargeAdapter => {}
-        Sickness::NanAdapter => {
-            player.session.step(1e300, 1.0).await.unwrap().await.unwrap();
+        Sickness::HugeStep => {
+            let error = player.session.step(1e300, 1.0).await.unwrap().await.unwrap_err();
+            assert_eq!(error.code(), Some(ErrorCode::Invalid), "{error}");
+            assert!(error.to_string().contains("adapter after this Step is not finite"), "{error}");
         }
     }
     player
@@ -134,7 +137,7 @@ async fn nan_stays_home() {
             let result = round(&mut healthy, &mut spare, &mut sick, sickness).await;
             match (sickness, result) {
                 // The norms make nothing of such rows: what comes back is finite, and its own.
-                (Sickness::Rows, Ok(())) => {}
+                (Sickness::Rows | Sickness::HugeStep, Ok(())) => {}
                 (_, Err(error @ ClientError::Refused { .. })) => {
                     println!("{sickness:?}: {error}");
                     assert_eq!(error.code(), Some(ErrorCode::Invalid), "{sickness:?}: {error}");

@@ -124,7 +124,7 @@ impl Worker {
             drop(self.tapes.close((lane, work.microbatch)));
             let result = result.and_then(|done| {
                 let slot = self.slots.get_mut(&lane).ok_or(Error::Gone { part: "session" })?;
-                let grad_norm_squared = caught("Backward", || Ok(slot.accumulate(&done.lora)))?;
+                let grad_norm_squared = caught("Backward", || slot.accumulate(done.lora))?;
                 slot.applied = sequence;
                 Ok(BackwardResult::Done { grad: done.grad, grad_norm_squared, times })
             });

@@ -65,19 +65,23 @@ impl Slot {
         if self.changing { Err(Error::Poisoned) } else { Ok(()) }
     }
 
-    /// Adds a backward's gradient `[P]`; returns the sum of squares of all since the last step.
-    pub fn accumulate(&mut self, gradient: &Tensor) -> f64 {
-        self.changing = true;
-        self.adapters.accumulate(gradient);
-        self.changing = false;
-        self.adapters.grad_norm_squared()
+    /// Adds a backward's gradient `[P]`; returns the sum of squares of all since the last step. A sum
+    /// that is no number could neither be clipped nor taken back: it is refused.
+    pub fn accumulate(&mut self, gradient: Tensor) -> Result<f64, Error> {
+        let norm_squared = self.adapters.accumulate_if_finite(gradient);
+        norm_squared.ok_or(Error::Overflow { what: "sum of LoRA gradients" })
     }
 
-    pub fn step(&mut self, work: &StepWork) -> StepResult {
+    /// Refused if the adapter would not be finite after it; then it is as it was.
+    pub fn step(&mut self, work: &StepWork) -> Result<StepResult, Error> {
+        let StepWork { learning_rate, clip_factor } = *work;
+        // Whatever fails up to here, as for want of memory, changes nothing.
+        let stepped = self.adapters.next_if_finite(&self.adamw, learning_rate, clip_factor);
+        let stepped = stepped.ok_or(Error::Overflow { what: "adapter after this Step" })?;
         self.changing = true;
-        self.adapters.step(&self.adamw, work.learning_rate, work.clip_factor);
+        self.adapters.take_over(stepped);
         self.changing = false;
-        StepResult { step: self.adapters.n_steps() }
+        Ok(StepResult { step: self.adapters.n_steps() })
     }
 
     pub fn export(&self, gradients: bool) -> Exported {
