@@ -5,6 +5,10 @@
 mod hostile;
 #[path = "strangers/pki.rs"]
 mod pki;
+#[path = "access.rs"]
+mod access;
+#[path = "isolation.rs"]
+mod isolation;
 #[path = "quotas.rs"]
 mod quotas;
 #[path = "strangers/tenants.rs"]

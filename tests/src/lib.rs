@@ -2,6 +2,7 @@
 //! SDK, and ways to disturb both.
 
 pub mod child;
+pub mod heard;
 pub mod process;
 pub mod proxy;
 pub mod raw;
@@ -61,6 +62,11 @@ impl TestServer {
     pub async fn start_with(config: ServerConfig) -> TestServer {
         let server = Server::start(config).await.unwrap_or_else(|error| panic!("{error}"));
         TestServer { server, _store: None }
+    }
+
+    /// Reads the tenants file again at once.
+    pub fn reload(&self) {
+        self.server.reload();
     }
 
     /// Where clients connect.
