@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::engine::{BackwardResult, ForwardResult, Plan, Reply, Settings, Start};
+use crate::quota::Accounts;
 use crate::ledger::BytesKind;
 use crate::scheduler::{OwnerId, Share};
 use crate::session::{BackwardWork, ForwardWork, Mode, StepWork};
@@ -22,6 +23,7 @@ const BUDGET: Budget = Budget { n_tokens: 1000, wait: Duration::ZERO };
 
 struct Rig {
     worker: Worker,
+    accounts: Accounts,
     scheduler: Scheduler<Job>,
     hidden_size: usize,
     /// Next frame of each session.
@@ -42,7 +44,8 @@ fn rig(budget: Option<u64>) -> Rig {
     let limits = WorkerLimits { admission_wait: Duration::from_secs(3600), caches };
     let worker = Worker::new(part, ledger, Arc::default(), limits);
     let hidden_size = config.hidden_size as usize;
-    Rig { worker, scheduler: Scheduler::new(100), hidden_size, sequences: HashMap::new() }
+    let (scheduler, accounts) = (Scheduler::new(100), Accounts::default());
+    Rig { worker, scheduler, accounts, hidden_size, sequences: HashMap::new() }
 }
 
 impl Rig {
@@ -88,7 +91,8 @@ impl Rig {
         };
         let lane = LaneId(lane);
         self.scheduler.open(lane, Share { owner: OwnerId(lane.0), weight: 1 });
-        let account = crate::quota::Accounts::default().of("");
+        // One for all sessions, as on an open server.
+        let account = self.accounts.of("");
         let slot = Slot::new(&self.worker.part, plan, account).unwrap();
         self.worker.slots.insert(lane, slot);
     }

@@ -31,7 +31,7 @@ impl Bucket {
         let level = self.seen.map_or(full, came);
         let n = n as f64;
         let missing = n.min(full) - level;
-        if missing <= 0.0 {
+        if missing <= 0.0 && limit > 0 {
             self.seen = Some((now, level - n));
             return Ok(());
         }

@@ -126,6 +126,50 @@ fn weights_divide_the_device_between_owners_not_sessions() {
     assert!(first.abs_diff(second) <= 20, "{first} {second}");
 }
 
+/// The tokens that each owner got in so many batches of one job, with a job always waiting in each
+/// lane. Lanes are given by their owners.
+fn shares(f: &mut Fixture, lanes: &[u64], n_batches: usize) -> HashMap<u64, usize> {
+    let mut served = HashMap::new();
+    for _ in 0..n_batches {
+        for lane in 0..lanes.len() as u64 {
+            if f.n_waiting(lane) == 0 {
+                f.push(lane, Kind::Forward, 10, "job");
+            }
+        }
+        let taken = f.batch(ALONE).remove(0);
+        *served.entry(lanes[taken.lane.0 as usize]).or_default() += taken.entry.n_tokens;
+    }
+    served
+}
+
+#[test]
+fn eight_sessions_get_no_more_than_one() {
+    let mut f = fixture();
+    let lanes = [7, 7, 7, 7, 7, 7, 7, 7, 8];
+    for (lane, &owner) in lanes.iter().enumerate() {
+        f.open(lane as u64, owner, 1);
+    }
+    let served = shares(&mut f, &lanes, 800);
+    assert!(served[&7].abs_diff(served[&8]) <= 20, "{served:?}");
+}
+
+#[test]
+fn a_weight_that_changes_while_jobs_wait_counts_from_then_on() {
+    let mut f = fixture();
+    let lanes = [7, 7, 8];
+    f.open(0, 7, 1);
+    f.open(1, 7, 1);
+    f.open(2, 8, 1);
+    let even = shares(&mut f, &lanes, 400);
+    assert!(even[&7].abs_diff(even[&8]) <= 20, "{even:?}");
+    f.queue.set_weight(Share { owner: OwnerId(8), weight: 3 });
+    let uneven = shares(&mut f, &lanes, 400);
+    assert!(uneven[&8].abs_diff(3 * uneven[&7]) <= 80, "{uneven:?}");
+    // An owner without a lane is nobody.
+    f.queue.set_weight(Share { owner: OwnerId(99), weight: 3 });
+    assert_eq!(f.queue.owners.len(), 2);
+}
+
 #[test]
 fn who_returns_cannot_have_saved_up() {
     let mut f = fixture();
