@@ -1,6 +1,7 @@
 //! What a tenant may have, refused before it is taken: over real sockets, as the wire says it.
 
 use crate::tenants::{Row, Shared, token};
+use offshoot_proto::WireDType;
 use offshoot_proto::v1::{self, client_frame::Body, server_frame};
 use offshoot_tests::raw::{self, RawStream, Rpc, bearing, frame};
 use offshoot_tests::run::{input, open_request, train};
@@ -41,7 +42,7 @@ impl Caller {
             split_point_2: self.about.split_point_2,
             lora: Some(lora),
             adamw: Some(adamw),
-            wire_dtype: v1::DType::F32 as i32,
+            wire_dtype: WireDType::F32.to_proto() as i32,
             ..v1::OpenSessionRequest::default()
         };
         self.rpc.open_session(bearing(request, &self.token)).await.map(tonic::Response::into_inner)
@@ -174,8 +175,8 @@ async fn adapters_on_the_device_are_bounded_and_an_idle_one_makes_room_for_its_o
     let shared = Shared::start(&[("blue", 1, &quota), RED], |config| {
         config.limits.admission_wait_seconds = 0.5;
         config.session.turn_seconds = 0.0;
-    });
-    let shared = shared.await;
+    })
+    .await;
     let mut blue = Caller::of(&shared, "blue").await;
     let first = blue.open(4).await.unwrap();
     let mut stream = blue.attach(&first.session_id).await.unwrap();
