@@ -217,7 +217,12 @@ async fn restore_sets_back_and_ends_the_old_session() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_snapshot_that_was_asked_for_outlives_drains_and_parkings() {
     let store = tempfile::tempdir().unwrap();
-    let mut server = TestServer::start_with(server_config(store.path())).await;
+    let config = || {
+        let mut config = server_config(store.path());
+        config.store.server_snapshots_kept = 1;
+        config
+    };
+    let mut server = TestServer::start_with(config()).await;
     let mut client = Client::connect(&server.endpoint()).await.unwrap();
     let h = client.describe().await.unwrap().hidden_size;
     let mut session = client.open(open_request(&client).await.unwrap()).await.unwrap();
@@ -247,7 +252,7 @@ async fn a_snapshot_that_was_asked_for_outlives_drains_and_parkings() {
         session.evaluate(input(1, &[2], h)).await.unwrap();
         session.settle().await.unwrap();
         server.drain().await;
-        server = TestServer::start_with(server_config(store.path())).await;
+        server = TestServer::start_with(config()).await;
         client = Client::connect(&server.endpoint()).await.unwrap();
         let sessions = client.list_sessions().await.unwrap();
         newest = sessions[0].snapshots.last().unwrap().clone();
