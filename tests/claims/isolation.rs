@@ -15,7 +15,7 @@ use tonic::Code;
 use tonic::transport::Channel;
 
 const SERVICE: &str = "offshoot.v1.TrunkService";
-const FORGED: &str = "0b8c8d27-4a9c-4f5e-9d0e-2f6f7f0f8a11";
+const FORGED: &str = "0b8c8d274a9c4f5e9d0e2f6f7f0f8a11";
 
 /// What a call that names a session is made of, by its method; none: it names no session.
 type Row = Option<fn(&str) -> Vec<u8>>;
