@@ -41,8 +41,9 @@ impl LoraSpec {
         if !(1..=u32::MAX as usize).contains(&self.r) {
             return wrong("r", self.r.to_string(), "a rank of at least 1, below 2^32");
         }
-        if !(self.lora_alpha.is_finite() && self.lora_alpha > 0.0) {
-            return wrong("lora_alpha", self.lora_alpha.to_string(), "a positive number");
+        // In float32, in which rows are multiplied with it.
+        if !((self.lora_alpha as f32).is_finite() && self.lora_alpha > 0.0) {
+            return wrong("lora_alpha", self.lora_alpha.to_string(), "a positive number below 3e38");
         }
         if !(0.0..1.0).contains(&self.lora_dropout) {
             return wrong("lora_dropout", self.lora_dropout.to_string(), "at least 0, below 1");

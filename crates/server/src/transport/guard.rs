@@ -3,6 +3,7 @@
 
 use super::Peer;
 use super::body::{Incoming, Lasting, Room};
+use super::caught::Caught;
 use http::{Request, Response};
 use std::convert::Infallible;
 use std::pin::Pin;
@@ -80,7 +81,7 @@ where
                 (request.map(|body| Body::new(Incoming::new(body, share.clone()))), Some(share))
             }
         };
-        let answer = self.inner.call(bounded);
+        let answer = Caught::new(self.inner.call(bounded));
         Box::pin(async move {
             let answer = answer.await;
             // What it took is free when the handler is done with it.

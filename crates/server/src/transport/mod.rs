@@ -2,6 +2,7 @@
 //! of a request is read before somebody answers for it.
 
 mod body;
+mod caught;
 mod connections;
 mod guard;
 mod incoming;
