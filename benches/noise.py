@@ -43,6 +43,8 @@ def arguments():
     a.add_argument("--model", default=str(ROOT / ".demo/smollm2-hf"))
     a.add_argument("--split", default="2..28")
     a.add_argument("--steps", type=int, default=40)
+    a.add_argument("--tokens", type=int, default=2000, help="that are measured")
+    a.add_argument("--reader-tokens", type=int, default=10000)
     a.add_argument("--batch-size", type=int, default=8)
     a.add_argument("--learning-rate", default="5e-4")
     a.add_argument("--only", help="settings by number, such as 0,3")
@@ -52,12 +54,14 @@ def arguments():
 
 def leak(args, split, adapter=None, privacy=(), reader=None):
     command = [args.offshoot, "leak", "--model-name", args.model, "--json", "--no-cache",
-               "--train-file", str(ROOT / ".demo/support.jsonl"),
-               "--split-point-1", split[0], "--split-point-2", split[1], *privacy]
+               "--train-file", str(ROOT / ".demo/support.jsonl"), f"--tokens={args.tokens}",
+               f"--reader-tokens={args.reader_tokens}", "--split-point-1", split[0], *privacy]
     if adapter:
         command += ["--adapter", str(adapter)]
     if reader:
         command += ["--reader-data", str(reader)]
+    else:
+        command += ["--split-point-2", split[1]]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 
@@ -115,7 +119,7 @@ def main():
     norms = {"hidden": base["split_points"][0]["norms"]["median"], "gradients": base["labels"]["norms"]["median"]}
     print(f"median norms: {norms}", flush=True)
     record = {"split": args.split, "steps": args.steps, "batch_size": args.batch_size,
-              "learning_rate": args.learning_rate, "norms": norms, "base": base, "settings": []}
+              "learning_rate": args.learning_rate, "tokens": args.tokens, "reader_tokens": args.reader_tokens, "norms": norms, "base": base, "settings": []}
     print(HEAD, flush=True)
     with tempfile.TemporaryDirectory() as place:
         place = pathlib.Path(place)

@@ -3,14 +3,19 @@
 
 use super::overlap::assert_same_runs;
 use super::{Place, assert_same_adapters, run};
-use offshoot_tests::TestServer;
+use offshoot_client::{Client, WireDType};
+use offshoot_model::ModelConfig;
+use offshoot_model::weights::Checkpoint;
 use offshoot_tests::proxy::Proxy;
+use offshoot_tests::{TestServer, fixture};
+use offshoot_trainer::adapter::{Visit, VisitOptions};
+use offshoot_trainer::generate::{Decoder, GenerateOptions, Request, Sampling};
 use offshoot_trainer::noise::{NoiseKey, Perturbation, PrivacyOptions};
 use offshoot_trainer::options::LossOptions;
 use offshoot_trainer::{CancelToken, TrainOptions, dry_run, train};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use tch::Device;
+use tch::{Device, Kind};
 
 fn noisy() -> PrivacyOptions {
     PrivacyOptions {
@@ -138,5 +143,48 @@ async fn a_run_says_what_it_sends_and_what_has_changed() {
     options.privacy.hidden.noise = 0.5;
     let error = train(options, CancelToken::default()).await.unwrap_err().to_string();
     assert!(error.contains("in units of --hidden-clip-norm, which is missing"), "{error}");
+    server.drain().await;
+}
+
+/// Each token that is generated sends a row: with noise it is another text, and with the same key the
+/// same other text.
+#[tokio::test(flavor = "multi_thread")]
+async fn generated_tokens_send_noise_too() {
+    let place = Place::new();
+    let server = TestServer::start_with(place.server()).await;
+    let client = Client::connect(&server.endpoint()).await.unwrap();
+    let checkpoint = Checkpoint::open(&fixture("tiny_text")).unwrap();
+    let config = ModelConfig::from_json(checkpoint.config()).unwrap();
+    let mut texts = Vec::new();
+    for noise in [0.0, 50.0, 50.0] {
+        let mut visit = Visit::begin(VisitOptions {
+            client: &client,
+            checkpoint: &checkpoint,
+            config: &config,
+            adapter: None,
+            name: "noise",
+            wire_dtype: WireDType::F32,
+            kind: Kind::Float,
+            device: Device::Cpu,
+        })
+        .await
+        .unwrap();
+        let hidden = Perturbation { clip_norm: Some(1e3), noise };
+        let noise_key = Some(NoiseKey::of([9; 32]));
+        let privacy = PrivacyOptions { hidden, noise_key, ..PrivacyOptions::default() };
+        visit.model.perturb(&privacy).unwrap();
+        let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
+        let options =
+            GenerateOptions { max_new_tokens: 12, sampling, ..GenerateOptions::default() };
+        let request =
+            Request { prompt: &[3, 5, 8], options: &options, end_ids: &[], tokenizer: None };
+        let mut decoder = Decoder::visiting(&visit.model, &mut visit.session, &client);
+        texts.push(decoder.generate(&request, &mut |_| {}).await.unwrap().ids);
+        decoder.close().await.unwrap();
+        visit.end(Ok(())).await.unwrap();
+    }
+    println!("{texts:?}");
+    assert_ne!(texts[1], texts[0]);
+    assert_eq!(texts[2], texts[1]);
     server.drain().await;
 }

@@ -31,10 +31,10 @@ use tch::Kind;
 /// readers try to name every token of a sample of your text from its row of hidden states, as the
 /// server would see it:
 ///
-///   nearest  the token whose embedding points most nearly where the row does (cosine)
-///   centred  the same, after the mean of all rows and of all embeddings is taken off
-///   linear   a least-squares map from rows to embeddings, fitted on text that the reader knows, then
-///            the nearest embedding
+///   nearest: the token whose embedding points most nearly where the row does (cosine);
+///   centred: the same, after the mean of all rows and of all embeddings is taken off;
+///   linear: a least-squares map from rows to embeddings, fitted on text that the reader knows, then
+///   the nearest embedding.
 ///
 /// "top 1" is the share of tokens that the reader's first guess names, "top 10" the share that is among
 /// its first ten. Compare both with the line above the table: what one gets by always guessing the
@@ -120,7 +120,7 @@ struct LeakText {
 }
 
 /// Enough for a share to within some percent, in some seconds.
-const MOST_LABELS: usize = 200;
+const MOST_LABELS: usize = 100;
 
 const EXAMPLES: &str = "\
 Examples:

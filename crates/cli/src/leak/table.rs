@@ -8,6 +8,9 @@ use std::fmt::Write;
 /// Tokens of a sample that are shown.
 const SHOWN_TOKENS: usize = 32;
 
+/// Of which a linear map is badly fitted.
+const FEW_TOKENS: usize = 5000;
+
 const LAST_WORD: &str = "These readers are simple, and a stronger one recovers more: low numbers are no proof that your text is safe (docs/privacy.md).";
 
 /// What is printed.
@@ -28,6 +31,9 @@ impl Shown<'_> {
                 false => "of other text, and the public model",
             }
         );
+        if *reader_tokens < FEW_TOKENS {
+            text += "note: that is little; a reader who knows more reads more\n";
+        }
         let noise = [("hidden states", self.privacy.hidden), ("gradients", self.privacy.gradients)];
         for (what, of) in noise.into_iter().filter(|(_, of)| !of.is_none()) {
             writeln!(text, "{what} as they would be sent: {}", said(of))?;
