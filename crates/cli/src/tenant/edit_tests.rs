@@ -113,3 +113,16 @@ fn one_token_or_all_are_revoked_and_a_tenant_removed() {
     assert!(!text.contains("blue") && !text.contains("laptop"), "{text}");
     assert_eq!(parse_tenants(&text).unwrap().len(), 1);
 }
+
+#[test]
+fn the_file_in_the_documents_is_one() {
+    let page = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/security.md");
+    let page = std::fs::read_to_string(page).unwrap();
+    let block = page.split("```toml\n").nth(1).unwrap().split("```").next().unwrap();
+    let tenants = parse_tenants(block).unwrap();
+    let quotas = tenants[0].quotas;
+    assert_eq!((tenants[0].name.as_str(), tenants[0].weight), ("blue", 2));
+    assert!(quotas.sessions.is_some() && quotas.rank.is_some() && quotas.open_bytes.is_some());
+    assert!(quotas.stored_sessions.is_some() && quotas.tokens_per_second.is_some());
+    assert!(quotas.adapter_bytes.is_some() && quotas.tokens_per_microbatch.is_some());
+}
