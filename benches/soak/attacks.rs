@@ -68,6 +68,8 @@ struct Attack {
     endpoint: String,
     bearer: Bearer,
     until: Instant,
+    /// Which of the attack's tasks this is.
+    task: usize,
     counts: Arc<Mutex<BTreeMap<String, u64>>>,
 }
 
@@ -81,14 +83,15 @@ pub fn run(kind: Kind, endpoint: &str, time: Duration) -> anyhow::Result<()> {
             endpoint: endpoint.into(),
             bearer: Bearer(Some(format!("Bearer {token}").parse()?)),
             until: Instant::now() + time,
+            task: 0,
             counts: Arc::default(),
         };
         let mut all = JoinSet::new();
-        for index in 0..kind.n_tasks() {
-            let attack = attack.clone();
+        for task in 0..kind.n_tasks() {
+            let attack = Attack { task, ..attack.clone() };
             all.spawn(async move {
                 let until = attack.until;
-                let over = timeout_at(until, attack.clone().again_and_again(kind, index)).await;
+                let over = timeout_at(until, attack.clone().again_and_again(kind)).await;
                 drop(over);
             });
         }
@@ -133,14 +136,16 @@ impl Attack {
         }
     }
 
-    async fn again_and_again(self, kind: Kind, index: usize) {
+    async fn again_and_again(self, kind: Kind) {
         loop {
             let done = match kind {
                 Kind::BadFrames => self.bad_frames().await,
-                Kind::Strangers => self.strangers(index).await,
+                Kind::Strangers => self.strangers().await,
                 Kind::Opens => self.opens().await,
                 Kind::Idle => self.idle().await,
-                Kind::Halves => self.through(Link::Cut { after: 3000 + 7919 * index }, true).await,
+                Kind::Halves => {
+                    self.through(Link::Cut { after: 3000 + 7919 * self.task }, true).await
+                }
                 Kind::SlowReaders => self.slow_reader().await,
                 Kind::SlowWriters => self.through(Link::Slow, false).await,
                 Kind::Guesses => self.guesses().await,
@@ -173,7 +178,8 @@ impl Attack {
             // It has its share of them: one of those serves as well.
             Err(_) => {
                 let all = rpc.list_sessions(v1::ListSessionsRequest {}).await?.into_inner();
-                let known = all.sessions.first().context("it has no session")?;
+                let n_known = all.sessions.len().max(1);
+                let known = all.sessions.get(self.task % n_known).context("it has no session")?;
                 known.session_id.clone()
             }
         };
@@ -202,8 +208,8 @@ impl Attack {
         Ok(())
     }
 
-    async fn strangers(&self, index: usize) -> anyhow::Result<()> {
-        let wrong = match index % 3 {
+    async fn strangers(&self) -> anyhow::Result<()> {
+        let wrong = match self.task % 3 {
             0 => None,
             1 => Some("Bearer ofs_none_AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA".parse()?),
             _ => Some("Basic bWFsbG9yeTptYWxsb3J5".parse()?),

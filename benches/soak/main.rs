@@ -108,8 +108,17 @@ fn main() -> anyhow::Result<()> {
                 SAMPLE_INTERVAL.min(until.saturating_duration_since(Instant::now())),
             );
         }
-        let told = attacker.map_or(Ok(Value::Null), told)?;
-        phases.push(Phase { kind, from, to: begun.elapsed().as_secs_f64(), told });
+        let to = begun.elapsed().as_secs_f64();
+        // At their priority they may end late; that is no part of any phase.
+        let mut told = Value::Null;
+        if let Some(mut attacker) = attacker {
+            while attacker.try_wait()?.is_none() {
+                samples.push(sample(&server, &teams, begun)?);
+                std::thread::sleep(SAMPLE_INTERVAL);
+            }
+            told = counts_of(attacker)?;
+        }
+        phases.push(Phase { kind, from, to, told });
         let name = kind.map_or("calm".into(), name);
         println!("{:5.0} s  {name}", begun.elapsed().as_secs_f64());
     }
@@ -138,7 +147,7 @@ fn attack(kind: Kind, server: &ServerProcess, each: Duration) -> anyhow::Result<
         .context("cannot start an attacker")
 }
 
-fn told(attacker: Child) -> anyhow::Result<Value> {
+fn counts_of(attacker: Child) -> anyhow::Result<Value> {
     let output = attacker.wait_with_output()?;
     ensure!(output.status.success(), "the attacker failed: {}", output.status);
     Ok(serde_json::from_slice(&output.stdout)?)

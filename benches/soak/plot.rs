@@ -83,7 +83,7 @@ impl Chart {
         chart
             .configure_mesh()
             .disable_x_mesh()
-            .light_line_style(WHITE)
+            .light_line_style(TRANSPARENT)
             .x_desc("minutes")
             .label_style(font(16))
             .draw()?;
