@@ -1,10 +1,11 @@
 //! What has to pass before a change is ready.
 
-use std::process::Stdio;
+use std::fs;
+use std::process::{Command, Stdio};
 
 use anyhow::{Result, ensure};
 
-use crate::command::{cargo, output, run};
+use crate::command::{cargo, in_root, output, root, run};
 use crate::{demo, setup};
 
 /// All tests. The runner's closing line is the last thing that it prints.
@@ -50,6 +51,7 @@ pub fn check() -> Result<()> {
     setup::libtorch()?;
     run(cargo().args(["fmt", "--all", "--check"]))?;
     borders()?;
+    lints()?;
     run(cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
     run(cargo().args(["doc", "--no-deps", "--workspace"]).env("RUSTDOCFLAGS", "-D warnings"))
 }
@@ -91,4 +93,42 @@ fn borders() -> Result<()> {
     }
     eprintln!("borders between the crates: kept");
     Ok(())
+}
+
+/// The one package with unsafe code, and the one file of it: docs/decisions/0008.
+const UNSAFE: (&str, &str) = ("crates/model", "src/host.rs");
+
+/// Every package takes the workspace's lints, which forbid unsafe code; the one that has its own allows
+/// it in one file.
+fn lints() -> Result<()> {
+    let packages = fs::read_dir(in_root("crates"))?.map(|entry| Ok(entry?.path()));
+    let packages: Vec<_> = packages.collect::<Result<_>>()?;
+    for package in packages.into_iter().chain([in_root("tests"), in_root("benches")]) {
+        let manifest = package.join("Cargo.toml");
+        if package == in_root(UNSAFE.0) || !manifest.exists() {
+            continue;
+        }
+        ensure!(
+            fs::read_to_string(&manifest)?.contains("[lints]\nworkspace = true\n"),
+            "{} does not take the workspace's lints: add [lints] with workspace = true",
+            manifest.display()
+        );
+    }
+    let allowed = output(git().args(["grep", "-l", "allow(unsafe_code)", "--", "*.rs"]))?;
+    let (expected, ours) = (format!("{}/{}", UNSAFE.0, UNSAFE.1), "crates/xtask/src/checks.rs");
+    let others: Vec<_> =
+        allowed.lines().filter(|file| *file != expected && *file != ours).collect();
+    ensure!(
+        others.is_empty(),
+        "unsafe code belongs into {expected}, not into {}",
+        others.join(", ")
+    );
+    eprintln!("unsafe code: in {expected} only");
+    Ok(())
+}
+
+fn git() -> Command {
+    let mut command = Command::new("git");
+    command.current_dir(root());
+    command
 }
