@@ -25,6 +25,7 @@
 pub use crate::engine::{StepResult, Times};
 pub use crate::ledger::{ByKind, Usage};
 
+use crate::config::StoreConfig;
 use crate::config::{LimitsConfig, TrunkConfig};
 use crate::engine::{
     BackwardResult, Engine, EngineClient, EngineSession, ForwardResult, FrameWork, Plan, Settings,
@@ -33,9 +34,11 @@ use crate::engine::{
 use crate::error::Error;
 use crate::ledger::BytesKind;
 use crate::session::{BackwardWork, ExtendWork, ForwardWork, Mode, StepWork};
+use crate::store::{Kept, Store};
 use offshoot_adapters::{AdamW, LoraSpec};
 use offshoot_proto::{HostTensor, WireDType};
 use std::collections::VecDeque;
+use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 
 /// An engine with one trunk. Dropping it drops what waits, and returns when the thread has ended.
@@ -52,6 +55,25 @@ impl Drop for DirectEngine {
             engine.join();
         }
     }
+}
+
+/// What opening a server's store found, and how long it took. The store is closed again.
+#[derive(Debug, Clone, Copy)]
+pub struct OpenedStore {
+    pub n_sessions: usize,
+    pub n_snapshots: usize,
+    pub time: Duration,
+}
+
+/// Opens the store of a server that does not run, as a server does when it starts.
+pub fn open_store(config: &StoreConfig) -> Result<OpenedStore, Error> {
+    let kept = Kept { of_client: config.snapshots_kept, of_server: config.server_snapshots_kept };
+    let begun = Instant::now();
+    let store = Store::open(&config.dir, kept)?;
+    let time = begun.elapsed();
+    let records = store.records();
+    let n_snapshots = records.iter().map(|(_, record)| record.snapshots.len()).sum();
+    Ok(OpenedStore { n_sessions: records.len(), n_snapshots, time })
 }
 
 /// What a session's adapter is; its optimizer is AdamW with PyTorch's defaults.
@@ -156,7 +178,13 @@ impl DirectEngine {
         let bytes = client.trunk().adapter_bytes(&lora);
         let no_room = |shortage| Error::NoRoom { shortage, retry_after: None };
         let reserved = client.ledger().reserve(BytesKind::Adapters, bytes).map_err(no_room)?;
-        let settings = Settings { tenant: Default::default(), lora, adamw: AdamW::default(), seed, wire_dtype };
+        let settings = Settings {
+            tenant: Default::default(),
+            lora,
+            adamw: AdamW::default(),
+            seed,
+            wire_dtype,
+        };
         let plan = Plan { settings, start: Start::Fresh, reserved };
         let (session, _) = client.admit(plan).await?;
         Ok(DirectSession { session, sequence: 0, microbatch: 0, open: VecDeque::new() })

@@ -17,7 +17,7 @@ mod blobs;
 mod record;
 mod records;
 
-pub use record::{BlobName, DamagedSnapshot, Kept, Origin, Record, SnapshotRecord};
+pub use record::{BlobName, Kept, Origin, Record, SnapshotRecord};
 
 use crate::error::Error;
 use crate::session::SessionId;

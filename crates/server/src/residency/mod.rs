@@ -18,7 +18,7 @@ mod writes;
 
 pub use list::{Activity, Listed};
 pub use policy::{Ages, Tier};
-pub use writes::{OwnSnapshots, Writes, Writing};
+pub use writes::{Writes, Writing};
 
 use crate::engine::{Admitted, EngineClient, EngineSession, Plan, Settings, Start};
 use crate::error::Error;
@@ -33,7 +33,7 @@ use offshoot_adapters::AdapterState;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
-use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
 
 /// See the module's text.
 pub struct Residency {
@@ -54,7 +54,8 @@ pub struct Residency {
     slots: Arc<Slots>,
     draining: Arc<AtomicBool>,
     n_live: Arc<AtomicUsize>,
-    own: OwnSnapshots,
+    /// Taken by the server while sessions train, and held until they are written.
+    copies: Arc<Semaphore>,
 }
 
 /// Counts a live session until it is dropped, also among those of its tenant.
@@ -153,7 +154,7 @@ impl Residency {
             slots: parts.slots.clone(),
             draining: Arc::default(),
             n_live: Arc::default(),
-            own: OwnSnapshots::default(),
+            copies: Arc::new(Semaphore::new(writes::MAX_COPIES)),
         });
         tokio::spawn(room::keep(&residency, parts.slots, asked));
         residency

@@ -5,13 +5,13 @@ use super::{Profile, Residency};
 use crate::error::Error;
 use crate::registry::{Copied, blocking};
 use crate::store::{Origin, SnapshotRecord};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
-use tokio::sync::{OwnedMutexGuard, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedMutexGuard, OwnedSemaphorePermit};
 
 /// Copies of all sessions that the server takes by itself and holds at a time.
-const MAX_COPIES: usize = 4;
+pub(super) const MAX_COPIES: usize = 4;
 /// A session whose snapshots fail says so at most so often.
 const SAY_AGAIN: Duration = Duration::from_secs(60);
 
@@ -35,33 +35,6 @@ struct Failures {
 pub struct Writing {
     _of_session: OwnedMutexGuard<()>,
     _of_all: OwnedSemaphorePermit,
-}
-
-/// How the snapshots went that the server took while sessions trained.
-#[derive(Debug)]
-pub struct OwnSnapshots {
-    copies: Arc<Semaphore>,
-    n_taken: AtomicU64,
-    n_failed: AtomicU64,
-}
-
-impl Default for OwnSnapshots {
-    fn default() -> Self {
-        let copies = Arc::new(Semaphore::new(MAX_COPIES));
-        OwnSnapshots { copies, n_taken: AtomicU64::new(0), n_failed: AtomicU64::new(0) }
-    }
-}
-
-impl OwnSnapshots {
-    /// Since the server's start.
-    pub fn n_taken(&self) -> u64 {
-        self.n_taken.load(Ordering::Relaxed)
-    }
-
-    /// Since the server's start.
-    pub fn n_failed(&self) -> u64 {
-        self.n_failed.load(Ordering::Relaxed)
-    }
 }
 
 impl Writes {
@@ -96,16 +69,11 @@ impl Writes {
 }
 
 impl Residency {
-    /// What the server made durable by itself.
-    pub fn own_snapshots(&self) -> &OwnSnapshots {
-        &self.own
-    }
-
     /// The right to copy a session while it trains, unless an earlier copy of it is still being
     /// written, or too many of others are.
     pub fn begin_copy(&self, profile: &Profile) -> Option<Writing> {
         let _of_session = profile.writes.one.clone().try_lock_owned().ok()?;
-        let _of_all = self.own.copies.clone().try_acquire_owned().ok()?;
+        let _of_all = self.copies.clone().try_acquire_owned().ok()?;
         Some(Writing { _of_session, _of_all })
     }
 
@@ -117,7 +85,6 @@ impl Residency {
             let begun = Instant::now();
             match self.write_own(&profile, copied).await {
                 Ok(SnapshotRecord { id, step, bytes, .. }) => {
-                    self.own.n_taken.fetch_add(1, Ordering::Relaxed);
                     profile.writes.succeeded();
                     let seconds = begun.elapsed().as_secs_f64();
                     let session = profile.id;
@@ -126,7 +93,6 @@ impl Residency {
                 // Set back or forgotten meanwhile.
                 Err(Error::Ended | Error::UnknownSession(_)) => {}
                 Err(error) => {
-                    self.own.n_failed.fetch_add(1, Ordering::Relaxed);
                     profile.writes.failed(&profile, &error);
                 }
             }
