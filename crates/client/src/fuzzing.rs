@@ -59,6 +59,8 @@ pub struct Side {
     window: Window<u64>,
     /// Of forwards that nobody gave up, by their tag.
     claims: BTreeMap<u64, Claim>,
+    /// The server said when to try again.
+    waits: bool,
 }
 
 /// The tag of what nobody waits for.
@@ -67,7 +69,7 @@ pub const NOBODY: u64 = u64::MAX;
 impl Side {
     /// A session whose answers have come up to `answered`.
     pub fn new(answered: u64, limits: &v1::Limits) -> Self {
-        Side { window: Window::new(answered, limits), claims: BTreeMap::new() }
+        Side { window: Window::new(answered, limits), claims: BTreeMap::new(), waits: false }
     }
 
     /// Whether another request is taken now.
@@ -148,6 +150,7 @@ impl Side {
             _ if error.retry_after_millis > 0 => Cause::Retry,
             _ => Cause::Final,
         };
+        self.waits |= cause == Cause::Retry;
         let mut done = match self.window.refused(sequence, cause) {
             Outcome::Refused(entry) => vec![Done::Refused { tag: entry.reply }],
             Outcome::Aborted(entry) => vec![Done::Aborted { tag: entry.reply }],
@@ -160,13 +163,15 @@ impl Side {
 
     /// The wait that the server asked for is over.
     pub fn release(&mut self) {
-        if !self.window.is_returning() {
+        if self.waits && !self.window.is_returning() {
+            self.waits = false;
             self.window.release();
         }
     }
 
     /// The stream broke.
     pub fn disconnected(&mut self) -> Vec<Done> {
+        self.waits = false;
         aborted(self.window.disconnected())
     }
 

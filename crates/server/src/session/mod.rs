@@ -5,6 +5,8 @@ mod actor;
 mod cadence;
 mod frame;
 mod home;
+#[cfg(test)]
+mod link_properties;
 mod loss;
 mod messages;
 mod newest;

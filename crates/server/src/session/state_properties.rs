@@ -21,7 +21,7 @@ proptest! {
 }
 
 /// As many as are asked for, or those that take a second.
-fn cases(usual: u32) -> u32 {
+pub(super) fn cases(usual: u32) -> u32 {
     let asked = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok());
     asked.unwrap_or(usual)
 }
