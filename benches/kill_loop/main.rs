@@ -292,6 +292,7 @@ fn disturbed(
         rollbacks: count(&world.seen.n_rollbacks),
         reconnections: count(&world.seen.n_reconnections),
         gave_up: world.n_gave_up,
+        errors: world.seen.errors.lock().map(|said| said.clone()).unwrap_or_default(),
         compared_bytes: outcome.n_bytes(),
     })
 }

@@ -30,6 +30,8 @@ pub struct Seen {
     /// Sessions that the server parked or wrote when they left it.
     pub n_parked: AtomicU64,
     pub n_panics: AtomicU64,
+    /// What trainers said when they gave up.
+    pub errors: Mutex<Vec<String>>,
 }
 
 impl Seen {
@@ -39,11 +41,15 @@ impl Seen {
                 sum.fetch_add(1, Ordering::SeqCst);
             }
         };
-        count(&self.n_rollbacks, "going on at step");
+        count(&self.n_rollbacks, "the server fell back to step ");
+        count(&self.n_rollbacks, "the server lost what it had of the step after ");
         count(&self.n_reconnections, "reconnected;");
         count(&self.n_full, "File too large");
         count(&self.n_parked, "session parked");
         count(&self.n_panics, "panicked at");
+        if let Some(error) = line.strip_prefix("error: ") {
+            self.errors.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push(error.into());
+        }
         let step = line.strip_prefix("step ").and_then(|rest| rest.trim_start().split('/').next());
         if let Some(step) = step.and_then(|step| step.parse().ok()) {
             self.n_steps.fetch_add(1, Ordering::SeqCst);

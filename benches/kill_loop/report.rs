@@ -34,6 +34,8 @@ pub struct Run {
     pub reconnections: u64,
     /// Trainers that ended with an error and were started again with `--resume latest`.
     pub gave_up: u64,
+    /// What they said.
+    pub errors: Vec<String>,
     /// Of the files that were compared, all equal.
     pub compared_bytes: usize,
 }

@@ -2,12 +2,13 @@
 //! told to run one test only, which serves instead of testing.
 
 use crate::process::{Signal, enduring, limit_file_size, signal};
-use crate::server_config;
+use crate::{DRAIN, server_config};
 use offshoot_server::ServerConfig;
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::Stdio;
+use tokio::signal::unix::{self, SignalKind};
 
 const CONFIG: &str = "OFFSHOOT_TEST_CHILD_CONFIG";
 const READY: &str = "child server on ";
@@ -20,11 +21,17 @@ pub fn serve_if_asked() {
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
     runtime.block_on(async {
         let server = offshoot_server::Server::start(config).await.expect("the server starts");
+        let mut asked = unix::signal(SignalKind::terminate()).expect("signals can be taken");
         println!("\n{READY}{}", server.local_addr());
-        // Until it is killed, or until its parent is gone.
+        // Until it is killed, asked to end, or its parent is gone.
         let parent = tokio::task::spawn_blocking(|| std::io::stdin().lines().count());
-        let _ = parent.await;
-        std::process::exit(0);
+        tokio::select! {
+            _ = asked.recv() => {
+                let n_lost = server.drain(DRAIN).await;
+                std::process::exit(i32::from(n_lost > 0));
+            }
+            _ = parent => std::process::exit(0),
+        }
     });
 }
 
@@ -71,6 +78,15 @@ impl Child {
     /// `kill -9`.
     pub fn kill(self) {}
 
+    /// SIGTERM, and until it has ended: every session must be durable then.
+    pub fn drain(mut self) {
+        // Waiting would close it, and the child would take its parent for gone.
+        let _stdin = self.process.stdin.take();
+        signal(&self.process, Signal::TERM).expect("it runs");
+        let status = self.process.wait().expect("it ends");
+        assert!(status.success(), "the drained server ended with {status}");
+    }
+
     /// Stops the process where it is, without a word to anyone, until it is resumed.
     pub fn pause(&self) {
         signal(&self.process, Signal::STOP).expect("it runs");
@@ -89,7 +105,8 @@ impl Child {
 
 impl Drop for Child {
     fn drop(&mut self) {
-        self.process.kill().expect("it runs");
+        // It may have ended already.
+        let _ = self.process.kill();
         self.process.wait().expect("it ends");
     }
 }

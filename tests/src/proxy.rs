@@ -36,6 +36,8 @@ struct Shared {
     n_late: AtomicUsize,
     /// What was, or will be, delivered late.
     late: Mutex<Vec<u8>>,
+    /// What the server said to stranded connections.
+    late_answers: Mutex<Vec<u8>>,
 }
 
 /// Counted up, so that a connection knows whether it is meant.
@@ -66,6 +68,7 @@ impl Proxy {
             n_stranded: AtomicUsize::new(0),
             n_late: AtomicUsize::new(0),
             late: Mutex::default(),
+            late_answers: Mutex::default(),
         });
         let accepting = tokio::spawn(accept(listener, shared.clone()));
         Ok(Proxy { address, shared, accepting })
@@ -133,6 +136,11 @@ impl Proxy {
     /// Takes what stranded connections have carried late since this was asked last, or still will.
     pub fn take_late(&self) -> Vec<u8> {
         std::mem::take(&mut lock(&self.shared.late))
+    }
+
+    /// Whether these bytes are in what the server said to stranded connections.
+    pub fn has_late_answer(&self, bytes: &[u8]) -> bool {
+        lock(&self.shared.late_answers).windows(bytes.len()).any(|part| part == bytes)
     }
 
     /// Connections accepted so far.

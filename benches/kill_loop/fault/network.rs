@@ -57,7 +57,9 @@ pub(super) fn late_frames(world: &mut World) -> anyhow::Result<Hit> {
 
 pub(super) fn late_hello(world: &mut World) -> anyhow::Result<Hit> {
     world.proxy.hold(true);
+    let connections = world.proxy.connections();
     world.proxy.cut();
+    world.wait_until(LONG, |w| w.proxy.connections() > connections || is_over(w));
     // Preface, settings and headers come first; the message is behind them.
     let enough = |w: &World| w.proxy.n_held() > 200 || is_over(w);
     let waits = world.wait_until(Duration::from_secs(5), enough);
@@ -68,8 +70,12 @@ pub(super) fn late_hello(world: &mut World) -> anyhow::Result<Hit> {
 fn strand_and_deliver(world: &mut World, waits: bool) -> anyhow::Result<Hit> {
     let (before, n_late) = (world.seen.interruptions(), world.proxy.n_late());
     let n_stranded = world.proxy.n_stranded();
-    world.proxy.strand();
-    world.wait_until(LONG, |w| w.proxy.n_stranded() > n_stranded);
+    // There may be no connection just now.
+    let stranded = |w: &World| {
+        w.proxy.strand();
+        w.proxy.n_stranded() > n_stranded || is_over(w)
+    };
+    world.wait_until(LONG, stranded);
     world.proxy.hold(false);
     let back = world.wait_until(LONG, |w| w.seen.interruptions() > before || is_over(w));
     world.proxy.deliver_late();
