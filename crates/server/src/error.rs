@@ -562,6 +562,10 @@ impl Class {
 impl From<Error> for tonic::Status {
     fn from(error: Error) -> Self {
         let (code, message) = (error.class().grpc_code(), error.to_string());
+        if error.excess().is_none() && error.retry_after().is_none() {
+            // Details without anything in them are not none on the wire.
+            return tonic::Status::new(code, message);
+        }
         let (mut details, mut metadata) = (ErrorDetails::new(), MetadataMap::new());
         if let Some(excess) = error.excess() {
             details.set_quota_failure(vec![excess.to_violation()]);
