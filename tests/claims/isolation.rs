@@ -7,6 +7,7 @@ use offshoot_proto::v1::{self, client_frame};
 use offshoot_tests::heard::{Heard, call};
 use offshoot_tests::raw::{self, RawStream, frame};
 use offshoot_tests::run::{assert_same_adapter, open_request, train};
+use offshoot_tests::together::{Player, round, server_for};
 use prost::Message;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -227,8 +228,7 @@ async fn two_tenants_with_the_same_names_keep_to_themselves() {
 
     for (client, session) in [(&blue, &of_blue), (&red, &of_red)] {
         let listed = client.list_sessions().await.unwrap();
-        let listed: Vec<_> =
-            listed.iter().map(|s| (s.id.clone(), s.name.clone())).collect();
+        let listed: Vec<_> = listed.iter().map(|s| (s.id.clone(), s.name.clone())).collect();
         assert_eq!(listed, [(session.id().clone(), "claim".to_string())]);
     }
     // A snapshot of another's is no snapshot of one's own.
@@ -355,5 +355,30 @@ async fn sessions_of_an_open_server_are_nobodys_and_tenants_are_theirs_on_an_ope
     assert!(matches!(error, ClientError::Unauthenticated { .. }), "{error}");
     assert!(!error.to_string().contains(&token("nobody")));
     assert!(!format!("{:?}", Token::new(&token("nobody")).unwrap()).contains("AAAA"));
+    shared.server.drain().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tenant_hears_of_its_own_jobs_in_a_batch_only() {
+    let text = entry("blue", &[("blue", "")]) + &entry("red", &[("red", "")]);
+    let shared = Shared::start_with_text(&text, |config| {
+        let (tenants, store) = (config.access.tenants.take(), config.store.dir.clone());
+        *config = server_for(3, &store);
+        config.access.tenants = tenants;
+    })
+    .await;
+    let (blue, red) = (shared.client("blue").await.unwrap(), shared.client("red").await.unwrap());
+    let h = blue.describe().await.unwrap().hidden_size;
+    let mut players = Vec::new();
+    for (seed, client) in [&blue, &blue, &red].into_iter().enumerate() {
+        players.push(Player::new(open(client).await, h, seed as u64));
+    }
+    let mut players: Vec<&mut Player> = players.iter_mut().collect();
+    // All three run in each batch: it waits for them.
+    round(&mut players).await;
+    for (player, own) in players.iter().zip([2, 2, 1]) {
+        assert!(player.batch_jobs.iter().all(|&n| n == own), "{own}: {:?}", player.batch_jobs);
+        assert_eq!(player.batch_jobs.len(), 3);
+    }
     shared.server.drain().await;
 }

@@ -21,6 +21,7 @@ pub use token::{NewToken, TokenHash};
 
 use crate::error::Error;
 use std::collections::HashMap;
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
@@ -207,7 +208,12 @@ async fn keep_up(access: Weak<Access>) {
 }
 
 fn read(path: &Path) -> Result<String, String> {
-    std::fs::read_to_string(path).map_err(|error| error.to_string())
+    std::fs::read_to_string(path).map_err(|error| match error.kind() {
+        ErrorKind::NotFound => {
+            format!("{error}; `offshoot tenant add NAME --tenants {}` makes one", path.display())
+        }
+        _ => error.to_string(),
+    })
 }
 
 fn file_error(path: &Path, cause: String) -> Error {
