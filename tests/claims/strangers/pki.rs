@@ -1,10 +1,14 @@
 //! Issuers and certificates of a test, as files.
 
 use rcgen::{
-    BasicConstraints, CertificateParams, CertifiedIssuer, ExtendedKeyUsagePurpose, IsCa, KeyPair,
+    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa,
+    KeyPair,
 };
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime};
+
+static N_ISSUERS: AtomicUsize = AtomicUsize::new(0);
 
 /// Whom a certificate is for.
 #[derive(Clone, Copy, PartialEq)]
@@ -28,6 +32,9 @@ impl Ca {
     pub fn new() -> Ca {
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        // Each has a name of its own, as issuers have.
+        let number = N_ISSUERS.fetch_add(1, Ordering::Relaxed);
+        params.distinguished_name.push(DnType::CommonName, format!("issuer {number}"));
         Ca(CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap())
     }
 

@@ -37,7 +37,7 @@ impl Quota {
             Quota::StoredSessions => "delete a session that is not needed any more",
             Quota::AdapterBytes => "take a lower rank or fewer targets, or close a session",
             Quota::OpenBytes => "send fewer tokens at once, or fewer microbatches at a time",
-            Quota::TokensPerSecond => "wait",
+            Quota::TokensPerSecond => "send less",
             Quota::TokensPerMicrobatch => "split the microbatch",
             Quota::Rank => "take a lower rank",
         }
@@ -62,7 +62,14 @@ impl fmt::Display for Excess {
         let (name, advice) = (quota.name(), quota.advice());
         write!(f, "quota {name} of tenant \"{tenant}\" is {limit}, this would make it {value}; ")?;
         match retry_after {
-            Some(after) => write!(f, "{advice}, or try again in {} s", after.as_secs_f64()),
+            Some(after) => {
+                // Not a moment too early.
+                let seconds = (after.as_secs_f64() * 10.0).ceil() / 10.0;
+                match quota {
+                    Quota::TokensPerSecond => write!(f, "try again in {seconds} s"),
+                    _ => write!(f, "{advice}, or try again in {seconds} s"),
+                }
+            }
             None => write!(f, "it never fits: {advice}, or ask the operator for more"),
         }
     }

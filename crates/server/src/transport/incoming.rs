@@ -4,12 +4,15 @@ use crate::tls::Tls;
 use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
 /// Connections that are ready and not taken yet.
 const READY: usize = 64;
+/// For a peer to read why its handshake failed.
+const LAST_WORD: Duration = Duration::from_secs(1);
 /// After an error of the system, such as too many open files, it is tried again.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -63,11 +66,23 @@ async fn shake_hands(
     (remote, place): (SocketAddr, Place),
     ready: mpsc::Sender<io::Result<Io>>,
 ) {
-    let handshake = tls.acceptor().accept(held(tcp, remote, place));
+    let handshake = tls.acceptor().accept(held(tcp, remote, place)).into_fallible();
     match tokio::time::timeout(HANDSHAKE, handshake).await {
         Ok(Ok(stream)) => send(&ready, Io::Tls(Box::new(stream))).await,
-        Ok(Err(error)) => tracing::debug!(%remote, %error, "TLS handshake failed"),
+        Ok(Err((error, held))) => {
+            tracing::debug!(%remote, %error, "TLS handshake failed");
+            let _ = tokio::time::timeout(LAST_WORD, let_read(held)).await;
+        }
         Err(_) => tracing::debug!(%remote, "TLS handshake took too long"),
+    }
+}
+
+/// The peer was told what was wrong. It may have sent more meanwhile, and closing a connection with
+/// something unread would take the word back.
+async fn let_read(mut held: Held) {
+    if held.shutdown().await.is_ok() {
+        let mut rest = [0; 1024];
+        while matches!(held.read(&mut rest).await, Ok(1..)) {}
     }
 }
 
