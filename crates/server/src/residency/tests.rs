@@ -2,10 +2,10 @@
 //! store and actors, without sockets.
 
 use super::*;
+use crate::access::{Access, Audit};
 use crate::config::{LimitsConfig, TrunkConfig};
 use crate::engine::Engine;
 use crate::pool::{ActorPool, PoolThreads};
-use crate::access::{Access, Audit};
 use crate::registry::{AttachedStream, Opening, OwnSession, Owners, Parts, Registry, StreamEnd};
 use crate::session::{
     BackwardWork, Digest, ForwardWork, Frame, Frames, Greeting, Head, Mode, SnapshotEvery,
@@ -40,6 +40,9 @@ struct Training {
 fn lora() -> LoraSpec {
     LoraSpec { r: 16, target_modules: vec!["all-linear".into()], ..LoraSpec::default() }
 }
+
+/// For room on the device.
+const MAX_WAITING: usize = 20;
 
 impl Fixture {
     /// With room for so many adapters on the device and in the host's memory.
@@ -81,7 +84,7 @@ impl Fixture {
             slots: slots.clone(),
             host_bytes: on_host * adapter,
             wait: Duration::from_secs(30),
-            max_waiting: 100,
+            max_waiting: MAX_WAITING,
             ages: Ages { idle: Duration::from_secs(3600), turn: Duration::ZERO },
         });
         let registry = Registry::start(Parts {
@@ -247,8 +250,11 @@ async fn sessions_go_to_the_host_and_then_to_disk_and_come_back_with_their_gradi
     }
     // A snapshot of one that is in the host's memory is taken from there.
     for training in &sessions {
-        let taken =
-            fixture.registry.snapshot(fixture.own(training.id), training.next - 1, vec![]).await.unwrap();
+        let taken = fixture
+            .registry
+            .snapshot(fixture.own(training.id), training.next - 1, vec![])
+            .await
+            .unwrap();
         assert_eq!(taken.sequence, training.next - 1);
         assert!(on_disk(training));
     }
@@ -329,5 +335,39 @@ async fn a_snapshot_by_steps_is_the_session_right_behind_its_step() {
     let restored = fixture.registry.restore(fixture.own(training.id), &head.id).await.unwrap();
     assert_eq!(restored.snapshot, head);
     assert!(fixture.export(&training).await == at_three.1, "the snapshot holds another point");
+    fixture.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flood_of_those_who_want_room_is_refused_and_the_others_get_it() {
+    let fixture = Fixture::start(1, 0).await;
+    let settings = || Settings {
+        tenant: "".into(),
+        lora: lora(),
+        adamw: Default::default(),
+        seed: 1,
+        wire_dtype: WireDType::F32,
+    };
+    let all = fixture.residency().reserve(&settings()).await.unwrap();
+    let waiting: Vec<_> = (0..MAX_WAITING)
+        .map(|_| {
+            let registry = fixture.registry.clone();
+            tokio::spawn(async move { registry.residency().reserve(&settings()).await.map(drop) })
+        })
+        .collect();
+    while fixture.residency().n_waiting() < MAX_WAITING {
+        tokio::task::yield_now().await;
+    }
+    for _ in 0..3 {
+        let error = fixture.residency().reserve(&settings()).await.unwrap_err();
+        assert!(matches!(error, Error::WaitingForRoom { limit: MAX_WAITING }), "{error}");
+        assert!(error.retry_after().is_some());
+    }
+    assert_eq!(fixture.residency().n_waiting(), MAX_WAITING);
+    drop(all);
+    for one in waiting {
+        one.await.unwrap().unwrap();
+    }
+    assert_eq!(fixture.residency().n_waiting(), 0);
     fixture.end().await;
 }
