@@ -12,8 +12,8 @@ const TOKEN: &str = "OFFSHOOT_TOKEN";
 #[derive(Args, Debug, Clone, Default)]
 #[command(next_help_heading = "Connection")]
 pub struct ConnectionArgs {
-    /// File with the token that the server's operator gave you [default: what the environment has as
-    /// OFFSHOOT_TOKEN].
+    /// File with the token that the server's operator gave you; read again when the server no longer
+    /// takes it [default: what the environment has as OFFSHOOT_TOKEN].
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
     /// Send the token without TLS to another machine too, as where a tunnel protects the way.
@@ -66,15 +66,15 @@ impl ConnectionArgs {
     }
 
     fn token(&self) -> anyhow::Result<Option<Token>> {
-        let text = match &self.token_file {
-            Some(path) => std::fs::read_to_string(path)
-                .with_context(|| format!("--token-file {}", path.display()))?,
-            None => match std::env::var(TOKEN) {
-                Ok(text) if !text.is_empty() => text,
-                _ => return Ok(None),
-            },
-        };
-        Ok(Some(Token::new(&text)?))
+        if let Some(path) = &self.token_file {
+            let text = std::fs::read_to_string(path)
+                .with_context(|| format!("--token-file {}", path.display()))?;
+            return Ok(Some(Token::new(&text)?.of_file(path.clone())));
+        }
+        match std::env::var(TOKEN) {
+            Ok(text) if !text.is_empty() => Ok(Some(Token::new(&text)?)),
+            _ => Ok(None),
+        }
     }
 }
 
@@ -106,7 +106,7 @@ mod tests {
             file.display()
         );
         let options = parse(&line).unwrap().options(ClientOptions::default()).unwrap();
-        assert_eq!(options.token, Some(Token::new("ofs_1_abc").unwrap()));
+        assert_eq!(options.token, Some(Token::new("ofs_1_abc").unwrap().of_file(file.clone())));
         let path = |name: &str| Some(PathBuf::from(name));
         let name = Some("trunk".into());
         let tls = TlsOptions { ca: path("ca.pem"), cert: path("c.pem"), key: path("k.pem"), name };

@@ -1,5 +1,5 @@
 use crate::driver::Driver;
-use crate::identity::is_loopback;
+use crate::identity::{Token, is_loopback};
 use crate::loss::SentLoss;
 use crate::options::{ClientOptions, Retry};
 use crate::outage::{Link, Outage};
@@ -11,8 +11,8 @@ use crate::{ClientError, status, tls_failure};
 use offshoot_proto::WireDType;
 use offshoot_proto::outgoing::ClientTransport;
 use offshoot_proto::v1::{self, trunk_service_client::TrunkServiceClient};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Code, Status};
@@ -47,6 +47,8 @@ struct Shared {
     channel: Channel,
     uri: Uri,
     link: Link,
+    /// As in the options, or as its file has it since the server no longer took that.
+    token: Mutex<Option<Token>>,
     /// Whether people were told that a quota of tokens slows them.
     told_of_rate: AtomicBool,
     /// Largest message on a session's stream.
@@ -96,6 +98,7 @@ impl Client {
                 channel: channel.clone(),
                 uri: uri.clone(),
                 link: Link::default(),
+                token: Mutex::new(options.token.clone()),
                 told_of_rate: AtomicBool::new(false),
                 frame_bytes: MARGIN_BYTES,
                 hidden_size: 0,
@@ -115,6 +118,7 @@ impl Client {
             channel,
             uri,
             link: Link::default(),
+            token: Mutex::new(client.token()),
             told_of_rate: AtomicBool::new(false),
             // Tensors in f32, the widest dtype; per token a position and a length beside them.
             frame_bytes: tokens
@@ -275,6 +279,7 @@ impl Client {
         let mut cause = String::new();
         let mut refused = None;
         while outage.attempt().await {
+            let sent = self.token();
             let status = match ask(rpc.clone(), self.request(request.clone())).await {
                 Ok(response) => {
                     outage.over(self);
@@ -290,6 +295,9 @@ impl Client {
             let waits = waits_for_room || status.code() != Code::ResourceExhausted;
             let undone = status::is_unsent(&status) || pushback.is_some();
             let passing = status::is_transport(&status) || status.code() == Code::Unavailable;
+            if status.code() == Code::Unauthenticated && self.renews_token(sent.as_ref()) {
+                continue;
+            }
             if !(waits && undone || passing && repeat == Repeat::Harmless) {
                 return Err(self.refused(name, &status));
             }
@@ -318,10 +326,25 @@ impl Client {
     /// With what the server knows this client by.
     pub(crate) fn request<T>(&self, message: T) -> tonic::Request<T> {
         let mut request = tonic::Request::new(message);
-        if let Some(token) = &self.shared.options.token {
+        if let Some(token) = self.token() {
             token.sign(&mut request);
         }
         request
+    }
+
+    /// What the next request is signed with.
+    pub(crate) fn token(&self) -> Option<Token> {
+        self.shared.token.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether there is another token than the one that was `sent` and that the server does not take:
+    /// its file may have a new one, which is used from here on.
+    pub(crate) fn renews_token(&self, sent: Option<&Token>) -> bool {
+        let mut token = self.shared.token.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(renewed) = token.as_ref().and_then(Token::renewed) {
+            *token = Some(renewed);
+        }
+        token.as_ref() != sent
     }
 
     /// What the server said no with.
@@ -336,7 +359,7 @@ impl Client {
         ClientError::Unauthenticated {
             endpoint: self.shared.endpoint.clone(),
             message: message.to_string(),
-            token_sent: self.shared.options.token.is_some(),
+            token_sent: self.token().is_some(),
         }
     }
 
@@ -464,7 +487,7 @@ fn to_endpoint(text: &str, options: &ClientOptions) -> Result<Endpoint, ClientEr
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{TlsOptions, Token};
+    use crate::TlsOptions;
 
     /// Compiled, not run: whatever a session can do, it can do in a task of its own.
     #[allow(dead_code)]

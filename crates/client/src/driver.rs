@@ -6,10 +6,11 @@ use crate::ClientError;
 use crate::client::Client;
 use crate::command::{Answer, Command};
 use crate::entry::{Entry, Request};
+use crate::identity::Token;
 use crate::outage::Outage;
 use crate::types::SessionId;
 use crate::window::{Cause, Gone, Outcome, Window};
-use crate::wire::{self, Failed, Wire};
+use crate::wire::{self, Failed, Side, Wire};
 use offshoot_proto::v1::{self, server_frame};
 use std::time::Duration;
 use tokio::sync::mpsc::{self, error::TrySendError};
@@ -229,11 +230,11 @@ impl Driver {
             let retry_at = self.retry_at;
             tokio::select! {
                 answer = wire.answers.message() => match answer {
-                    Ok(Some(frame)) => if let Err(end) = self.take_answer(frame) {
+                    Ok(Some(frame)) => if let Err(end) = self.take_answer(frame, wire.token.as_ref()) {
                         return end;
                     },
                     Ok(None) => return End::Broken("the server ended the stream".to_string()),
-                    Err(status) => return wire::judge(&self.client, &self.id, &status).into(),
+                    Err(status) => return wire::judge(&self.side(wire.token.as_ref()), &status).into(),
                 },
                 command = self.commands.recv(), if listens => match command {
                     Some(Command::Reattach) => {
@@ -248,6 +249,10 @@ impl Driver {
                 }
             }
         }
+    }
+
+    fn side<'a>(&'a self, sent: Option<&'a Token>) -> Side<'a> {
+        Side { client: &self.client, id: &self.id, sent }
     }
 
     /// Discards microbatches that nobody wants any more.
@@ -284,7 +289,7 @@ impl Driver {
         }
     }
 
-    fn take_answer(&mut self, frame: v1::ServerFrame) -> Result<(), End> {
+    fn take_answer(&mut self, frame: v1::ServerFrame, token: Option<&Token>) -> Result<(), End> {
         let sequence = frame.sequence;
         let error = match frame.body {
             None => return Err(protocol(format!("the answer to frame {sequence} is empty"))),
@@ -293,7 +298,7 @@ impl Driver {
         };
         let of_all = [v1::ErrorCode::TakenOver, v1::ErrorCode::Unauthenticated];
         if sequence == 0 || of_all.contains(&error.code()) {
-            return Err(wire::judge_error(&self.client, &self.id, error).into());
+            return Err(wire::judge_error(&self.side(token), error).into());
         }
         self.refused(sequence, error)
     }

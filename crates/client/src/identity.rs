@@ -11,6 +11,7 @@ use tonic::transport::{Certificate, ClientTlsConfig, Identity};
 #[derive(Clone, PartialEq, Eq)]
 pub struct Token {
     bearer: MetadataValue<Ascii>,
+    file: Option<PathBuf>,
 }
 
 impl Token {
@@ -32,7 +33,20 @@ impl Token {
         };
         // HTTP/2 does not remember it for compression, and nobody prints it.
         bearer.set_sensitive(true);
-        Ok(Token { bearer })
+        Ok(Token { bearer, file: None })
+    }
+
+    /// The file that it was read from. When the server no longer takes the token, it is read again:
+    /// tokens are renewed while runs go on.
+    pub fn of_file(self, path: PathBuf) -> Token {
+        Token { file: Some(path), ..self }
+    }
+
+    /// What the file has now, if that is another one.
+    pub(crate) fn renewed(&self) -> Option<Token> {
+        let path = self.file.clone()?;
+        let token = Token::new(&std::fs::read_to_string(&path).ok()?).ok()?.of_file(path);
+        (token != *self).then_some(token)
     }
 
     /// Puts it on a request.

@@ -1,6 +1,7 @@
 //! One attached stream: how it comes to be, and what the server's refusals of it mean.
 
 use crate::client::Client;
+use crate::identity::Token;
 use crate::types::SessionId;
 use crate::{ClientError, status};
 use offshoot_proto::outgoing::Outgoing;
@@ -13,7 +14,18 @@ pub(crate) struct Wire {
     pub(crate) out: mpsc::Sender<v1::ClientFrame>,
     pub(crate) answers: tonic::Streaming<v1::ServerFrame>,
     pub(crate) attached: v1::Attached,
+    /// What it was opened with.
+    pub(crate) token: Option<Token>,
 }
+
+/// Whose stream it is, for what is said about it.
+pub(crate) struct Side<'a> {
+    pub(crate) client: &'a Client,
+    pub(crate) id: &'a SessionId,
+    pub(crate) sent: Option<&'a Token>,
+}
+
+const RENEWED: &str = "the token was renewed";
 
 /// Why there is no stream.
 pub(crate) enum Failed {
@@ -54,7 +66,9 @@ async fn say_hello(
     if out.try_send(frame).is_err() {
         return Err(Failed::Broken("the stream closed at once".to_string()));
     }
-    let judge = |status| judge(client, id, &status);
+    let token = client.token();
+    let side = Side { client, id, sent: token.as_ref() };
+    let judge = |status| judge(&side, &status);
     let mut rpc = client.stream_rpc();
     let outgoing = Outgoing::new(ReceiverStream::new(frames).map(Ok), client.frame_bytes());
     let mut request = client.request(tokio_stream::empty());
@@ -62,8 +76,8 @@ async fn say_hello(
     let mut answers = rpc.train(request).await.map_err(judge)?.into_inner();
     let answer = answers.message().await.map_err(judge)?;
     match answer.and_then(|frame| frame.body) {
-        Some(server_frame::Body::Attached(attached)) => Ok(Wire { out, answers, attached }),
-        Some(server_frame::Body::Error(error)) => Err(judge_error(client, id, error)),
+        Some(server_frame::Body::Attached(attached)) => Ok(Wire { out, answers, attached, token }),
+        Some(server_frame::Body::Error(error)) => Err(judge_error(&side, error)),
         None => Err(Failed::Broken("the stream ended before the answer to Hello".to_string())),
         Some(_) => Err(Failed::Refused(ClientError::Protocol {
             what: "the first answer on a stream was not the one to Hello".to_string(),
@@ -72,11 +86,15 @@ async fn say_hello(
 }
 
 /// A status that ended the stream.
-pub(crate) fn judge(client: &Client, id: &SessionId, status: &tonic::Status) -> Failed {
+pub(crate) fn judge(side: &Side<'_>, status: &tonic::Status) -> Failed {
+    let Side { client, id, sent } = *side;
     if status::is_passing(status) && !status::is_final_quota(status) {
         return Failed::Broken(client.cause(status));
     }
     if status.code() == tonic::Code::Unauthenticated {
+        if client.renews_token(sent) {
+            return Failed::Broken(RENEWED.to_string());
+        }
         return Failed::Refused(client.unauthenticated(status.message()));
     }
     let (session, message) = (id.clone(), status.message().to_string());
@@ -87,9 +105,13 @@ pub(crate) fn judge(client: &Client, id: &SessionId, status: &tonic::Status) -> 
 }
 
 /// An error about the session as a whole.
-pub(crate) fn judge_error(client: &Client, id: &SessionId, error: v1::FrameError) -> Failed {
+pub(crate) fn judge_error(side: &Side<'_>, error: v1::FrameError) -> Failed {
+    let Side { client, id, sent } = *side;
     let code = error.code();
     if code == v1::ErrorCode::Unauthenticated {
+        if client.renews_token(sent) {
+            return Failed::Broken(RENEWED.to_string());
+        }
         return Failed::Refused(client.unauthenticated(&error.message));
     }
     if code == v1::ErrorCode::Draining || error.retry_after_millis > 0 {
