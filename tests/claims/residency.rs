@@ -341,19 +341,25 @@ async fn what_is_damaged_on_disk_is_named_and_harms_nobody_else() {
         std::fs::write(path, &bytes[..bytes.len() - 1]).unwrap();
     }
 
+    // It goes back by itself to what is whole, and its client learns how far.
     let error = first.evaluate(input(1, &[4], h)).await.unwrap_err();
+    let ClientError::RolledBack { last_applied, snapshots, .. } = &error else {
+        panic!("{error}");
+    };
+    assert_eq!((*last_applied, snapshots.first()), (good.sequence, Some(&good)), "{error}");
+    let error = crowded.client.restore(first.id(), Some(&newest.snapshot_id)).await.err().unwrap();
     let text = error.to_string();
-    assert_eq!(error.code(), Some(ErrorCode::Internal), "{text}");
-    assert!(text.contains("damaged") && text.contains("blobs"), "{text}");
-    assert!(!error.ends_session(), "{text}");
-    let error = first.export().await.unwrap_err();
-    assert!(error.to_string().contains("damaged"), "{error}");
+    assert!(matches!(error, ClientError::Damaged { .. }), "{text}");
+    for part in ["damaged", "blobs", &format!("{} is whole", good.snapshot_id)] {
+        assert!(text.contains(part), "{part} is not in {text}");
+    }
     // The other one is where it was and trains.
     accumulate(&second, h, 2).await.unwrap();
     second.step(0.01, 1.0).await.unwrap().await.unwrap();
     // The snapshot before is whole.
     let id = first.id().clone();
-    let (first, _) = crowded.client.restore(&id, Some(&good.snapshot_id)).await.unwrap();
+    let (first, restored) = crowded.client.restore(&id, None).await.unwrap();
+    assert_eq!(restored.snapshot, good);
     accumulate(&first, h, 2).await.unwrap();
     crowded.server.drain().await;
 }
