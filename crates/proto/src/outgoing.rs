@@ -93,12 +93,12 @@ impl Around {
         let before = v1::Tensor { dtype: *dtype, shape: shape.clone(), ..Default::default() };
         let after = v1::Tensor { dtype: 0, shape: vec![], data: Bytes::new(), ..tensor.clone() };
         let inner = Around { before: vec![], data: data.clone(), after: vec![] };
-        inner.as_field(3, &before, &after)
+        inner.in_field(3, &before, &after)
     }
 
     /// As a field of a message: behind the message's fields of lower numbers, before those of higher
     /// ones.
-    fn as_field(self, number: u8, lower: &impl Message, higher: &impl Message) -> Around {
+    fn in_field(self, number: u8, lower: &impl Message, higher: &impl Message) -> Around {
         const LENGTH_DELIMITED: u8 = 2;
         let length = self.before.len() + self.data.len() + self.after.len();
         let mut before = lower.encode_to_vec();
@@ -121,22 +121,22 @@ impl InPieces for v1::ClientFrame {
                 let hidden = Around::tensor(all.hidden.as_ref()?);
                 let lower = v1::Forward { microbatch: all.microbatch, ..Default::default() };
                 let higher = v1::Forward { microbatch: 0, hidden: None, ..all.clone() };
-                (4, hidden.as_field(2, &lower, &higher))
+                (4, hidden.in_field(2, &lower, &higher))
             }
             Body::Backward(all) => {
                 let grad = Around::tensor(all.grad.as_ref()?);
                 let lower = v1::Backward { grad: None, ..all.clone() };
-                (5, grad.as_field(2, &lower, &v1::Backward::default()))
+                (5, grad.in_field(2, &lower, &v1::Backward::default()))
             }
             Body::Extend(all) => {
                 let hidden = Around::tensor(all.hidden.as_ref()?);
                 let lower = v1::Extend { hidden: None, ..all.clone() };
-                (8, hidden.as_field(3, &lower, &v1::Extend::default()))
+                (8, hidden.in_field(3, &lower, &v1::Extend::default()))
             }
             _ => return None,
         };
         let lower = v1::ClientFrame { body: None, ..self.clone() };
-        Some(body.as_field(number, &lower, &v1::ClientFrame::default()))
+        Some(body.in_field(number, &lower, &v1::ClientFrame::default()))
     }
 }
 
@@ -147,17 +147,17 @@ impl InPieces for v1::ServerFrame {
             Body::Forward(all) => {
                 let hidden = Around::tensor(all.hidden.as_ref()?);
                 let higher = v1::ForwardDone { hidden: None, ..all.clone() };
-                (3, hidden.as_field(1, &v1::ForwardDone::default(), &higher))
+                (3, hidden.in_field(1, &v1::ForwardDone::default(), &higher))
             }
             Body::Backward(all) => {
                 let grad = Around::tensor(all.grad.as_ref()?);
                 let higher = v1::BackwardDone { grad: None, ..all.clone() };
-                (4, grad.as_field(1, &v1::BackwardDone::default(), &higher))
+                (4, grad.in_field(1, &v1::BackwardDone::default(), &higher))
             }
             _ => return None,
         };
         let lower = v1::ServerFrame { body: None, ..self.clone() };
-        Some(body.as_field(number, &lower, &v1::ServerFrame::default()))
+        Some(body.in_field(number, &lower, &v1::ServerFrame::default()))
     }
 }
 
