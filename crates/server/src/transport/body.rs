@@ -186,3 +186,74 @@ impl HttpBody for Lasting {
         self.body.size_hint()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::sync::mpsc;
+
+    /// A body that a test sends.
+    struct Sent(mpsc::UnboundedReceiver<Bytes>);
+
+    impl HttpBody for Sent {
+        type Data = Bytes;
+        type Error = Status;
+
+        fn poll_frame(
+            mut self: Pin<&mut Self>,
+            context: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+            self.0.poll_recv(context).map(|bytes| bytes.map(|bytes| Ok(Frame::data(bytes))))
+        }
+    }
+
+    fn incoming(room: &Room) -> (mpsc::UnboundedSender<Bytes>, Incoming, Share) {
+        let ((send, sent), share) = (mpsc::unbounded_channel(), room.share());
+        (send, Incoming::new(Body::new(Sent(sent)), share.clone()), share)
+    }
+
+    async fn next(incoming: &mut Incoming) -> Option<Result<usize, Status>> {
+        let frame = std::future::poll_fn(|cx| Pin::new(&mut *incoming).poll_frame(cx)).await;
+        frame.map(|frame| frame.map(|frame| frame.data_ref().map_or(0, Bytes::len)))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn large_requests_wait_for_each_other_and_small_ones_for_nobody() {
+        let room = Room::new(LARGE_BYTES_TOGETHER);
+        let (large, small) = (Bytes::from(vec![0; SMALL_BYTES + 1]), Bytes::from(vec![0; 9]));
+        let (send, mut first, share) = incoming(&room);
+        send.send(large.clone()).unwrap();
+        assert_eq!(next(&mut first).await.unwrap().unwrap(), large.len());
+        drop(first);
+        // The handler still works on it.
+        let (send, mut second, _) = incoming(&room);
+        send.send(large.clone()).unwrap();
+        let status = next(&mut second).await.unwrap().unwrap_err();
+        assert_eq!(status.code(), tonic::Code::ResourceExhausted);
+        assert!(status.metadata().contains_key("grpc-retry-pushback-ms"));
+        let (send, mut third, _) = incoming(&room);
+        send.send(small).unwrap();
+        assert_eq!(next(&mut third).await.unwrap().unwrap(), 9);
+        drop(share);
+        let (send, mut fourth, _) = incoming(&room);
+        send.send(large.clone()).unwrap();
+        assert_eq!(next(&mut fourth).await.unwrap().unwrap(), large.len());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_that_drips_is_refused_and_a_steady_one_is_not() {
+        let room = Room::new(1);
+        let (_send, mut silent, _) = incoming(&room);
+        let begun = Instant::now();
+        assert!(next(&mut silent).await.unwrap().unwrap_err().message().contains("too slowly"));
+        assert_eq!(begun.elapsed().as_secs(), SLOW.as_secs());
+        let (send, mut steady, _) = incoming(&room);
+        for _ in 0..100 {
+            send.send(Bytes::from(vec![0; LEAST_BYTES_PER_SECOND])).unwrap();
+            next(&mut steady).await.unwrap().unwrap();
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        drop(send);
+        assert!(next(&mut steady).await.is_none());
+    }
+}
