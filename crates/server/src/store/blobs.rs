@@ -153,8 +153,8 @@ impl Blobs {
         for entry in fs::read_dir(&self.dir).map_err(file_error(&self.dir))? {
             let entry = entry.map_err(file_error(&self.dir))?;
             let name = BlobName(entry.file_name().to_string_lossy().into_owned());
-            let is_whole = name.is_hash();
-            if !is_named(&name) && !(is_whole && keep_all) {
+            let stays = is_named(&name) || keep_all && name.is_hash();
+            if !stays {
                 fs::remove_file(entry.path()).map_err(file_error(&entry.path()))?;
             }
         }
