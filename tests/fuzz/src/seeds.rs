@@ -13,6 +13,21 @@ use std::path::PathBuf;
 
 /// H of the server that the target `client_frame` plays.
 const HIDDEN: usize = 72;
+const TENANTS: &str = r#"
+[[tenants]]
+name = "blue"
+weight = 2
+[[tenants.tokens]]
+id = "t3f9"
+sha256 = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff"
+expires = 2026-12-31T00:00:00Z
+[tenants.quotas]
+sessions = 8
+adapter_bytes = "2GiB"
+tokens_per_second = 20000
+[[tenants]]
+name = "green"
+"#;
 const PEFT_LAYERS: &str = "base_model.model.model.layers";
 
 fn main() -> std::io::Result<()> {
@@ -24,6 +39,7 @@ fn main() -> std::io::Result<()> {
     actions(&seeds)?;
     stored(&seeds)?;
     files(&seeds)?;
+    seeds.write("tenants", "two", TENANTS.into())?;
     seeds.write("gguf", "small", gguf("llama"))?;
     seeds.write("gguf", "qwen2", gguf("qwen2"))
 }
