@@ -259,3 +259,37 @@ async fn a_connection_that_falls_silent_is_left() {
     assert_eq!(found.losses, straight.losses);
     server.drain().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_snapshot_costs_the_steps_since_the_one_before() {
+    let place = Place::new();
+    let server = TestServer::start_with(place.server()).await;
+    let mut options = place.options(&server, "run");
+    let straight = run(options.clone()).await;
+    server.drain().await;
+    let dir = options.output.dir.clone();
+    let written = |path: &Path| fs::metadata(path).unwrap().modified().unwrap();
+    let eight = written(&dir.join("checkpoint_step_8/training_state.json"));
+    let blobs = fs::read_dir(place.dir.path().join("store/blobs")).unwrap();
+    let mut n_damaged = 0;
+    for blob in blobs.map(|entry| entry.unwrap().path()).filter(|blob| written(blob) > eight) {
+        let mut bytes = fs::read(&blob).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        fs::write(&blob, bytes).unwrap();
+        n_damaged += 1;
+    }
+    assert!(n_damaged > 0);
+
+    let server = TestServer::start_with(place.server()).await;
+    options.model.server = server.endpoint();
+    // The one that is named is the one that is meant.
+    options.output.resume = Some(dir.join("checkpoint_step_10").display().to_string());
+    let error = train(options.clone(), CancelToken::default()).await.unwrap_err();
+    println!("{error}");
+    assert!(matches!(error, TrainError::Damaged { .. }), "{error}");
+    options.output.resume = Some("latest".into());
+    let resumed = run(options).await;
+    assert_eq!(resumed.losses, straight.losses[8..]);
+    assert_same_adapters(resumed.adapter.as_ref().unwrap(), straight.adapter.as_ref().unwrap());
+}

@@ -6,6 +6,7 @@ use crate::setup::{self, Prepared};
 use crate::train::keep::Keeper;
 use crate::train::{Rollback, Run};
 use offshoot_client::{ClientError, Session, SessionId, SnapshotInfo};
+use std::path::Path;
 
 impl Run {
     /// Client, step and losses as a checkpoint has them.
@@ -20,11 +21,7 @@ impl Run {
     }
 
     /// Where the run goes on, and what is not as it was. Later checkpoints are set aside.
-    pub fn tell_of_resumption(
-        &self,
-        saved: &Saved,
-        differences: &[String],
-    ) -> Result<(), TrainError> {
+    pub fn tell_of_resumption(&self, saved: &Saved, notes: &[String]) -> Result<(), TrainError> {
         if let Some(aside) = checkpoint::set_aside_after(&self.options.output.dir, self.step)? {
             let aside = aside.display();
             self.report.line(&format!("the checkpoints of later steps are in {aside} now"));
@@ -40,8 +37,8 @@ impl Run {
         if self.step >= self.prepared.settings.n_steps {
             self.report.line("the run is at its last step already: there is nothing to train");
         }
-        for difference in differences {
-            self.report.line(&format!("not the run as it began: {difference}"));
+        for note in notes {
+            self.report.line(note);
         }
         Ok(())
     }
@@ -220,6 +217,41 @@ pub(crate) fn check_settings(
             ),
         }
     })
+}
+
+/// The server's side of the checkpoint that a run goes on from. If its snapshot is damaged, and only the
+/// latest one was asked for, that of the one before it, and so on. Says so in the lines.
+pub(crate) async fn restore_latest(
+    options: &TrainOptions,
+    prepared: &Prepared,
+    saved: Saved,
+) -> Result<(Session, Saved, Vec<String>), TrainError> {
+    let mut lines = Vec::new();
+    let mut error = match restore(prepared, &saved).await {
+        Ok(session) => return Ok((session, saved, lines)),
+        Err(error @ TrainError::Damaged { .. }) => error,
+        Err(error) => return Err(error),
+    };
+    // A checkpoint that was named is the one that was meant.
+    let names_one = options
+        .output
+        .resume
+        .as_ref()
+        .is_some_and(|resume| resume.ends_with("best") || Path::new(resume) == saved.path);
+    let folder = saved.path.parent().filter(|_| !names_one);
+    let mut before = folder.map(checkpoint::list).transpose()?.unwrap_or_default();
+    before.retain(|older| {
+        older.state.step < saved.state.step && older.state.session_id == saved.state.session_id
+    });
+    while let Some(older) = before.pop() {
+        lines.push(format!("{error}; going on from the one before"));
+        error = match restore(prepared, &older).await {
+            Ok(session) => return Ok((session, older, lines)),
+            Err(error @ TrainError::Damaged { .. }) => error,
+            Err(error) => return Err(error),
+        };
+    }
+    Err(error)
 }
 
 /// The server's side of a checkpoint.

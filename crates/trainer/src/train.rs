@@ -175,10 +175,17 @@ impl Run {
         let resumed = origin.checkpoint().cloned();
         resume::check_output_dir(&options, resumed.as_ref())?;
         let prepared = setup::prepare(&options, own, origin).await?;
-        let (session, differences) = match &resumed {
+        let mut resumed = resumed;
+        let (session, notes) = match resumed.take() {
             Some(saved) => {
-                let differences = resume::check_settings(saved, &prepared)?;
-                (resume::restore(&prepared, saved).await?, differences)
+                let differences = resume::check_settings(&saved, &prepared)?;
+                let of = |difference| format!("not the run as it began: {difference}");
+                let differences: Vec<String> = differences.into_iter().map(of).collect();
+                let restored = resume::restore_latest(&options, &prepared, saved).await?;
+                let (session, saved, mut notes) = restored;
+                resumed = Some(saved);
+                notes.extend(differences);
+                (session, notes)
             }
             None => (setup::open(&options, &prepared).await?, Vec::new()),
         };
@@ -224,7 +231,7 @@ impl Run {
         run.report.event(&Event::Start(run.start_event(step)))?;
         if let Some(saved) = resumed {
             run.set_state(&saved)?;
-            run.tell_of_resumption(&saved, &differences)?;
+            run.tell_of_resumption(&saved, &notes)?;
         }
         Ok(run)
     }
