@@ -124,7 +124,7 @@ pub const SETTINGS: &[Setting] = &[
     },
     Setting {
         name: "no-checkpoints",
-        split: [0, 4],
+        split: [0, 3],
         train: "--gradient-accumulation-steps 2 --microbatches-in-flight 2 --wire-dtype bf16 \
                 --lora-rank 64",
         preferences: false,

@@ -121,6 +121,8 @@ impl<'a> World<'a> {
             ["--max-steps", &n_steps],
             ["--save-interval", &save_interval],
             ["--batch-size", "2"],
+            // Within what the smallest server takes.
+            ["--max-seq-length", "128"],
             ["--learning-rate", "3e-3"],
             ["--log-interval", "1"],
             ["--log", "warn,offshoot_client=info,offshoot_trainer=info"],
