@@ -2,13 +2,16 @@
 """What noise on hidden states and gradients buys, and what it costs: recovered tokens and labels
 against the loss of a run that was trained with it.
 
-    python benches/noise.py [--steps 40] [--out benches/runs/DATE-leak]
+    python benches/noise.py --out benches/runs/DATE-leak [--steps 40]
 
 Each setting trains SmolLM2 on the demo's questions and answers for the same steps with the same seed,
 and is measured by `offshoot leak` with the run's adapter: once by a reader who knows the other half of
 the text, once by one who knows the King James Bible only. Clip norms are the median norms that
 `offshoot leak` prints. The loss is that of questions and answers that were held out, as the run saw it
 (with the noise), and uncut without any noise (`offshoot eval`).
+
+With --steps 0 nothing is trained, and the base model is measured: quicker, and what an adapter would
+have learned to live with is in its losses.
 
 Losses and shares do not depend on how busy a machine is. Writes noise.json and prints a table. Needs a
 release build, `cargo xtask fetch`, and only the standard library.
@@ -47,22 +50,27 @@ def arguments():
     a.add_argument("--reader-tokens", type=int, default=10000)
     a.add_argument("--batch-size", type=int, default=8)
     a.add_argument("--learning-rate", default="5e-4")
+    a.add_argument("--no-labels", action="store_true", help="measure hidden states only")
     a.add_argument("--only", help="settings by number, such as 0,3")
     a.add_argument("--out", required=True, help="folder for the record")
     return a.parse_args()
 
 
-def leak(args, split, adapter=None, privacy=(), reader=None):
+def leak(args, split, adapter=None, privacy=(), **more):
+    """What `offshoot leak` finds; `more`: further options."""
     command = [args.offshoot, "leak", "--model-name", args.model, "--json", "--no-cache",
-               "--train-file", str(ROOT / ".demo/support.jsonl"), f"--tokens={args.tokens}",
-               f"--reader-tokens={args.reader_tokens}", "--split-point-1", split[0], *privacy]
+               "--train-file", str(ROOT / ".demo/support.jsonl"), "--split-point-1", split[0], *privacy]
     if adapter:
         command += ["--adapter", str(adapter)]
-    if reader:
-        command += ["--reader-data", str(reader)]
-    else:
-        command += ["--split-point-2", split[1]]
+    known = {"tokens": args.tokens, "reader_tokens": args.reader_tokens}
+    command += [f"--{name.replace('_', '-')}={value}" for name, value in {**known, **more}.items()]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+
+
+def labels(args, split, adapter=None, privacy=()):
+    """The other end, on less text: all layers have to be run."""
+    found = leak(args, split, adapter, privacy, split_point_2=split[1], tokens=400, reader_tokens=3000)
+    return found["labels"]
 
 
 def options(setting, norms):
@@ -88,11 +96,12 @@ def train(args, folder, privacy):
     return [e["loss"] for e in events if e["event"] == "eval"], [e["loss"] for e in events if e["event"] == "step"]
 
 
-def uncut_loss(args, folder):
-    command = [args.offshoot, "eval", "--model-name", args.model, "--adapter", str(folder), "--no-base",
-               "--eval-file", str(ROOT / ".demo/support.eval.jsonl"), "--no-cache", "--json",
-               "--max-seq-length=256"]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)["adapter"]["loss"]
+def evaluate(args, *words):
+    """The loss of the model, or of the adapter that `words` name."""
+    command = [args.offshoot, "eval", "--model-name", args.model, "--no-cache", "--json",
+               "--eval-file", str(ROOT / ".demo/support.eval.jsonl"), "--max-seq-length=256", *words]
+    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    return (found.get("adapter") or found["base"])["loss"]
 
 
 def row(name, found):
@@ -101,7 +110,11 @@ def row(name, found):
     return (f"| {name} | {found['eval'][-1]:.3f} | {found['uncut']:.3f} "
             f"| {share(known, 'nearest')} | {share(known, 'centred')} | {share(known, 'linear')} "
             f"| {known['split_points'][0]['linear']['rare_top_1']:.1%} | {share(bible, 'linear')} "
-            f"| {known['labels']['direct']['top_1']:.1%} | {known['labels']['linear']['top_1']:.1%} |")
+            f"| {of_labels(found, 'direct')} | {of_labels(found, 'linear')} |")
+
+
+def of_labels(found, reader):
+    return f"{found['labels'][reader]['top_1']:.1%}" if found["labels"] else "-"
 
 
 HEAD = """\
@@ -115,11 +128,12 @@ def main():
     chosen = [int(n) for n in args.only.split(",")] if args.only else range(len(SETTINGS))
     out = pathlib.Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    base = leak(args, split)
-    norms = {"hidden": base["split_points"][0]["norms"]["median"], "gradients": base["labels"]["norms"]["median"]}
+    base, base_labels = leak(args, split), None if args.no_labels else labels(args, split)
+    norms = {"hidden": base["split_points"][0]["norms"]["median"], "gradients": base_labels["norms"]["median"] if base_labels else None}
     print(f"median norms: {norms}", flush=True)
     record = {"split": args.split, "steps": args.steps, "batch_size": args.batch_size,
-              "learning_rate": args.learning_rate, "tokens": args.tokens, "reader_tokens": args.reader_tokens, "norms": norms, "base": base, "settings": []}
+              "learning_rate": args.learning_rate, "tokens": args.tokens, "reader_tokens": args.reader_tokens, "norms": norms, "base": base, "base_labels": base_labels,
+              "settings": []}
     print(HEAD, flush=True)
     with tempfile.TemporaryDirectory() as place:
         place = pathlib.Path(place)
@@ -131,10 +145,19 @@ def main():
             for number in chosen:
                 setting = SETTINGS[number]
                 privacy, folder = options(setting, norms), place / f"run-{number}"
-                evaluations, losses = train(args, folder, privacy)
+                if args.steps == 0:
+                    through = ["--server", f"127.0.0.1:{args.port}", *privacy]
+                    evaluations, losses, adapter = [evaluate(args, *through)], [], None
+                    uncut = evaluate(args)
+                else:
+                    evaluations, losses = train(args, folder, privacy)
+                    adapter, uncut = folder, evaluate(args, "--adapter", str(folder), "--no-base")
+                # Noise on hidden states alone changes little at the other end.
+                is_other_end = not args.no_labels and (number == 0 or setting[3] is not None)
                 found = {"name": setting[0], "options": privacy, "eval": evaluations, "losses": losses,
-                         "uncut": uncut_loss(args, folder), "known": leak(args, split, folder, privacy),
-                         "bible": leak(args, split, folder, privacy, ROOT / ".demo/scribe.txt")}
+                         "uncut": uncut, "known": leak(args, split, adapter, privacy),
+                         "bible": leak(args, split, adapter, privacy, reader_data=ROOT / ".demo/scribe.txt"),
+                         "labels": labels(args, split, adapter, privacy) if is_other_end else None}
                 record["settings"].append(found)
                 print(row(setting[0], found), flush=True)
                 (out / "noise.json").write_text(json.dumps(record, indent=1) + "\n")
