@@ -126,7 +126,7 @@ const EXAMPLES: &str = "\
 Examples:
   offshoot leak --model-name Qwen/Qwen2-0.5B --train-file texts.jsonl
   offshoot leak --model-name ./gpt2 --train-file texts.jsonl --split-point-1 2 \\
-      --hidden-clip-norm 60 --hidden-noise 1
+      --hidden-clip-norm 60 --hidden-noise 0.25
   offshoot leak --adapter run --train-file texts.jsonl --reader-data public.txt --split-point-2 10
 
 Low numbers are no proof: these readers are simple, and a stronger one recovers more.";

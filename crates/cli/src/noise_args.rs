@@ -12,8 +12,8 @@ pub struct HiddenNoiseArgs {
     hidden_clip_norm: Option<f64>,
     /// Add Gaussian noise to hidden states before they are sent, about so many times as long as
     /// --hidden-clip-norm: its standard deviation is this times the clip norm over the square root of
-    /// the hidden size, for each value. 0.5 to 2 are values to try; `offshoot leak` says what they buy,
-    /// an evaluation what they cost. In training, evaluation and generation alike.
+    /// the hidden size, for each value. 0.1 to 0.5 are values to try; `offshoot leak` says what they
+    /// buy, an evaluation what they cost. In training, evaluation and generation alike.
     #[arg(long, value_name = "X", default_value_t = 0.0, allow_negative_numbers = true)]
     hidden_noise: f64,
 }
