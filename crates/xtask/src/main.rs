@@ -8,6 +8,7 @@ mod bundle;
 mod checks;
 mod command;
 mod demo;
+mod fuzz;
 mod pip;
 mod setup;
 mod tensorboard;
@@ -46,6 +47,8 @@ enum Task {
         #[arg(long, value_name = "FOLDER")]
         advisories: Option<PathBuf>,
     },
+    /// Fuzz targets of tests/fuzz, with cargo-fuzz, which it installs into target/
+    Fuzz(fuzz::Options),
     /// Read runs' event files with TensorBoard itself, and compare them with their metrics.jsonl
     Tensorboard {
         /// Output directories of `offshoot train`, such as .demo/run/support
@@ -64,6 +67,7 @@ fn main() -> ExitCode {
         Task::Test { args } => checks::test(&args),
         Task::Check => checks::check(),
         Task::Audit { advisories } => audit::run_all(advisories),
+        Task::Fuzz(options) => fuzz::run_targets(&options),
         Task::Tensorboard { runs } => tensorboard::check(&runs),
         Task::Bundle => bundle::run(),
     };
