@@ -54,6 +54,7 @@ struct World {
     /// Numbers whose answers can still be asked for.
     recorded: BTreeSet<u64>,
     acknowledged: u64,
+    caches: BTreeSet<u64>,
     draining: bool,
     snapshots: Vec<Snapshot>,
 }
@@ -88,6 +89,7 @@ impl World {
             began: 0,
             recorded: BTreeSet::new(),
             acknowledged: 0,
+            caches: BTreeSet::new(),
             draining: false,
             snapshots: Vec::new(),
         }
@@ -120,7 +122,7 @@ impl World {
                     self.draining = true;
                     self.state.drain();
                 }
-                _ => self.leave(),
+                _ => self.leave(a / 4),
             },
         }
     }
@@ -240,6 +242,12 @@ impl World {
             while self.recorded.len() > LIMITS.max_frames_in_flight {
                 self.recorded.pop_first();
             }
+            match head.effect {
+                Effect::Extend(cache) => drop(self.caches.insert(cache)),
+                Effect::DropCache(cache) => drop(self.caches.remove(&cache)),
+                Effect::Step => self.caches.clear(),
+                _ => {}
+            }
             self.events.push(Event::Applied(head));
             return;
         }
@@ -281,20 +289,26 @@ impl World {
         self.began = snapshot.n_events;
         self.recorded = snapshot.recorded;
         self.acknowledged = 0;
+        self.caches.clear();
         self.draining = false;
     }
 
     /// To host memory or disk and back: caches are gone, answers are not, nor is what was
     /// acknowledged.
-    fn leave(&mut self) {
+    fn leave(&mut self, seen: u64) {
         if !self.state.is_quiet() {
             return;
         }
         let answers = self.state.resume().answers;
         self.state.drop_answers();
         self.state.drop_caches();
-        assert_eq!(self.state.cache_bytes(), 0);
+        self.caches.clear();
+        // A client that comes back meanwhile says what it has seen.
+        let seen = self.acknowledged.max(seen.min(self.engine.applied));
+        self.state.acknowledge(seen).expect("it was applied");
+        self.acknowledged = seen;
         self.state.put_answers(answers);
+        self.recorded.retain(|&sequence| sequence > seen);
     }
 
     /// The frames after a snapshot, sent again to a session that comes back from it, end where they
@@ -345,6 +359,7 @@ impl World {
         assert_eq!(state.is_settled(), self.pending.is_empty());
         assert_eq!(state.is_quiet(), self.pending.is_empty() && open.is_empty());
         assert_eq!(state.is_draining(), self.draining);
+        assert_eq!(state.cache_bytes(), BYTES * self.caches.len() as u64);
         let answers = state.resume().answers;
         assert!(answers.iter().map(|answer| &answer.sequence).eq(&self.recorded));
         for recorded in answers {
