@@ -6,7 +6,7 @@ use super::slot::Slot;
 use super::tapes::Tapes;
 use crate::error::Error;
 use crate::faults::Fault;
-use crate::ledger::{BytesKind, Ledger};
+use crate::ledger::Ledger;
 use crate::scheduler::{Batch, Budget, Kind, LaneId, Scheduler, Taken};
 use offshoot_model::Part;
 use offshoot_proto::WireDType;
@@ -108,9 +108,6 @@ impl Worker {
             Command::Frame { sequence, work } => match work {
                 FrameWork::Step { work, reply } => {
                     let faults = self.stats.clone();
-                    // What an adapter becomes lies beside it until it is known to be finite.
-                    let bytes = 5 * self.gradient_bytes(lane);
-                    let _running = self.ledger.count(BytesKind::Workspace, bytes);
                     let result = self.check_order(lane, sequence).and_then(|()| {
                         let slot = self.slot(lane)?;
                         let result = caught("Step", || {
