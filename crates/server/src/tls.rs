@@ -76,7 +76,7 @@ async fn follow(
         }
         let again = files.clone();
         // A file that cannot be read is a state of its own, with its error for a mark.
-        let read = blocking(move || Ok(again.read())).await.unwrap_or_else(|_| Err(TlsError::Gone));
+        let read = blocking(move || Ok(again.read())).await.unwrap_or(Err(TlsError::Gone));
         let mark = match &read {
             Ok(texts) => texts.mark(),
             Err(error) => *blake3::hash(error.to_string().as_bytes()).as_bytes(),
