@@ -109,7 +109,8 @@ async fn a_session_that_is_away_on_disk_when_that_is_damaged_goes_back_with_its_
     let before = blobs(store.path());
     step_taken(&session, h, 1).await;
     let id = session.id().clone();
-    until(&client, &id, |info| info.residency == Residency::Disk && info.snapshots.len() == 3).await;
+    until(&client, &id, |info| info.residency == Residency::Disk && info.snapshots.len() == 3)
+        .await;
     damage(store.path(), &(&blobs(store.path()) - &before));
 
     // It is live, so a stream finds it where it was; its adapter is asked for by the first frame.
