@@ -79,6 +79,8 @@ struct Progress {
     taken: AtomicU64,
     /// Of those, how many were taken again.
     replayed: AtomicU64,
+    /// Whoever holds it keeps the follower between two steps, where no microbatch is open.
+    gate: tokio::sync::Mutex<()>,
 }
 
 impl Progress {
@@ -124,6 +126,8 @@ impl Follower {
     async fn train_all(mut self, expected: Arc<Undisturbed>) -> Session {
         let (mut step, mut furthest) = (0, 0);
         loop {
+            let gate = self.progress.gate.lock().await;
+            drop(gate);
             match self.advance(step, &expected).await {
                 Ok(()) if step == expected.numbers.len() as u64 => return self.session,
                 Ok(()) => {

@@ -126,12 +126,12 @@ async fn sessions_that_leave_by_lease_idleness_and_drain_and_come_back_are_whole
     let running = tokio::spawn(follower.train_all(scene.expected.clone()));
     for round in 0..2 {
         assert!(progress.wait_for(2, &running).await);
-        // Its frames are on a long way, until it has left the device.
-        scene.proxy.hold(true);
+        // It says nothing until its session has left the device.
+        let pause = progress.gate.lock().await;
         let server = scene.child().address().to_string();
         let left = async || only_session(&server).await.residency != Residency::Device;
         until("the session leaves the device", left).await;
-        scene.proxy.hold(false);
+        drop(pause);
 
         assert!(progress.wait_for(2, &running).await);
         // It cannot come back until it is parked.
