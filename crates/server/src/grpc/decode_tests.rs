@@ -66,7 +66,7 @@ fn an_extend_is_checked_in_every_part() {
     assert!(matches!(good.work, Work::Extend(ExtendWork { cache: 3, start: 2, .. })));
     assert_eq!(label(0, None), "missing");
     assert_eq!(label(0, rows(5)), "too_many_tokens");
-    assert_eq!(label(0, tensor(&[], &[0, 2])), "shape");
+    assert_eq!(label(0, tensor(&[], &[0, 2])), "tensor");
     assert_eq!(label(0, tensor(&[f32::NAN, 1.0], &[1, 2])), "not_finite");
     assert_eq!(label(3, rows(4)), "cache_tokens");
     assert_eq!(label(u32::MAX, rows(1)), "cache_tokens");
