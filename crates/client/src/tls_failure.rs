@@ -48,7 +48,8 @@ fn in_words(error: &Tls, options: &ClientOptions) -> String {
 
 fn certificate_in_words(problem: &CertificateError, options: &ClientOptions) -> String {
     match problem {
-        CertificateError::UnknownIssuer => match &options.tls.ca {
+        // Another issuer of the same name has another key.
+        CertificateError::UnknownIssuer | CertificateError::BadSignature => match &options.tls.ca {
             Some(ca) => format!(
                 "its certificate is not signed by the CA in {}; --tls-ca takes the file of the one that signed it",
                 ca.display()
