@@ -403,9 +403,9 @@ fn effect(what: u8, a: u64) -> Effect {
         0 | 1 => Effect::Open(microbatch),
         2 => Effect::Close(microbatch),
         3 => Effect::Step,
-        4 if a % 2 == 0 => Effect::Discard(microbatch),
+        4 if a.is_multiple_of(2) => Effect::Discard(microbatch),
         4 => Effect::Nothing,
-        _ if a % 4 == 0 => Effect::DropCache(cache),
+        _ if a.is_multiple_of(4) => Effect::DropCache(cache),
         _ => Effect::Extend(cache),
     }
 }
