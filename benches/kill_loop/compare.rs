@@ -102,7 +102,7 @@ fn trunk(store: &Path, n_steps: u64) -> anyhow::Result<Vec<u8>> {
         let bytes = fs::read(entry?.path())?;
         // Others are recorded answers.
         let state = AdapterState::from_safetensors(&bytes).ok();
-        if state.is_some_and(|state| u64::try_from(state.n_steps) == Ok(n_steps)) {
+        if state.is_some_and(|state| state.n_steps == n_steps) {
             found.push(bytes);
         }
     }

@@ -60,9 +60,12 @@ fn draw(root: &Area<'_>, samples: &[Sample], attacks: &[(String, f64, f64)]) -> 
     Ok(root.present()?)
 }
 
+/// Its name, its colour and its points.
+type Curve = (&'static str, RGBColor, Vec<(f64, f64)>);
+
 struct Chart {
     title: &'static str,
-    curves: Vec<(&'static str, RGBColor, Vec<(f64, f64)>)>,
+    curves: Vec<Curve>,
 }
 
 impl Chart {

@@ -158,7 +158,7 @@ async fn an_engine_that_dies_again_and_again_ends_the_server() {
     let sessions = hasty.list_sessions().await.unwrap();
     assert_eq!((sessions.len(), sessions[0].step), (1, 0));
     let request = open_request(&hasty).await.unwrap();
-    let error = hasty.open(request).await.err().expect("there is no engine").to_string();
+    let error = hasty.open(request).await.expect_err("there is no engine").to_string();
     assert!(error.contains("the server's engine failed and is starting again"), "{error}");
     server.drain().await;
 }

@@ -121,7 +121,7 @@ pub(super) fn crowd(world: &mut World) -> anyhow::Result<Hit> {
     };
     let mut watch = watch(&world.store().join("blobs")).context("the store has blobs")?;
     let visit = tokio::time::timeout(PATIENCE, visit(address.to_string(), CROWD_RANK));
-    world.common.runtime.block_on(async { visit.await })?.context("the other session failed")?;
+    world.common.runtime.block_on(visit)?.context("the other session failed")?;
     Ok(Hit::if_so(watch.next(Duration::ZERO)?.is_some()))
 }
 

@@ -15,7 +15,7 @@ use offshoot_trainer::data::source::DataSpec;
 use offshoot_trainer::data::{DataOptions, DataSet};
 use offshoot_trainer::evaluate::Subject;
 use offshoot_trainer::fit;
-use offshoot_trainer::leak::{Leak, LeakData, LeakOptions, measure};
+use offshoot_trainer::leak::{LeakData, LeakOptions, measure};
 use offshoot_trainer::noise::PrivacyOptions;
 use offshoot_trainer::tokenizer::Tokenizer;
 use serde_json::json;

@@ -145,7 +145,7 @@ fn every_command_reaches_a_server_with_mutual_tls_and_tenants_and_keeps_its_toke
     let mut texts = place.fine(&format!("{TRAIN} {way} --token-file token --max-steps 3"), None);
     let with_file = format!("{way} --token-file token");
     for line in [
-        format!("train --config run/config.toml --output-dir run --resume latest --max-steps 4"),
+        "train --config run/config.toml --output-dir run --resume latest --max-steps 4".to_string(),
         format!("generate --adapter run --prompt trunk --max-tokens 3 {with_file}"),
         format!("eval --adapter run --eval-file texts.txt {with_file}"),
         format!("export run --output exported {with_file}"),

@@ -110,7 +110,7 @@ impl Run {
         let on_disk = saved.into_iter().filter_map(|saved| {
             let snapshot_id = saved.state.snapshot_id.clone()?;
             let is_there = snapshots.iter().any(|s| s.snapshot_id == snapshot_id);
-            (is_there || snapshots.is_empty()).then(|| Point {
+            (is_there || snapshots.is_empty()).then_some(Point {
                 step: saved.state.step,
                 snapshot_id,
                 saved: Some(saved),
