@@ -99,8 +99,8 @@ async fn frames_and_hellos_of_an_old_connection_that_come_late_change_nothing() 
             let connections = proxy.connections();
             proxy.cut();
             until("a new connection", async || proxy.connections() > connections).await;
-            // Preface and settings come first.
-            enough = 100;
+            // Preface, settings and headers come first, and take less than twice the id.
+            enough = 6 * id.len();
         }
         until("bytes of the client", async || proxy.n_held() >= enough).await;
         strand(&proxy).await;

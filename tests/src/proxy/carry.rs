@@ -110,8 +110,19 @@ impl Way {
             }
             if *held.borrow() {
                 let of_client = speaker == Speaker::Client;
-                let _counted = of_client.then(|| Counted::new(&shared.n_held, self.pending.len()));
-                let _ = held.wait_for(|held| !held).await;
+                let mut counted =
+                    of_client.then(|| Counted::new(&shared.n_held, self.pending.len()));
+                while *held.borrow_and_update() {
+                    self.pending.reserve(16 << 10);
+                    tokio::select! {
+                        _ = held.changed() => {}
+                        // What its speaker goes on to say; its windows bound it.
+                        read = self.from.read_buf(&mut self.pending) => {
+                            let Ok(read @ 1..) = read else { return };
+                            counted.iter_mut().for_each(|counted| counted.add(read));
+                        }
+                    }
+                }
             }
             // Bytes that are not written stay pending if this is given up.
             let Ok(written @ 1..) = self.to.write(&self.pending).await else { return };
@@ -130,6 +141,11 @@ impl<'a> Counted<'a> {
     fn new(sum: &'a AtomicUsize, n: usize) -> Self {
         sum.fetch_add(n, Ordering::SeqCst);
         Counted { sum, n }
+    }
+
+    fn add(&mut self, n: usize) {
+        self.sum.fetch_add(n, Ordering::SeqCst);
+        self.n += n;
     }
 }
 
