@@ -51,7 +51,7 @@ struct Engine {
 /// A frame's place among the answers of the stream that there is.
 enum Slot {
     Ready(ServerFrame),
-    Awaits { ticket: Ticket, sequence: u64 },
+    Awaits(Ticket),
 }
 
 struct Snapshot {
@@ -179,9 +179,9 @@ impl World {
         self.outbox.push_back(match self.state.admit(&head(&frame)) {
             Ok(Admission::Run(ticket)) => {
                 self.in_engine.push_back((ticket, frame));
-                Slot::Awaits { ticket, sequence }
+                Slot::Awaits(ticket)
             }
-            Ok(Admission::Joined(ticket)) => Slot::Awaits { ticket, sequence },
+            Ok(Admission::Joined(ticket)) => Slot::Awaits(ticket),
             Ok(Admission::Answered(answer)) => Slot::Ready(*answer),
             Err(error) => Slot::Ready(error.to_frame(sequence)),
         });
@@ -223,7 +223,7 @@ impl World {
             }
         };
         for slot in &mut self.outbox {
-            if matches!(slot, Slot::Awaits { ticket: other, .. } if *other == ticket) {
+            if matches!(slot, Slot::Awaits(other) if *other == ticket) {
                 *slot = Slot::Ready(answer.clone());
             }
         }
