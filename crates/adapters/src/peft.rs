@@ -213,7 +213,7 @@ mod tests {
         }
     }
 
-    /// Found by fuzzing: libtorch refuses such shapes with an exception.
+    /// libtorch refuses such shapes with an exception.
     #[test]
     fn a_shape_that_no_tensor_can_have_is_refused() {
         let dir = tempfile::tempdir().unwrap();

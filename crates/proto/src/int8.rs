@@ -84,9 +84,11 @@ impl Int8Rows {
         length("block_scales", of_scales, self.scales.len())?;
         let of_outliers = n_rows.checked_mul(2 * channels.len()).ok_or_else(too_large)?;
         length("outlier_values", of_outliers, self.outlier_values.len())?;
-        let rises = channels.windows(2).all(|pair| pair[0] < pair[1]);
-        if !rises || channels.last().is_some_and(|&last| last as usize >= width) {
-            return Err(TensorError::OutlierChannels { found: channels.clone(), width });
+        let fits =
+            |i: usize| (channels[i] as usize) < width && (i == 0 || channels[i - 1] < channels[i]);
+        if let Some(index) = (0..channels.len()).position(|i| !fits(i)) {
+            let found = channels[index.saturating_sub(1)..=index].to_vec();
+            return Err(TensorError::OutlierChannels { found, width });
         }
         let is_scale = |scale: f32| (0.0..SCALE_LIMIT).contains(&scale);
         match self.scales().position(|scale| !is_scale(scale)) {

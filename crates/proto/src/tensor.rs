@@ -40,8 +40,12 @@ pub enum TensorError {
          a block with a value that is not finite rounded?"
     )]
     BlockScale { index: usize, found: f32 },
-    #[error("outlier_channels are {found:?}, expected increasing channels below {width}")]
-    OutlierChannels { found: Vec<u32>, width: usize },
+    #[error("outlier_channels has {found:?} in a row, expected increasing channels below {width}")]
+    OutlierChannels {
+        /// The first that does not fit, with the one before it.
+        found: Vec<u32>,
+        width: usize,
+    },
     #[error("{found} outlier_channels came, at most {limit} of {width} channels are taken")]
     TooManyOutliers { found: usize, limit: usize, width: usize },
     #[error("{field} came with a tensor in {dtype}, which has no such field")]

@@ -15,6 +15,8 @@ use std::sync::Arc;
 
 /// Longest name of a session.
 const MAX_NAME_BYTES: usize = 256;
+/// Each is compared with every module of the trunk.
+const MAX_TARGETS: usize = 1024;
 
 /// What the tensors of one session must be like.
 #[derive(Debug, Clone, Copy)]
@@ -281,6 +283,11 @@ fn lora(
         },
     };
     spec.validate()?;
+    let n_targets = spec.target_modules.len();
+    if n_targets > MAX_TARGETS {
+        let (found, expected) = (n_targets.to_string(), format!("at most {MAX_TARGETS} names"));
+        return Err(Error::Setting { field: "lora.target_modules", found, expected });
+    }
     Ok(spec)
 }
 

@@ -90,6 +90,7 @@ pub fn fits(
 /// What a stored session's adapter is.
 pub(super) fn settings(record: &Record) -> Result<Settings, Error> {
     let wire_dtype = wire_dtype(record)?;
+    record.lora.validate()?;
     let (lora, adamw, seed) = (record.lora.clone(), record.adamw.clone(), record.seed);
     let tenant = record.tenant.as_str().into();
     Ok(Settings { tenant, lora, adamw, seed, wire_dtype })
