@@ -222,7 +222,7 @@ fn token_hint(sent: bool) -> &'static str {
     match sent {
         false => "no token was sent: set OFFSHOOT_TOKEN or name a file with --token-file",
         true => {
-            "ask the server's operator for a new token, or look which one OFFSHOOT_TOKEN or --token-file gives"
+            "ask the server's operator for a new one, or look which one OFFSHOOT_TOKEN or --token-file gives"
         }
     }
 }

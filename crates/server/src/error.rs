@@ -101,9 +101,7 @@ pub enum Error {
     #[error("audit log {path}: {source}")]
     AuditLog { path: PathBuf, source: io::Error },
     #[error(
-        "this server wants a token that is valid: \"authorization: Bearer TOKEN\" in the call's metadata, \
-         which the offshoot command takes from OFFSHOOT_TOKEN or --token-file; ask the server's operator \
-         for a new one"
+        "this server wants a token that is valid (\"authorization: Bearer TOKEN\" in the call's metadata)"
     )]
     Unauthenticated,
 
