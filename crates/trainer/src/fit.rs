@@ -48,7 +48,7 @@ pub fn rank(server: &ServerDescription, rank: usize) -> Result<(), TrainError> {
         option: "lora-rank",
         value: rank.to_string(),
         problem: format!(
-            "the server takes at most {most}; lower it, or raise the server's limits.max_rank"
+            "the server takes at most {most}; lower it, or raise the server's limits.max_rank or the tenant's quota rank"
         ),
     })
 }

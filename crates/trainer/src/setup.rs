@@ -193,7 +193,7 @@ fn check_lengths(
     let limit = server.limits.max_tokens_per_microbatch as usize;
     if length > limit {
         return wrong(format!(
-            "the server takes at most {limit} tokens at once; lower it, or raise the server's limits.max_tokens_per_microbatch"
+            "the server takes at most {limit} tokens at once; lower it, or raise the server's limits.max_tokens_per_microbatch or the tenant's quota tokens_per_microbatch"
         ));
     }
     if length > config.max_positions {

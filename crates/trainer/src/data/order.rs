@@ -226,7 +226,7 @@ fn check_size(
                 "max-tokens-per-batch",
                 max_tokens,
                 format!(
-                    "the server takes at most {server_max_tokens} tokens at once; lower it, or raise the server's limits.max_tokens_per_microbatch"
+                    "the server takes at most {server_max_tokens} tokens at once; lower it, or raise the server's limits.max_tokens_per_microbatch or the tenant's quota tokens_per_microbatch"
                 ),
             );
         }
@@ -245,7 +245,7 @@ fn check_size(
             "max-seq-length",
             longest.div_ceil(unit),
             format!(
-                "the longest {what} has {longest} tokens and goes to the server as one microbatch, which takes at most {server_max_tokens}; lower it, or raise the server's limits.max_tokens_per_microbatch"
+                "the longest {what} has {longest} tokens and goes to the server as one microbatch, which takes at most {server_max_tokens}; lower it, or raise the server's limits.max_tokens_per_microbatch or the tenant's quota tokens_per_microbatch"
             ),
         );
     }
