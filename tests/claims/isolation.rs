@@ -169,7 +169,7 @@ async fn every_call_refuses_what_is_not_the_callers_as_what_does_not_exist() {
     }
     let refusal = refusal.unwrap();
     println!("{}", refusal.text);
-    assert!(refusal.text.contains("OFFSHOOT_TOKEN") && refusal.details.is_empty());
+    assert!(refusal.text.contains("authorization: Bearer") && refusal.details.is_empty());
 
     // Nobody has noticed: nothing was revived, taken over, closed or deleted.
     assert_eq!(states(&blue).await, before);
