@@ -1,21 +1,23 @@
+mod unary;
+
 use crate::driver::Driver;
-use crate::identity::{Token, is_loopback};
+use crate::identity::Token;
 use crate::loss::SentLoss;
 use crate::options::{ClientOptions, Retry};
-use crate::outage::{Link, Outage};
+use crate::outage::Link;
 use crate::session::Session;
 use crate::types::{
     ExportedAdapter, OpenSession, Restored, ServerDescription, SessionId, SessionInfo, missing,
 };
-use crate::{ClientError, status, tls_failure};
+use crate::{ClientError, address};
 use offshoot_proto::WireDType;
 use offshoot_proto::outgoing::ClientTransport;
 use offshoot_proto::v1::{self, trunk_service_client::TrunkServiceClient};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tonic::transport::{Channel, Endpoint, Uri};
-use tonic::{Code, Status};
+use tonic::transport::{Channel, Uri};
+use unary::{Call, Repeat};
 
 pub(crate) type Rpc = TrunkServiceClient<ClientTransport<Channel>>;
 
@@ -25,13 +27,6 @@ const MARGIN_BYTES: usize = 1 << 20;
 const CONTROL_BYTES: usize = 16 << 20;
 /// Of any message that protobuf's libraries can take.
 const MOST_MESSAGE_BYTES: u64 = (2 << 30) - CONTROL_BYTES as u64;
-/// What the server may send of one message before it is told that it was read. HTTP/2's own 64 KiB
-/// would make every microbatch wait for many round trips; this much is 2 Gbit/s at 64 ms. It is set
-/// when the connection is made, before the server has told its limits.
-const WINDOW_BYTES: u32 = 16 << 20;
-/// Of one HTTP/2 frame. A message of 16 MiB is 1024 of the usual 16 KiB, each with a call of the
-/// system at both ends; larger ones than this gain nothing and leave the processor's cache.
-const HTTP2_FRAME_BYTES: u32 = 128 << 10;
 
 /// A connection to one trunk server. Cloning it is cheap; all clones and all sessions share one
 /// HTTP/2 connection, which is made again by itself when it breaks.
@@ -56,26 +51,6 @@ struct Shared {
     hidden_size: usize,
 }
 
-/// How a unary call is made.
-struct Call {
-    name: &'static str,
-    repeat: Repeat,
-    retry: Retry,
-    answer_bytes: usize,
-    /// Whether a server that has no room for this now is waited for.
-    waits_for_room: bool,
-    /// The first one to this address: what is wrong with the address is wrong for good.
-    first: bool,
-}
-
-/// Whether a call may be repeated when it is unknown how far the first one came.
-#[derive(Clone, Copy, PartialEq)]
-enum Repeat {
-    Harmless,
-    /// Only if the first call certainly did nothing.
-    OnlyUnsent,
-}
-
 impl Client {
     /// Connects to `host:port`, `http://host:port` or `https://host:port` with the default options, and
     /// asks the server what it holds.
@@ -88,7 +63,7 @@ impl Client {
         endpoint: &str,
         options: ClientOptions,
     ) -> Result<Client, ClientError> {
-        let address = to_endpoint(endpoint, &options)?;
+        let address = address::to_endpoint(endpoint, &options)?;
         let (uri, channel) = (address.uri().clone(), address.connect_lazy());
         let patience = Retry { max_elapsed: options.connect_patience, ..options.retry };
         let mut client = Client {
@@ -257,72 +232,6 @@ impl Client {
         ExportedAdapter::from_proto(answer)
     }
 
-    fn call(&self, name: &'static str) -> Call {
-        let retry = self.shared.options.retry;
-        let (repeat, answer_bytes) = (Repeat::Harmless, CONTROL_BYTES);
-        Call { name, repeat, retry, answer_bytes, waits_for_room: true, first: false }
-    }
-
-    /// Makes a unary call, again with backoff while the server is away.
-    async fn unary<Q: Clone, A, F>(
-        &self,
-        call: Call,
-        request: Q,
-        ask: impl Fn(Rpc, tonic::Request<Q>) -> F,
-    ) -> Result<A, ClientError>
-    where
-        F: Future<Output = Result<tonic::Response<A>, Status>>,
-    {
-        let Call { name, repeat, retry, answer_bytes, waits_for_room, first } = call;
-        let rpc = self.rpc(answer_bytes);
-        let mut outage = Outage::new(retry);
-        let mut cause = String::new();
-        let mut refused = None;
-        while outage.attempt().await {
-            let sent = self.token();
-            let status = match ask(rpc.clone(), self.request(request.clone())).await {
-                Ok(response) => {
-                    outage.over(self);
-                    return Ok(response.into_inner());
-                }
-                Err(status) => status,
-            };
-            if first {
-                self.explain_failure(&status).await?;
-            }
-            let pushback = status::pushback(&status);
-            outage.wait_at_least(pushback.unwrap_or_default());
-            let waits = waits_for_room || status.code() != Code::ResourceExhausted;
-            let undone = status::is_unsent(&status) || pushback.is_some();
-            let passing = status::is_transport(&status) || status.code() == Code::Unavailable;
-            if status.code() == Code::Unauthenticated && self.renews_token(sent.as_ref()) {
-                continue;
-            }
-            if !(waits && undone || passing && repeat == Repeat::Harmless) {
-                return Err(self.refused(name, &status));
-            }
-            cause = self.cause(&status);
-            tracing::debug!(call = name, cause, "no answer, will try again");
-            // A wrong address is no outage.
-            match passing {
-                _ if first => {}
-                true => outage.failed(self, &cause),
-                false => outage.put_off(self, &cause),
-            }
-            refused = (!status::is_transport(&status)).then_some(status);
-        }
-        // A server that says no to the end can be reached.
-        if let Some(status) = refused {
-            return Err(self.refused(name, &status));
-        }
-        Err(ClientError::Unreachable {
-            endpoint: self.shared.endpoint.clone(),
-            waited: outage.elapsed(),
-            attempts: outage.attempts(),
-            cause,
-        })
-    }
-
     /// With what the server knows this client by.
     pub(crate) fn request<T>(&self, message: T) -> tonic::Request<T> {
         let mut request = tonic::Request::new(message);
@@ -345,47 +254,6 @@ impl Client {
             *token = Some(renewed);
         }
         token.as_ref() != sent
-    }
-
-    /// What the server said no with.
-    fn refused(&self, call: &'static str, status: &Status) -> ClientError {
-        match status.code() {
-            Code::Unauthenticated => self.unauthenticated(status.message()),
-            _ => ClientError::refused(call, status),
-        }
-    }
-
-    pub(crate) fn unauthenticated(&self, message: &str) -> ClientError {
-        ClientError::Unauthenticated {
-            endpoint: self.shared.endpoint.clone(),
-            message: message.to_string(),
-            token_sent: self.token().is_some(),
-        }
-    }
-
-    /// Why there was no answer, for people.
-    pub(crate) fn cause(&self, status: &Status) -> String {
-        tls_failure::explain(status, &self.shared.options).unwrap_or_else(|| status::text(status))
-    }
-
-    /// An error if trying again cannot help, because one side speaks TLS in a way that the other does
-    /// not, or not at all.
-    async fn explain_failure(&self, status: &Status) -> Result<(), ClientError> {
-        let Shared { endpoint, options, uri, .. } = &*self.shared;
-        let problem = if uri.scheme_str() == Some("https") {
-            tls_failure::explain(status, options)
-        } else if status::is_transport(status)
-            && !status::is_unsent(status)
-            && tls_failure::speaks_tls(uri, options.connect_timeout).await
-        {
-            Some("it speaks TLS, and this client does not; use https:// (and --tls-ca for a CA of your own)".into())
-        } else {
-            None
-        };
-        match problem {
-            Some(problem) => Err(ClientError::Tls { endpoint: endpoint.clone(), problem }),
-            None => Ok(()),
-        }
     }
 
     fn rpc(&self, answer_bytes: usize) -> Rpc {
@@ -434,60 +302,9 @@ impl Client {
     }
 }
 
-/// The address with its scheme and with what TLS needs. Nothing is sent yet.
-fn to_endpoint(text: &str, options: &ClientOptions) -> Result<Endpoint, ClientError> {
-    let bad = |reason: &str| ClientError::BadEndpoint {
-        endpoint: text.to_string(),
-        reason: reason.to_string(),
-    };
-    let uri = match text.split_once("://") {
-        None if options.tls.is_given() => format!("https://{text}"),
-        None => format!("http://{text}"),
-        Some(("http", _)) if options.tls.is_given() => {
-            return Err(bad(
-                "http:// is without TLS, and there are settings for TLS; use https://",
-            ));
-        }
-        Some(("http" | "https", _)) => text.to_string(),
-        Some(_) => return Err(bad("the scheme is neither http nor https")),
-    };
-    let endpoint = Endpoint::from_shared(uri).map_err(|e| bad(&e.to_string()))?;
-    let parts = endpoint.uri().clone();
-    if parts.port_u16().is_none() {
-        return Err(bad("the port is missing"));
-    }
-    if !matches!(parts.path(), "" | "/") || parts.query().is_some() {
-        return Err(bad("there is something behind the port"));
-    }
-    let endpoint = if parts.scheme_str() == Some("https") {
-        let config = options.tls.to_config()?.timeout(options.connect_timeout);
-        endpoint.tls_config(config).map_err(|error| ClientError::Tls {
-            endpoint: text.to_string(),
-            problem: status::innermost(&error),
-        })?
-    } else {
-        let stays = options.allow_insecure_token || is_loopback(parts.host().unwrap_or_default());
-        if options.token.is_some() && !stays {
-            return Err(ClientError::InsecureToken { endpoint: text.to_string() });
-        }
-        endpoint
-    };
-    Ok(endpoint
-        .connect_timeout(options.connect_timeout)
-        .tcp_nodelay(true)
-        .initial_stream_window_size(WINDOW_BYTES)
-        // Several sessions share a connection.
-        .initial_connection_window_size(4 * WINDOW_BYTES)
-        .max_frame_size(HTTP2_FRAME_BYTES)
-        .http2_keep_alive_interval(options.keepalive_interval)
-        .keep_alive_timeout(options.keepalive_timeout)
-        .keep_alive_while_idle(true))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::TlsOptions;
 
     /// Compiled, not run: whatever a session can do, it can do in a task of its own.
     #[allow(dead_code)]
@@ -503,52 +320,5 @@ mod tests {
             session.export().await?;
             session.close(false).await
         });
-    }
-
-    #[test]
-    fn addresses_with_and_without_a_scheme() {
-        let options = ClientOptions::default();
-        for fine in
-            ["127.0.0.1:50051", "http://[::1]:7", "http://trunk.local:50051/", "a:1", "https://a:1"]
-        {
-            assert!(to_endpoint(fine, &options).is_ok(), "{fine}");
-        }
-        for (text, reason) in [
-            ("trunk.local", "port"),
-            ("http://trunk.local", "port"),
-            ("https://trunk.local", "port"),
-            ("ftp://trunk.local:1", "scheme"),
-            ("a:1/model", "behind the port"),
-            ("", ""),
-            ("two words:1", ""),
-        ] {
-            let error = to_endpoint(text, &options).unwrap_err().to_string();
-            assert!(error.contains(reason) && error.contains("host:port"), "{text}: {error}");
-        }
-    }
-
-    #[test]
-    fn settings_for_tls_turn_it_on() {
-        let tls = TlsOptions { name: Some("trunk".into()), ..TlsOptions::default() };
-        let options = ClientOptions { tls, ..ClientOptions::default() };
-        assert_eq!(to_endpoint("a:1", &options).unwrap().uri().scheme_str(), Some("https"));
-        let error = to_endpoint("http://a:1", &options).unwrap_err().to_string();
-        assert!(error.contains("use https://"), "{error}");
-    }
-
-    #[test]
-    fn a_token_stays_on_this_machine_or_behind_tls() {
-        let token = Some(Token::new("ofs_1_secret").unwrap());
-        let mut options = ClientOptions { token, ..ClientOptions::default() };
-        for fine in ["127.0.0.1:1", "localhost:1", "[::1]:1", "https://trunk.local:1"] {
-            assert!(to_endpoint(fine, &options).is_ok(), "{fine}");
-        }
-        for open in ["trunk.local:1", "http://10.0.0.1:1"] {
-            let error = to_endpoint(open, &options).unwrap_err().to_string();
-            assert!(error.contains("--allow-insecure-token"), "{error}");
-            assert!(!error.contains("secret"), "{error}");
-        }
-        options.allow_insecure_token = true;
-        assert!(to_endpoint("trunk.local:1", &options).is_ok());
     }
 }

@@ -1,7 +1,7 @@
 //! Sequences that go on, with their keys and values on the server: generation.
 
 use crate::entry::Request;
-use crate::session::{Waiting, report, tensor, wrong_answer};
+use crate::pending::{Waiting, report, tensor, wrong_answer};
 use crate::{ClientError, FrameReport, Session};
 use offshoot_proto::v1::server_frame::Body;
 use offshoot_proto::{HostTensor, v1};

@@ -4,7 +4,7 @@
 
 use crate::claim::Claim;
 use crate::entry::{Entry, Request};
-use crate::session::{report, tensor};
+use crate::pending::{report, tensor};
 use crate::types::{ExportedAdapter, ServerDescription, SessionInfo};
 use crate::window::{Cause, Gone, Outcome, Window};
 use offshoot_proto::v1::{self, server_frame};

@@ -75,6 +75,7 @@
 //!   [`ClientError::is_cache_gone`] says so. The caller sends all tokens of the sequence again.
 //! - **Another client attaches to the session:** [`ClientError::TakenOver`].
 
+mod address;
 mod claim;
 mod client;
 mod command;
@@ -89,6 +90,7 @@ mod identity;
 mod loss;
 mod options;
 mod outage;
+mod pending;
 mod session;
 mod status;
 mod tls_failure;
@@ -102,10 +104,10 @@ pub use extend::{ExtendInput, PendingDropCache, PendingExtend};
 pub use identity::{TlsOptions, Token};
 pub use offshoot_proto::{HostTensor, Payload, Rounding, WireDType};
 pub use options::{ClientOptions, Retry};
-pub use session::{
-    ForwardInput, Gradients, Microbatch, PendingBackward, PendingEvaluate, PendingForward,
-    PendingStep, Session, StepTaken,
+pub use pending::{
+    Microbatch, PendingBackward, PendingEvaluate, PendingForward, PendingStep, StepTaken,
 };
+pub use session::{ForwardInput, Gradients, Session};
 pub use types::{
     ADAMW_DEFAULTS, AdamWConfig, ErrorCode, ExportedAdapter, FrameReport, Limits, LoraConfig,
     MemoryReport, OpenSession, QuotaViolation, Residency, Restored, ServerDescription, SessionId,
