@@ -73,8 +73,7 @@ impl Place {
     fn options_at(&self, endpoint: &str, output: &str) -> TrainOptions {
         let model = fixture("tiny_text").display().to_string();
         let path = |name: &str| self.dir.path().join(name);
-        let mut options =
-            TrainOptions::new(&model, endpoint, path("train.txt"), path(output));
+        let mut options = TrainOptions::new(&model, endpoint, path("train.txt"), path(output));
         options.sources.eval_files = vec![path("eval.jsonl")];
         options.data.max_seq_length = 24;
         options.steps.batch_size = Some(3);

@@ -43,7 +43,11 @@ impl LoraSpec {
         }
         // In float32, in which rows are multiplied with it.
         if !((self.lora_alpha as f32).is_finite() && self.lora_alpha > 0.0) {
-            return wrong("lora_alpha", self.lora_alpha.to_string(), "a positive number below 3e38");
+            return wrong(
+                "lora_alpha",
+                self.lora_alpha.to_string(),
+                "a positive number below 3e38",
+            );
         }
         if !(0.0..1.0).contains(&self.lora_dropout) {
             return wrong("lora_dropout", self.lora_dropout.to_string(), "at least 0, below 1");

@@ -335,7 +335,9 @@ const SET_BACK_RETRY: Duration = Duration::from_millis(100);
 fn go_back_to(whole: &Option<String>) -> String {
     match whole {
         Some(whole) => format!("{whole} is whole: restore that"),
-        None => "No other snapshot of this session is whole: bring the store back from a copy".into(),
+        None => {
+            "No other snapshot of this session is whole: bring the store back from a copy".into()
+        }
     }
 }
 
@@ -363,9 +365,7 @@ impl Error {
             Config(_) | Bind { .. } | Thread { .. } | Device { .. } | Transport { .. } => {
                 Class::Internal
             }
-            TrunkTooLarge { .. } | TenantsFile { .. } | AuditLog { .. } | Tls(_) => {
-                Class::Internal
-            },
+            TrunkTooLarge { .. } | TenantsFile { .. } | AuditLog { .. } | Tls(_) => Class::Internal,
             Unauthenticated => Class::Unauthenticated,
             Reflection(_) | Gone { .. } | Panic { .. } | Poisoned | Busy => Class::Internal,
             TrunkChanged { .. } | EngineLost { .. } | Deaf { .. } => Class::Internal,
@@ -481,12 +481,16 @@ impl Error {
     /// When trying again may help.
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
-            Error::Draining { retry_after } | Error::EngineDown { retry_after } => Some(*retry_after),
+            Error::Draining { retry_after } | Error::EngineDown { retry_after } => {
+                Some(*retry_after)
+            }
             Error::DiskFull { retry_after, .. } => Some(*retry_after),
             Error::SetBack { .. } => Some(SET_BACK_RETRY),
             Error::NoRoom { retry_after, .. } => *retry_after,
             Error::Full { retry_after } => Some(*retry_after),
-            Error::LiveSessions { .. } | Error::WaitingForRoom { .. } => Some(Duration::from_secs(5)),
+            Error::LiveSessions { .. } | Error::WaitingForRoom { .. } => {
+                Some(Duration::from_secs(5))
+            }
             Error::Quota(excess) => excess.retry_after,
             Error::LargeRequests { .. } => Some(Duration::from_secs(1)),
             Error::SlowRequest { .. } => Some(Duration::from_secs(1)),

@@ -52,7 +52,8 @@ impl Server {
         let audit = Audit::start(access.audit_log.as_deref())?;
         let access = Access::start(access.tenants, audit.clone())?;
         let opening = tokio::task::spawn_blocking(move || {
-            let kept = Kept { of_client: store.snapshots_kept, of_server: store.server_snapshots_kept };
+            let kept =
+                Kept { of_client: store.snapshots_kept, of_server: store.server_snapshots_kept };
             let store = Store::open(&store.dir, kept).map(Arc::new)?;
             Ok::<_, Error>((Owners::load(&store)?, store))
         });
@@ -92,7 +93,8 @@ impl Server {
         let keeper = Keeper { access, audit: audit.clone() };
         let trunk = TrunkGrpc::new(registry.clone(), client.clone(), audit.clone());
         let max_connections = limits.max_connections;
-        let served = Served::start(Serving { listener, tls, keeper, trunk, max_connections }).await?;
+        let served =
+            Served::start(Serving { listener, tls, keeper, trunk, max_connections }).await?;
         let supervisor = Supervisor::start(engine, registry.clone(), served.health.clone());
         let trunk = client.trunk();
         tracing::info!(

@@ -52,7 +52,11 @@ impl Mapped {
 
     /// The error for a file that should have `needed` bytes.
     pub(super) fn truncated(&self, needed: u64) -> WeightsError {
-        WeightsError::Truncated { file: self.path.clone(), needed, actual: self.bytes().len() as u64 }
+        WeightsError::Truncated {
+            file: self.path.clone(),
+            needed,
+            actual: self.bytes().len() as u64,
+        }
     }
 
     /// Lets the system take the pages of `range` back, so that a model being loaded does not

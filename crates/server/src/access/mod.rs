@@ -20,6 +20,7 @@ pub use tenant::{Quotas, Tenant};
 pub use token::{NewToken, TokenHash};
 
 use crate::error::Error;
+use http::HeaderMap;
 use std::collections::HashMap;
 use std::io::ErrorKind;
 use std::net::SocketAddr;
@@ -27,7 +28,6 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use std::time::{Duration, SystemTime};
 use tokio::sync::watch;
-use http::HeaderMap;
 
 /// How often the tenants file is looked at. Its content is compared: Kubernetes swaps links, and
 /// clocks of file systems are coarse.

@@ -2,8 +2,8 @@
 
 use super::*;
 use crate::engine::{BackwardResult, ForwardResult, Plan, Reply, Settings, Start};
-use crate::quota::Accounts;
 use crate::ledger::BytesKind;
+use crate::quota::Accounts;
 use crate::scheduler::{OwnerId, Share};
 use crate::session::{BackwardWork, ForwardWork, Mode, StepWork};
 use offshoot_adapters::{AdamW, AdapterState, LoraSpec};

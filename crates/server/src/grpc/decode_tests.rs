@@ -125,7 +125,10 @@ fn the_first_frame_is_hello() {
         v1::Hello { session_id: id.to_string(), last_answered: 3, epoch: 7, ..Default::default() };
     let frame = |sequence, body| Some(v1::ClientFrame { sequence, acknowledged: 0, body });
     let greeting = Greeting { last_answered: 3, epoch: 7, ..Greeting::default() };
-    assert_eq!(hello(frame(0, Some(Body::Hello(good.clone())))).unwrap(), (id.to_string(), greeting));
+    assert_eq!(
+        hello(frame(0, Some(Body::Hello(good.clone())))).unwrap(),
+        (id.to_string(), greeting)
+    );
     assert_eq!(hello(frame(1, Some(Body::Hello(good)))).unwrap_err().label(), "hello");
     assert_eq!(hello(frame(0, None)).unwrap_err().label(), "hello");
     assert_eq!(hello(None).unwrap_err().label(), "hello");

@@ -76,9 +76,7 @@ impl Registry {
     ) -> Result<SnapshotRecord, Error> {
         let origin = match reason {
             Reason::Snapshot { .. } => Origin::Client,
-            Reason::Lease | Reason::Close | Reason::Drain | Reason::Removed => {
-                Origin::Server
-            },
+            Reason::Lease | Reason::Close | Reason::Drain | Reason::Removed => Origin::Server,
         };
         match live.actor.send(Cut { reason }).await.map_err(gone)?? {
             SessionCut::Copied { adapters, resume } => {
