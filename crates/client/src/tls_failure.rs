@@ -14,6 +14,10 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// The first two bytes of a TLS alert: its type, and the major version of all versions.
 const ALERT: [u8; 2] = [21, 3];
 
+/// How a request fails whose connection ended before it was sent. In TLS 1.3 that is where a refused
+/// client certificate shows: the client's handshake is over before the server has looked at it.
+const CLOSED: &str = "connection closed";
+
 /// What went wrong between this client's TLS and the server's, if that is why a call failed.
 pub(crate) fn explain(status: &Status, options: &ClientOptions) -> Option<String> {
     let mut cause = status.source();
@@ -66,6 +70,20 @@ fn certificate_in_words(problem: &CertificateError, options: &ClientOptions) -> 
     }
 }
 
+/// What is wrong where every connection of an `https://` address was closed right after the handshake,
+/// if that is what the last attempt died of. Which alert it was may not be known: a connection that ends
+/// before its first request is sent leaves no reason but this one.
+pub(crate) fn explain_closed(uri: &Uri, cause: &str, options: &ClientOptions) -> Option<String> {
+    if uri.scheme_str() != Some("https") || !cause.ends_with(CLOSED) {
+        return None;
+    }
+    let alert = match options.tls.cert {
+        None => format!("{:?}", AlertDescription::CertificateRequired),
+        Some(_) => CLOSED.to_string(),
+    };
+    Some(alert_in_words(&alert, options))
+}
+
 fn alert_in_words(alert: &str, options: &ClientOptions) -> String {
     let is = |one: AlertDescription| alert.contains(&format!("{one:?}"));
     let shows_one = options.tls.cert.is_some();
@@ -94,4 +112,24 @@ pub(crate) async fn speaks_tls(uri: &Uri, patience: Duration) -> bool {
         std::io::Result::Ok(first == ALERT)
     };
     matches!(tokio::time::timeout(patience, ask).await, Ok(Ok(true)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::TlsOptions;
+
+    #[test]
+    fn a_connection_that_is_closed_at_once_is_about_the_clients_certificate() {
+        let cause = "operation was canceled: connection closed";
+        let (with, without) = (Uri::from_static("https://a:1"), Uri::from_static("http://a:1"));
+        let mut options = ClientOptions::default();
+        let text = explain_closed(&with, cause, &options).unwrap();
+        assert!(text.starts_with("it asks for a client certificate"), "{text}");
+        assert_eq!(explain_closed(&without, cause, &options), None);
+        assert_eq!(explain_closed(&with, "Connection refused", &options), None);
+        options.tls = TlsOptions { cert: Some("a.pem".into()), ..TlsOptions::default() };
+        let text = explain_closed(&with, cause, &options).unwrap();
+        assert!(text.starts_with("it refuses this client's certificate (connection closed)"));
+    }
 }

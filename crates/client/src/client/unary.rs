@@ -86,8 +86,12 @@ impl Client {
         if let Some(status) = refused {
             return Err(self.refused(name, &status));
         }
+        let Shared { endpoint, options, uri, .. } = &*self.shared;
+        if first && let Some(problem) = tls_failure::explain_closed(uri, &cause, options) {
+            return Err(ClientError::Tls { endpoint: endpoint.clone(), problem });
+        }
         Err(ClientError::Unreachable {
-            endpoint: self.shared.endpoint.clone(),
+            endpoint: endpoint.clone(),
             waited: outage.elapsed(),
             attempts: outage.attempts(),
             cause,
