@@ -2,7 +2,7 @@
 
 use crate::identity::is_loopback;
 use crate::options::ClientOptions;
-use crate::{ClientError, status};
+use crate::{ClientError, tls_failure};
 use tonic::transport::Endpoint;
 
 /// What the server may send of one message before it is told that it was read. HTTP/2's own 64 KiB
@@ -42,7 +42,7 @@ pub(crate) fn to_endpoint(text: &str, options: &ClientOptions) -> Result<Endpoin
         let config = options.tls.to_config()?.timeout(options.connect_timeout);
         endpoint.tls_config(config).map_err(|error| ClientError::Tls {
             endpoint: text.to_string(),
-            problem: status::innermost(&error),
+            problem: tls_failure::of_own_files(&error, options),
         })?
     } else {
         let stays = options.allow_insecure_token || is_loopback(parts.host().unwrap_or_default());

@@ -1,8 +1,9 @@
 //! Why TLS did not come about, in words that say what to do.
 
-use crate::ClientOptions;
+use crate::{ClientOptions, status};
 use rustls::{AlertDescription, CertificateError, Error as Tls};
 use std::error::Error;
+use std::path::Path;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -14,9 +15,42 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// The first two bytes of a TLS alert: its type, and the major version of all versions.
 const ALERT: [u8; 2] = [21, 3];
 
+/// webpki's names of what rustls passes on as it is.
+const CA_AS_SERVER: &str = "CaUsedAsEndEntity";
+const OLD_VERSION: &str = "UnsupportedCertVersion";
+
 /// How a request fails whose connection ended before it was sent. In TLS 1.3 that is where a refused
 /// client certificate shows: the client's handshake is over before the server has looked at it.
 const CLOSED: &str = "connection closed";
+
+/// Why no connection can be made at all with the files of `options`: nothing was sent yet.
+pub(crate) fn of_own_files(error: &(dyn Error + 'static), options: &ClientOptions) -> String {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        if let (Some(tls), Some(cert), Some(key)) =
+            (as_tls(error), &options.tls.cert, &options.tls.key)
+        {
+            let text = own_in_words(tls, cert, key);
+            return text.unwrap_or_else(|| tls.to_string());
+        }
+        cause = error.source();
+    }
+    status::innermost(error)
+}
+
+/// None: it may be another file's problem.
+fn own_in_words(error: &Tls, cert: &Path, key: &Path) -> Option<String> {
+    let (cert, key) = (cert.display(), key.display());
+    Some(match error {
+        Tls::InconsistentKeys(_) => format!(
+            "the key in {key} (--tls-key) does not belong to the first certificate in {cert} (--tls-cert); name the pair that was made together"
+        ),
+        Tls::InvalidCertificate(problem) if is(problem, OLD_VERSION) => format!(
+            "the certificate in {cert} (--tls-cert) is of X.509 version 1, as `openssl x509 -req` makes it without extensions; have it made again with some (docs/security.md has the commands)"
+        ),
+        _ => return None,
+    })
+}
 
 /// What went wrong between this client's TLS and the server's, if that is why a call failed.
 pub(crate) fn explain(status: &Status, options: &ClientOptions) -> Option<String> {
@@ -50,6 +84,11 @@ fn in_words(error: &Tls, options: &ClientOptions) -> String {
     }
 }
 
+/// Whether it is this one of webpki's problems, which rustls has no name for.
+fn is(problem: &CertificateError, name: &str) -> bool {
+    matches!(problem, CertificateError::Other(other) if format!("{:?}", other.0) == name)
+}
+
 fn certificate_in_words(problem: &CertificateError, options: &ClientOptions) -> String {
     match problem {
         // Another issuer of the same name has another key.
@@ -60,12 +99,23 @@ fn certificate_in_words(problem: &CertificateError, options: &ClientOptions) -> 
             ),
             None => "its certificate is signed by no CA that this system trusts; name the file of the one that signed it with --tls-ca".into(),
         },
+        CertificateError::NotValidForNameContext { expected, presented } if presented.is_empty() => {
+            format!(
+                "its certificate holds no name (subjectAltName); it needs one that is made with subjectAltName=DNS:{} (docs/security.md has the command)",
+                expected.to_str()
+            )
+        }
         CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
             format!("{problem}; use that name as the address, or say it with --tls-name")
         }
         CertificateError::Expired | CertificateError::ExpiredContext { .. } => {
             format!("{problem}; the server needs a new one, or a clock is wrong")
         }
+        CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. } => {
+            "its certificate is not one for servers; it needs another, without extendedKeyUsage or with serverAuth in it".into()
+        }
+        other if is(other, CA_AS_SERVER) => "its certificate is a CA's (basicConstraints CA:TRUE), and no server's; it needs one that is made with basicConstraints=critical,CA:FALSE (docs/security.md has the command)".into(),
+        other if is(other, OLD_VERSION) => "its certificate is of X.509 version 1; it needs one with extensions, such as a subjectAltName (docs/security.md has the command)".into(),
         other => format!("its certificate is not taken: {other}"),
     }
 }

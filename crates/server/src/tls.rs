@@ -37,6 +37,11 @@ impl Tls {
         })
         .await?;
         tell_end(&identity, &files);
+        tell_refusals(&identity, &files);
+        if let Some(path) = &files.client_ca {
+            let client_ca = path.display();
+            tracing::info!(%client_ca, "every client must show a certificate of these issuers");
+        }
         let (current, shown) = watch::channel(identity.config.clone());
         tokio::spawn(follow(files, identity, Changes::since(mark), current));
         Ok(Some(Tls(shown)))
@@ -90,6 +95,7 @@ async fn follow(
                 current.send_replace(identity.config.clone());
                 tracing::info!("TLS files changed; new connections get the new certificate");
                 tell_end(&identity, &files);
+                tell_refusals(&identity, &files);
             }
             Err(error) => tracing::error!(
                 %error,
@@ -108,6 +114,14 @@ fn tell_end(identity: &Identity, files: &TlsFiles) {
         }
         0..NEAR_DAYS => tracing::warn!(%cert, days_left, "the TLS certificate expires soon"),
         _ => tracing::info!(%cert, days_left, "TLS is on"),
+    }
+}
+
+/// Says why clients will not take the certificate, if that is so.
+fn tell_refusals(identity: &Identity, files: &TlsFiles) {
+    let cert = files.cert.display();
+    for why in &identity.refused_for {
+        tracing::warn!(%cert, "clients refuse the TLS certificate: {why} (docs/security.md has the command)");
     }
 }
 

@@ -8,8 +8,9 @@ use tokio_rustls::rustls::pki_types::pem::{self, PemObject};
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_rustls::rustls::server::{ServerConfig as RustlsConfig, WebPkiClientVerifier};
 use tokio_rustls::rustls::{self, InconsistentKeys, RootCertStore};
-use x509_cert::Certificate;
 use x509_cert::der::Decode;
+use x509_cert::ext::pkix::{BasicConstraints, SubjectAltName};
+use x509_cert::{Certificate, TbsCertificate, Version};
 
 /// What is wrong with the files of TLS. Their contents are never shown.
 #[derive(Debug, thiserror::Error)]
@@ -26,6 +27,11 @@ pub enum TlsError {
          those of its issuers behind it"
     )]
     Pair { cert: PathBuf, key: PathBuf },
+    #[error(
+        "tls.cert {cert} is of X.509 version 1, which has no names; make one with a \
+         subjectAltName (docs/security.md has the command)"
+    )]
+    OldVersion { cert: PathBuf },
     #[error("tls.cert {cert} with tls.key {key} cannot be used: {cause}")]
     Unusable { cert: PathBuf, key: PathBuf, cause: String },
     #[error("tls.client_ca {path} cannot be used: {cause}")]
@@ -39,7 +45,7 @@ pub enum TlsError {
 pub struct TlsFiles {
     pub cert: PathBuf,
     key: PathBuf,
-    client_ca: Option<PathBuf>,
+    pub client_ca: Option<PathBuf>,
 }
 
 /// The files' contents at one time.
@@ -54,6 +60,8 @@ pub struct Identity {
     pub config: Arc<RustlsConfig>,
     /// The first end in the chain.
     not_after: SystemTime,
+    /// Why clients refuse the server's own certificate, whatever they trust.
+    pub refused_for: Vec<&'static str>,
 }
 
 impl Texts {
@@ -99,7 +107,14 @@ impl TlsFiles {
     /// What a server with these contents shows, and whom it lets in.
     pub fn identity(&self, texts: &Texts) -> Result<Identity, TlsError> {
         let chain = certificates("tls.cert", &self.cert, &texts.cert)?;
-        let not_after = self.first_end(&chain)?;
+        let parsed = self.parse(&chain)?;
+        let ends = parsed.iter().map(|of| of.tbs_certificate.validity.not_after.to_system_time());
+        let not_after = ends.min().expect("a chain has at least one certificate");
+        let own = &parsed[0].tbs_certificate;
+        if own.version == Version::V1 {
+            return Err(TlsError::OldVersion { cert: self.cert.clone() });
+        }
+        let refused_for = refused_for(own);
         let key = PrivateKeyDer::from_pem_slice(&texts.key).map_err(|error| match error {
             pem::Error::NoItemsFound => {
                 let (setting, path) = ("tls.key", self.key.clone());
@@ -124,7 +139,7 @@ impl TlsFiles {
             builder.with_single_cert(chain, key).map_err(|error| self.unusable(error))?;
         // gRPC is HTTP/2 only.
         config.alpn_protocols = vec![b"h2".to_vec()];
-        Ok(Identity { config: Arc::new(config), not_after })
+        Ok(Identity { config: Arc::new(config), not_after, refused_for })
     }
 
     fn unusable(&self, error: rustls::Error) -> TlsError {
@@ -137,18 +152,27 @@ impl TlsFiles {
         }
     }
 
-    fn first_end(&self, chain: &[CertificateDer<'_>]) -> Result<SystemTime, TlsError> {
-        let end = |der: &CertificateDer<'_>| {
-            let parsed = Certificate::from_der(der);
-            parsed
-                .map(|certificate| certificate.tbs_certificate.validity.not_after.to_system_time())
-        };
-        let ends: Result<Vec<SystemTime>, _> = chain.iter().map(end).collect();
+    /// One for each.
+    fn parse(&self, chain: &[CertificateDer<'_>]) -> Result<Vec<Certificate>, TlsError> {
+        let parsed: Result<_, _> = chain.iter().map(|der| Certificate::from_der(der)).collect();
         let (cert, key) = (self.cert.clone(), self.key.clone());
-        let wrong = |cause: String| TlsError::Unusable { cert, key, cause };
-        let first = ends.map_err(|error| wrong(error.to_string()))?.into_iter().min();
-        Ok(first.expect("a chain has at least one certificate"))
+        parsed.map_err(|error| TlsError::Unusable { cert, key, cause: error.to_string() })
     }
+}
+
+/// What no client lets pass. An extension that cannot be read is left to rustls.
+fn refused_for(own: &TbsCertificate) -> Vec<&'static str> {
+    let mut why = Vec::new();
+    if let Ok(Some((_, BasicConstraints { ca: true, .. }))) = own.get() {
+        why.push(
+            "it is a CA's; make it with basicConstraints=critical,CA:FALSE, or let the CA sign \
+             another certificate for this server",
+        );
+    }
+    if let Ok(None) = own.get::<SubjectAltName>() {
+        why.push("it has no subjectAltName; make it with subjectAltName=DNS:NAME");
+    }
+    why
 }
 
 fn read(setting: &'static str, path: &Path) -> Result<Vec<u8>, TlsError> {

@@ -1,5 +1,7 @@
 use super::*;
-use rcgen::{CertificateParams, CertifiedKey, KeyPair, generate_simple_self_signed};
+use rcgen::{
+    BasicConstraints, CertificateParams, CertifiedKey, IsCa, KeyPair, generate_simple_self_signed,
+};
 use std::path::Path;
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
@@ -43,6 +45,25 @@ fn files_are_loaded_and_what_is_wrong_is_named() {
     let mut gone = files(dir.path(), &cert, &key);
     gone.cert = dir.path().join("none.pem");
     assert!(load(&gone).err().unwrap().to_string().contains("none.pem"));
+}
+
+#[test]
+fn what_clients_refuse_is_known_at_the_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let key = KeyPair::generate().unwrap();
+    let why = |names: &[&str], is_ca: IsCa| {
+        let names: Vec<String> = names.iter().map(|name| name.to_string()).collect();
+        let mut params = CertificateParams::new(names).unwrap();
+        params.is_ca = is_ca;
+        let cert = params.self_signed(&key).unwrap().pem();
+        load(&files(dir.path(), &cert, &key.serialize_pem())).unwrap().refused_for.join("; ")
+    };
+    assert_eq!(why(&["localhost"], IsCa::ExplicitNoCa), "");
+    assert_eq!(why(&["localhost"], IsCa::NoCa), "");
+    let as_openssl_makes_it = IsCa::Ca(BasicConstraints::Unconstrained);
+    let text = why(&["localhost"], as_openssl_makes_it);
+    assert!(text.contains("a CA's") && !text.contains("subjectAltName"), "{text}");
+    assert!(why(&[], IsCa::ExplicitNoCa).contains("no subjectAltName"));
 }
 
 #[test]
