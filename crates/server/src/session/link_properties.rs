@@ -50,7 +50,7 @@ struct Engine {
 
 /// A frame's place among the answers of the stream that there is.
 enum Slot {
-    Ready(ServerFrame),
+    Ready(Box<ServerFrame>),
     Awaits(Ticket),
 }
 
@@ -182,8 +182,8 @@ impl World {
                 Slot::Awaits(ticket)
             }
             Ok(Admission::Joined(ticket)) => Slot::Awaits(ticket),
-            Ok(Admission::Answered(answer)) => Slot::Ready(*answer),
-            Err(error) => Slot::Ready(error.to_frame(sequence)),
+            Ok(Admission::Answered(answer)) => Slot::Ready(answer),
+            Err(error) => Slot::Ready(Box::new(error.to_frame(sequence))),
         });
         self.flush();
     }
@@ -224,7 +224,7 @@ impl World {
         };
         for slot in &mut self.outbox {
             if matches!(slot, Slot::Awaits(other) if *other == ticket) {
-                *slot = Slot::Ready(answer.clone());
+                *slot = Slot::Ready(Box::new(answer.clone()));
             }
         }
         self.flush();
@@ -234,7 +234,7 @@ impl World {
     fn flush(&mut self) {
         while let Some(Slot::Ready(_)) = self.outbox.front() {
             if let Some(Slot::Ready(answer)) = self.outbox.pop_front() {
-                self.downwards.push_back(answer);
+                self.downwards.push_back(*answer);
             }
         }
     }
