@@ -64,11 +64,7 @@ pub enum Error {
          away to begin with an empty store"
     )]
     StoreRecords { path: PathBuf, cause: String },
-    #[error(
-        "snapshot {snapshot} of session {session} is damaged: {cause}. The damaged file is kept in the \
-         store's folder damaged/. {}",
-        go_back_to(whole)
-    )]
+    #[error("snapshot {snapshot} of session {session} is damaged: {cause}. {}", go_back_to(whole))]
     SnapshotDamaged {
         session: SessionId,
         snapshot: String,
@@ -89,11 +85,17 @@ pub enum Error {
     RecordDamaged { session: SessionId, path: PathBuf, blobs: PathBuf },
     #[error(
         "{n_bytes} bytes could not be written to {path}: {source}. Nothing is lost and nothing was \
-         changed: sessions stay as they are, in memory and in their last snapshots. Make room there, or \
-         raise the quota; try again in {} s",
-        retry_after.as_secs_f64()
+         changed: sessions stay as they are, in memory and in their last snapshots. {}; try again in {} s",
+        make_room(source), retry_after.as_secs_f64()
     )]
     DiskFull { path: PathBuf, n_bytes: u64, source: io::Error, retry_after: Duration },
+    #[error(
+        "the store in {path} cannot be opened: {source}. Nothing in it is lost. {} until {} MiB are free \
+         on the disk of that folder, and start again; never by deleting files in it, except those in its \
+         folder damaged/",
+        make_room(source), n_bytes >> 20
+    )]
+    StoreNoRoom { path: PathBuf, n_bytes: u64, source: io::Error },
 
     // Who gets in.
     #[error("tenants file {path}: {cause}")]
@@ -334,10 +336,27 @@ const SET_BACK_RETRY: Duration = Duration::from_millis(100);
 
 fn go_back_to(whole: &Option<String>) -> String {
     match whole {
-        Some(whole) => format!("{whole} is whole: restore that"),
+        Some(whole) => format!(
+            "The damaged file is kept in the store's folder damaged/. {whole} is whole: restore that"
+        ),
         None => {
-            "No other snapshot of this session is whole: bring the store back from a copy".into()
+            "No other snapshot of this session is whole, so that its files stay where they are: \
+                 bring the store back from a copy"
+                .into()
         }
+    }
+}
+
+/// A disk, a quota and a limit of files fill up.
+fn make_room(source: &io::Error) -> &'static str {
+    match source.kind() {
+        io::ErrorKind::QuotaExceeded => {
+            "Make room there, or raise the disk quota of the server's user"
+        }
+        io::ErrorKind::FileTooLarge => {
+            "Make room there, or raise the limit of its files (ulimit -f)"
+        }
+        _ => "Make room there",
     }
 }
 
@@ -370,7 +389,7 @@ impl Error {
             Reflection(_) | Gone { .. } | Panic { .. } | Poisoned | Busy => Class::Internal,
             TrunkChanged { .. } | EngineLost { .. } | Deaf { .. } => Class::Internal,
             StoreLocked { .. } | StoreVersion { .. } | StoreFile { .. } => Class::Internal,
-            StoreRecords { .. } => Class::Internal,
+            StoreRecords { .. } | StoreNoRoom { .. } => Class::Internal,
             SnapshotDamaged { .. } | RecordDamaged { .. } => Class::DataLoss,
             SetBack { .. } => Class::Draining,
             DiskFull { .. } => Class::Exhausted,
@@ -419,6 +438,7 @@ impl Error {
             RecordDamaged { .. } => "record_damaged",
             SetBack { .. } => "set_back",
             DiskFull { .. } => "disk_full",
+            StoreNoRoom { .. } => "store_no_room",
             TenantsFile { .. } => "tenants_file",
             AuditLog { .. } => "audit_log",
             Unauthenticated => "unauthenticated",

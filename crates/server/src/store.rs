@@ -11,21 +11,26 @@
 //! records/  sled; `records` is the only file that names it
 //! blobs/    HASH
 //! damaged/  HASH, SESSION.record
+//! reserve   room for the next start
 //! ```
 
 mod blobs;
+mod failures;
 mod record;
 mod records;
+mod reserve;
 
 pub use record::{BlobName, Kept, Origin, Record, SnapshotRecord};
 
 use crate::error::Error;
 use crate::session::SessionId;
-use blobs::{Blobs, Damage, file_error, names_in};
+use blobs::{Blobs, Damage, file_error, is_full, names_in};
+use failures::Failures;
 use records::{DamagedRecord, Records};
+use reserve::{RESERVE_BYTES, Reserve};
 use std::collections::{HashMap, HashSet};
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard};
@@ -53,6 +58,8 @@ pub struct StoredSnapshot {
 pub struct Store {
     records: Records,
     blobs: Blobs,
+    reserve: Reserve,
+    failures: Failures,
     kept: Kept,
     /// How many snapshots name each blob, those included that are just being written. Held while
     /// records change and files are deleted, not while files are written: that takes long, and goes
@@ -69,10 +76,19 @@ impl Store {
     /// what an earlier process left half done.
     pub fn open(dir: &Path, kept: Kept) -> Result<Store, Error> {
         let blobs = Blobs::open(dir)?;
-        let (records, damaged) = Records::open(dir)?;
-        let (references, closes) = (Mutex::default(), Mutex::default());
-        let store = Store { records, blobs, kept, references, closes };
+        let reserve = Reserve::of(dir);
+        let (records, damaged) = open_records(dir, &reserve)?;
+        let (references, closes, failures) = Default::default();
+        let store = Store { records, blobs, reserve, failures, kept, references, closes };
         store.collect(&damaged)?;
+        // Behind the files that are deleted.
+        if let Err(error) = store.reserve.take() {
+            tracing::error!(
+                path = %dir.display(), bytes = RESERVE_BYTES, %error,
+                "the store's disk is full: what is stored is served, and no new snapshot is written \
+                 until there is room"
+            );
+        }
         Ok(store)
     }
 
@@ -125,7 +141,7 @@ impl Store {
     pub fn claim_head(&self, session: SessionId) -> Result<SnapshotRecord, Error> {
         let mut references = self.references();
         let record = self.known(session)?;
-        self.claim(&mut references, session, record)
+        self.noted(session, self.claim(&mut references, session, record))
     }
 
     /// The client still has a use for these snapshots: they stay beside the last few that it asked
@@ -134,7 +150,7 @@ impl Store {
         let _guard = self.references();
         let mut record = self.known(session)?;
         let changed = record.keep(names, self.kept.of_client);
-        if changed { self.records.put(session, record) } else { Ok(()) }
+        if changed { self.noted(session, self.records.put(session, record)) } else { Ok(()) }
     }
 
     /// Sets where the session goes on, and which clients may: none that began before `epoch`.
@@ -146,7 +162,7 @@ impl Store {
         }
         record.head = snapshot.into();
         record.epoch = record.epoch.max(epoch);
-        self.records.put(session, record)
+        self.noted(session, self.records.put(session, record))
     }
 
     /// A client has begun: those before it cannot come back, also after a restart.
@@ -157,7 +173,7 @@ impl Store {
             return Ok(());
         }
         record.epoch = epoch;
-        self.records.put(session, record)
+        self.noted(session, self.records.put(session, record))
     }
 
     /// A session's record, if it is known.
@@ -229,12 +245,26 @@ impl Store {
     pub fn forget(&self, session: SessionId) -> Result<(), Error> {
         let mut references = self.references();
         let Some(record) = self.record(session)? else { return Ok(()) };
-        self.records.remove(session)?;
-        self.release(&mut references, record.blobs())
+        self.noted(session, self.records.remove(session))?;
+        self.noted(session, self.release(&mut references, record.blobs()))
+    }
+
+    /// A failed write is in the log.
+    fn noted<T>(&self, session: SessionId, written: Result<T, Error>) -> Result<T, Error> {
+        written.inspect_err(|error| self.failures.note(session, error))
+    }
+
+    fn append(
+        &self,
+        session: SessionId,
+        new: NewSnapshot,
+        record: impl FnOnce() -> Result<Record, Error>,
+    ) -> Result<SnapshotRecord, Error> {
+        self.noted(session, self.write(session, new, record))
     }
 
     /// Writes the blobs, then the record: `record` is asked for while no other changes.
-    fn append(
+    fn write(
         &self,
         session: SessionId,
         new: NewSnapshot,
@@ -253,7 +283,8 @@ impl Store {
         let named: Vec<BlobName> = snapshot.blobs().cloned().collect();
         name_blobs(&mut self.references(), &named);
         let contents = [Some(new.state.as_slice()), new.answers.as_deref()].into_iter().flatten();
-        let written = self.blobs.write_all(named.iter().zip(contents));
+        let written = self.reserve.take();
+        let written = written.and_then(|()| self.blobs.write_all(named.iter().zip(contents)));
         let mut references = self.references();
         let record = match written.and_then(|()| record()) {
             Ok(record) => record,
@@ -403,9 +434,10 @@ impl Store {
             "a session's record is damaged; it cannot go on, its files and all other sessions stay"
         );
         let write = || {
-            fs::create_dir_all(self.blobs.damaged_dir())?;
-            fs::write(&path, &damaged.bytes)?;
-            fs::File::open(&path)?.sync_all()
+            blobs::private_dir(self.blobs.damaged_dir())?;
+            let mut file = blobs::private_file(&path)?;
+            file.write_all(&damaged.bytes)?;
+            file.sync_all()
         };
         match write() {
             Ok(()) => self.records.remove_damaged(damaged),
@@ -447,6 +479,23 @@ impl Store {
 
 /// Of the files that hold records that were set aside.
 const RECORD: &str = "record";
+
+/// Also on a full disk, as long as there is a reserve to give up.
+fn open_records(dir: &Path, reserve: &Reserve) -> Result<(Records, Vec<DamagedRecord>), Error> {
+    let no_room = |error| match error {
+        Error::StoreFile { source, .. } if is_full(&source) => {
+            Error::StoreNoRoom { path: dir.to_path_buf(), n_bytes: RESERVE_BYTES as u64, source }
+        }
+        other => other,
+    };
+    match Records::open(dir).map_err(no_room) {
+        Err(Error::StoreNoRoom { .. }) if reserve.give_up() => {
+            tracing::warn!(path = %dir.display(), "the disk is full: the store opens with its reserve");
+            Records::open(dir).map_err(no_room)
+        }
+        other => other,
+    }
+}
 
 fn name_blobs<'a>(references: &mut References, blobs: impl IntoIterator<Item = &'a BlobName>) {
     for blob in blobs {

@@ -577,3 +577,40 @@ fn a_store_of_a_thousand_sessions_opens_with_all_of_them_and_without_what_is_lef
     assert_eq!(kept(&store, sessions[500]).len(), 10);
     assert_eq!(taken.id, "11-step99");
 }
+
+#[test]
+fn others_on_the_machine_cannot_read_the_store() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("new").join("store");
+    let store = Store::open(&path, Kept { of_client: 3, of_server: 2 }).unwrap();
+    store.create(SessionId::new(), record(), snapshot(0)).unwrap();
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    for folder in ["", "blobs", "records"] {
+        assert_eq!(mode(&path.join(folder)), 0o700, "{folder}");
+    }
+    assert_eq!(mode(&path.join("reserve")), 0o600);
+    let files = files(&store);
+    assert_eq!(files.len(), 2);
+    for file in files {
+        assert_eq!(mode(&path.join("blobs").join(&file)), 0o600, "{file}");
+    }
+}
+
+#[test]
+fn room_is_kept_for_the_next_start_before_anything_large_is_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("reserve");
+    let is_whole = || fs::metadata(&path).is_ok_and(|file| file.len() == RESERVE_BYTES as u64);
+    let store = open(&dir, 3).unwrap();
+    assert!(is_whole());
+    assert!(store.reserve.give_up());
+    assert!(!path.exists() && !store.reserve.give_up());
+    store.create(SessionId::new(), record(), snapshot(0)).unwrap();
+    assert!(is_whole());
+    drop(store);
+    // Cut off, as by a crash.
+    fs::write(&path, "half").unwrap();
+    drop(open(&dir, 3).unwrap());
+    assert!(is_whole());
+}

@@ -6,6 +6,7 @@ use std::collections::HashSet;
 use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -49,7 +50,7 @@ impl Blobs {
     /// In the store's folder, made if need be.
     pub fn open(store: &Path) -> Result<Blobs, Error> {
         let (dir, damaged) = (store.join("blobs"), store.join("damaged"));
-        fs::create_dir_all(&dir).map_err(file_error(&dir))?;
+        private_dir(&dir).map_err(file_error(&dir))?;
         Ok(Blobs { dir, damaged, n_written: AtomicU64::new(0) })
     }
 
@@ -89,7 +90,7 @@ impl Blobs {
         }
         let half = path.with_extension(self.n_written.fetch_add(1, Ordering::Relaxed).to_string());
         let write = || {
-            let mut file = File::create(&half)?;
+            let mut file = private_file(&half)?;
             file.write_all(bytes)?;
             file.sync_all()?;
             fs::rename(&half, &path)
@@ -127,7 +128,7 @@ impl Blobs {
 
     /// Takes a damaged file out of the way of a whole one, and keeps it for people.
     pub fn set_aside(&self, name: &BlobName) -> Result<(), Error> {
-        fs::create_dir_all(&self.damaged).map_err(file_error(&self.damaged))?;
+        private_dir(&self.damaged).map_err(file_error(&self.damaged))?;
         let from = self.path(name);
         match fs::rename(&from, self.damaged.join(&name.0)) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -160,6 +161,17 @@ impl Blobs {
         }
         Ok(())
     }
+}
+
+/// A folder that only its owner can look into, with those above it that are missing. One that is
+/// there stays as it is.
+pub(super) fn private_dir(dir: &Path) -> io::Result<()> {
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)
+}
+
+/// A new or emptied file that only its owner can read.
+pub(super) fn private_file(path: &Path) -> io::Result<File> {
+    File::options().write(true).create(true).truncate(true).mode(0o600).open(path)
 }
 
 /// Every name of a blob that stands in these bytes, whatever else they are.

@@ -4,7 +4,7 @@
 //! good when a write fails, as on a full disk; then it is opened again at the next write, and what is
 //! on the disk is made to agree with the memory first.
 
-use super::blobs::{is_full, names_in};
+use super::blobs::{file_error, is_full, names_in, private_dir};
 use super::record::{BlobName, Record};
 use crate::error::{DISK_RETRY, Error};
 use crate::session::SessionId;
@@ -210,7 +210,10 @@ impl Records {
 
 impl Opened {
     fn open(dir: &Path) -> Result<Opened, Error> {
-        let db = sled::Config::new().path(dir.join("records")).open();
+        let records = dir.join("records");
+        // sled's own files are readable for everybody: this keeps others out.
+        private_dir(&records).map_err(file_error(&records))?;
+        let db = sled::Config::new().path(records).open();
         let db = db.map_err(|error| match error {
             sled::Error::Io(io) if is_lock(&io) => Error::StoreLocked { path: dir.to_path_buf() },
             other => sled_error(dir, other),
