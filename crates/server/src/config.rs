@@ -371,13 +371,15 @@ impl ServerConfig {
                 None => {
                     "a loopback address: without access.tenants whoever reaches this address could \
                      train, export and delete. Name a tenants file (`offshoot tenant add` writes \
-                     one) and turn TLS on with tls.cert and tls.key, or use 127.0.0.1 and a tunnel, \
-                     or set listen.allow_insecure_network = true in a network that keeps strangers out"
+                     one; --tenants) and turn TLS on with tls.cert and tls.key (--tls-cert, --tls-key), \
+                     or use 127.0.0.1 and a tunnel, or set listen.allow_insecure_network = true \
+                     (--allow-insecure-network) in a network that keeps strangers out"
                 }
                 Some(_) => {
                     "a loopback address: without TLS tokens could be read on their way. Turn it on \
-                     with tls.cert and tls.key, or set listen.allow_insecure_network = true in a \
-                     network that nobody listens to"
+                     with tls.cert and tls.key (--tls-cert, --tls-key), or set \
+                     listen.allow_insecure_network = true (--allow-insecure-network) in a network that \
+                     nobody listens to"
                 }
             },
         );
@@ -389,14 +391,19 @@ impl ServerConfig {
             "tls.cert",
             cert.is_some() || key.is_none(),
             shown(cert),
-            "the certificate of tls.key",
+            "the certificate of tls.key (option --tls-cert)",
         );
-        check("tls.key", key.is_some() || cert.is_none(), shown(key), "the key of tls.cert");
+        check(
+            "tls.key",
+            key.is_some() || cert.is_none(),
+            shown(key),
+            "the key of tls.cert (option --tls-key)",
+        );
         check(
             "tls.client_ca",
             client_ca.is_none() || cert.is_some(),
             shown(client_ca),
-            "nothing, unless tls.cert and tls.key turn TLS on",
+            "nothing, unless tls.cert and tls.key (--tls-cert, --tls-key) turn TLS on",
         );
         let model = &self.model;
         check(

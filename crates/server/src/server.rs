@@ -165,7 +165,7 @@ impl RunningServer {
     /// away, both at once instead of a moment later. Blocks for as long as the disk takes.
     pub fn reload(&self) {
         self.audit.reopen();
-        self.registry.access().reload();
+        self.registry.access().reload_now();
     }
 
     /// What the server holds.

@@ -7,19 +7,16 @@
 mod file;
 mod refusals;
 
-use super::Caller;
+use super::{Caller, Stranger};
 use crate::error::Error;
 use file::LogFile;
-use refusals::Refusals;
+use refusals::{Refusals, Who};
 use serde::Serialize;
-use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
-use time::OffsetDateTime;
-use time::format_description::well_known::Rfc3339;
+use std::time::{Duration, Instant, SystemTime};
 
 /// Lines on their way to the disk.
 const MAX_WAITING: usize = 1024;
@@ -70,7 +67,7 @@ pub struct Subject {
 
 #[derive(Serialize)]
 struct Line {
-    /// RFC 3339, UTC.
+    /// RFC 3339, UTC, to the millisecond.
     time: String,
     action: Action,
     #[serde(skip_serializing_if = "String::is_empty")]
@@ -93,10 +90,8 @@ struct Line {
 
 impl Line {
     fn new(action: Action, outcome: &'static str) -> Line {
-        let now = OffsetDateTime::now_utc();
-        // To the millisecond.
-        let now = now.replace_millisecond(now.millisecond()).unwrap_or(now);
-        let time = now.format(&Rfc3339).unwrap_or_default();
+        let now = humantime::format_rfc3339_millis(SystemTime::now());
+        let time = now.to_string();
         let (tenant, token) = (String::new(), String::new());
         let (peer, session, snapshot, count) = (None, None, None, None);
         Line { time, action, tenant, token, peer, session, snapshot, outcome, count }
@@ -142,11 +137,14 @@ impl Audit {
     }
 
     /// Notes a call without a valid token. Many from one peer share a line.
-    pub fn refused(&self, peer: Option<SocketAddr>) {
+    pub fn refused(&self, stranger: &Stranger) {
         let Some(inner) = &self.0 else { return };
-        if lock(&inner.refusals).note(peer.map(|peer| peer.ip().to_canonical())) {
+        let who = Who::of(stranger);
+        if lock(&inner.refusals).note(who) {
             let mut line = Line::new(Action::RefusedAuthentication, "unauthenticated");
-            line.peer = peer.map(|peer| peer.to_string());
+            line.peer = stranger.peer.map(|peer| peer.to_string());
+            line.tenant = stranger.tenant.clone().unwrap_or_default();
+            line.token = stranger.token.clone().unwrap_or_default();
             inner.send(line);
         }
     }
@@ -237,9 +235,11 @@ impl Writer {
 
     fn write_refusals(&mut self) {
         let refusals = lock(&self.inner.refusals).take();
-        for (peer, count) in refusals {
+        for (who, count) in refusals {
             let mut line = Line::new(Action::RefusedAuthentication, "unauthenticated");
+            let Who { peer, known } = who;
             line.peer = Some(peer.map_or_else(|| "others".into(), |peer| peer.to_string()));
+            (line.tenant, line.token) = known.unwrap_or_default();
             line.count = Some(count);
             self.write(&line);
         }

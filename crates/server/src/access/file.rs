@@ -55,20 +55,57 @@ struct QuotasText {
 
 /// Reads a tenants file's text. An error is all mistakes, each with its line.
 pub fn parse_tenants(text: &str) -> Result<Vec<Tenant>, String> {
-    let file: FileText = toml::from_str(text).map_err(|error| {
-        let line = error.span().map_or(1, |span| line_of(text, span.start));
-        // One line, whatever the reader shows of the text.
-        format!("line {line}: {}", error.message().trim().replace('\n', " "))
-    })?;
-    let mut check = Check { text, mistakes: Vec::new() };
-    let tenants = file.tenants.into_iter().map(|tenant| check.tenant(tenant)).collect();
-    check.once(&tenants);
-    if check.mistakes.is_empty() {
+    let (file, mut mistakes) = read(text);
+    let mut tenants = Vec::new();
+    if let Some(file) = file {
+        let mut check = Check { text, mistakes };
+        tenants = file.tenants.into_iter().map(|tenant| check.tenant(tenant)).collect();
+        check.once(&tenants);
+        mistakes = check.mistakes;
+    }
+    if mistakes.is_empty() {
         return Ok(tenants.into_iter().map(|(tenant, _)| tenant).collect());
     }
-    check.mistakes.sort_by_key(|(line, _)| *line);
-    let lines = check.mistakes.iter().map(|(line, mistake)| format!("line {line}: {mistake}"));
+    mistakes.sort_by_key(|(line, _)| *line);
+    let lines = mistakes.iter().map(|(line, mistake)| format!("line {line}: {mistake}"));
     Err(lines.collect::<Vec<_>>().join("; "))
+}
+
+/// What a file says, and what in it is unknown or of another type, each with its line. The reader ends
+/// at the first of these: the entry is blanked, and the rest read again. None where what is missing
+/// then, or the way the file is written, says nothing of the rest.
+fn read(text: &str) -> (Option<FileText>, Vec<(usize, String)>) {
+    let (mut left, mut mistakes) = (text.to_string(), Vec::new());
+    loop {
+        let error = match toml::from_str(&left) {
+            Ok(file) => return (Some(file), mistakes),
+            Err(error) => error,
+        };
+        let at = error.span().map_or(0, |span| span.start);
+        // One line, whatever the reader shows of the text.
+        let mistake = error.message().trim().replace('\n', " ");
+        // It may be what was blanked.
+        let is_ours = mistake.starts_with("missing field") && !mistakes.is_empty();
+        if !is_ours {
+            mistakes.push((line_of(text, at), mistake));
+        }
+        match blanked(&left, at).filter(|_| !is_ours) {
+            Some(rest) => left = rest,
+            None => return (None, mistakes),
+        }
+    }
+}
+
+/// The text without the entry that stands alone in the line of `at`, every place in it as it was.
+fn blanked(text: &str, at: usize) -> Option<String> {
+    let begin = text.get(..at)?.rfind('\n').map_or(0, |newline| newline + 1);
+    let end = text[at..].find('\n').map_or(text.len(), |newline| at + newline);
+    let line = &text[begin..end];
+    if line.trim_start().starts_with('[') || !line.contains('=') {
+        return None;
+    }
+    let rest = format!("{}{}{}", &text[..begin], " ".repeat(end - begin), &text[end..]);
+    rest.parse::<toml::Table>().is_ok().then_some(rest)
 }
 
 /// Whether a tenant can have this name: 1 to 64 of a to z, 0 to 9 and "-".
@@ -308,5 +345,17 @@ weight = 1001
             assert!(error.starts_with(&format!("line {line}: ")), "{text}: {error}");
             assert!(!error.contains('\n') && error.contains(names) || line == 1, "{error}");
         }
+        let text = format!(
+            "[[tenants]]\nname = \"a\"\nwieght = -2\nweight = -2\n[[tenants.tokens]]\nid = \"t\"\n\
+             sha256 = \"{HASH}\"\nexpires = \"soon\"\n[tenants.quotas]\nrank = 0\nsesions = 1"
+        );
+        let error = parse_tenants(&text).unwrap_err();
+        let lines: Vec<_> = error.split("; ").filter_map(|one| one.split(':').next()).collect();
+        assert_eq!(lines, ["line 3", "line 4", "line 8", "line 10", "line 11"], "{error}");
+        // What is missing because it was blanked is not told, and nothing is told twice.
+        let error = parse_tenants("[[tenants]]\nname = 1\nwieght = 2\n").unwrap_err();
+        assert!(error.contains("line 2: ") && !error.contains("missing"), "{error}");
+        let error = parse_tenants("[[tenants]]\nname = \"a\"\ntokens = [\n  { di = 1 },\n]\n");
+        assert!(error.unwrap_err().starts_with("line 4: "));
     }
 }

@@ -38,7 +38,9 @@ impl Keeper {
         if admitted.is_err() {
             // Not what was sent: it may be somebody's token with a slip of the pen.
             tracing::debug!(?peer, path = request.uri().path(), "no valid token");
-            self.audit.refused(peer);
+            let stranger = self.access.stranger(request.headers(), peer);
+            self.access.refused(&stranger);
+            self.audit.refused(&stranger);
         }
         admitted
     }

@@ -8,6 +8,7 @@
 mod audit;
 mod file;
 mod gate;
+mod refused;
 mod settings;
 mod tenant;
 mod token;
@@ -15,18 +16,21 @@ mod token;
 pub(crate) use audit::{Action, Audit, Subject};
 pub use file::{is_tenant_name, parse_tenants};
 pub(crate) use gate::Keeper;
+pub(crate) use refused::Stranger;
 pub use settings::AccessConfig;
 pub use tenant::{Quotas, Tenant};
 pub use token::{NewToken, TokenHash};
 
 use crate::error::Error;
 use http::HeaderMap;
+use refused::Pending;
 use std::collections::HashMap;
 use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
-use std::time::{Duration, SystemTime};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
+use std::time::{Duration, Instant, SystemTime};
+use token::id_of_sent;
 use tokio::sync::watch;
 
 /// How often the tenants file is looked at. Its content is compared: Kubernetes swaps links, and
@@ -34,6 +38,9 @@ use tokio::sync::watch;
 const LOOK: Duration = Duration::from_secs(1);
 /// A token's end is looked at again at least so often, so that a clock that is set counts.
 const LONGEST_SLEEP: Duration = Duration::from_secs(30);
+
+/// Tokens that are remembered after they left the file.
+const MAX_GONE: usize = 4096;
 
 /// Who gets in. Shared; reloads by itself.
 pub struct Access {
@@ -43,6 +50,8 @@ pub struct Access {
     /// The text that was read last, valid or not, so that a mistake is logged once.
     seen: Mutex<Seen>,
     audit: Audit,
+    /// Calls without a valid token that the log has not told of.
+    pending: Mutex<Pending>,
     /// Counts the states.
     changes: watch::Sender<u64>,
 }
@@ -51,8 +60,11 @@ pub struct Access {
 struct State {
     tenants: HashMap<String, Arc<Tenant>>,
     tokens: HashMap<TokenHash, Known>,
+    /// Taken out of the file since the start: whoever still sends one may have stolen it.
+    gone: HashMap<TokenHash, Known>,
 }
 
+#[derive(Clone)]
 struct Known {
     tenant: Arc<Tenant>,
     id: Arc<str>,
@@ -92,6 +104,7 @@ impl Access {
             state: RwLock::new(Arc::new(state)),
             seen: Mutex::new(seen),
             audit,
+            pending: Mutex::default(),
             changes: watch::Sender::new(0),
         });
         if access.path.is_some() {
@@ -117,10 +130,41 @@ impl Access {
             let tenant = state.tenants.get("").ok_or(Error::Unauthenticated)?.clone();
             return Ok(Caller { tenant, token_id: Arc::default(), peer, hash: None });
         }
-        let hash = sent_token(headers).ok_or(Error::Unauthenticated)?;
+        let hash =
+            sent_token(headers).and_then(TokenHash::of_sent).ok_or(Error::Unauthenticated)?;
         let known = state.valid(hash).ok_or(Error::Unauthenticated)?;
         let (tenant, token_id) = (known.tenant.clone(), known.id.clone());
         Ok(Caller { tenant, token_id, peer, hash: Some(hash) })
+    }
+
+    /// What is known of whoever sends headers that let nobody in.
+    pub(crate) fn stranger(&self, headers: &HeaderMap, peer: Option<SocketAddr>) -> Stranger {
+        let state = self.state();
+        let sent = sent_token(headers);
+        let hash = sent.and_then(TokenHash::of_sent);
+        let known = hash.and_then(|hash| state.tokens.get(&hash).or_else(|| state.gone.get(&hash)));
+        Stranger {
+            peer,
+            tenant: known.map(|known| known.tenant.name.clone()),
+            token: sent.and_then(id_of_sent).map(str::to_string),
+        }
+    }
+
+    /// Counts a call that was refused; the log has one line a minute.
+    pub(crate) fn refused(&self, stranger: &Stranger) {
+        self.pending().note(stranger);
+        self.tell_refused();
+    }
+
+    fn tell_refused(&self) {
+        let told = self.pending().take(Instant::now());
+        if let Some(told) = told {
+            told.log();
+        }
+    }
+
+    fn pending(&self) -> MutexGuard<'_, Pending> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A tenant as it is now.
@@ -156,6 +200,31 @@ impl Access {
         self.changes.subscribe()
     }
 
+    /// As [`Access::reload`], for somebody who wants an answer in the log in any case.
+    pub(crate) fn reload_now(&self) {
+        let Some(path) = self.path.as_deref() else {
+            tracing::info!("there is no tenants file to read again: the server is open");
+            return;
+        };
+        if self.reload().is_some() {
+            return;
+        }
+        let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let broken = match &*seen {
+            Seen::Text(text) => parse_tenants(text).err(),
+            Seen::Failed(cause) => Some(cause.clone()),
+        };
+        match broken {
+            None => tracing::info!(path = %path.display(), "the tenants file is as it was"),
+            Some(cause) => {
+                let error = file_error(path, cause);
+                tracing::error!(
+                    "{error}; the file has not changed, and the tenants stay as they were"
+                );
+            }
+        }
+    }
+
     /// Reads the file again if it is another one. What is broken changes nothing and is logged once.
     /// Blocks. Gives back what is to be told, if there was anything new.
     pub fn reload(&self) -> Option<Result<usize, Error>> {
@@ -175,8 +244,9 @@ impl Access {
             Seen::Failed(cause) => Err(cause.clone()),
         };
         let reloaded = match parsed {
-            Ok(state) => {
+            Ok(mut state) => {
                 let n_tenants = state.tenants.len();
+                state.remember(&self.state());
                 *self.state.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(state);
                 self.changes.send_modify(|n| *n += 1);
                 tracing::info!(path = %path.display(), tenants = n_tenants, "tenants file read");
@@ -202,6 +272,7 @@ async fn keep_up(access: Weak<Access>) {
     loop {
         tokio::time::sleep(LOOK).await;
         let Some(access) = access.upgrade() else { return };
+        access.tell_refused();
         // Fails only when the runtime ends.
         let _ = tokio::task::spawn_blocking(move || drop(access.reload())).await;
     }
@@ -221,17 +292,17 @@ fn file_error(path: &Path, cause: String) -> Error {
 }
 
 /// The token that was sent: one header, with one scheme.
-fn sent_token(headers: &HeaderMap) -> Option<TokenHash> {
+fn sent_token(headers: &HeaderMap) -> Option<&str> {
     let mut values = headers.get_all("authorization").iter();
     let value = values.next().filter(|_| values.next().is_none())?.to_str().ok()?;
     let (scheme, token) = value.split_once(' ')?;
-    if scheme.eq_ignore_ascii_case("bearer") { TokenHash::of_sent(token) } else { None }
+    scheme.eq_ignore_ascii_case("bearer").then_some(token)
 }
 
 impl State {
     fn open() -> State {
         let anybody = Arc::new(Tenant::anybody());
-        State { tenants: HashMap::from([(String::new(), anybody)]), tokens: HashMap::new() }
+        State { tenants: HashMap::from([(String::new(), anybody)]), ..State::default() }
     }
 
     fn parse(text: &str) -> Result<State, String> {
@@ -245,6 +316,13 @@ impl State {
             state.tenants.insert(tenant.name.clone(), tenant);
         }
         Ok(state)
+    }
+
+    /// Keeps which tokens the file had before and has no more.
+    fn remember(&mut self, before: &State) {
+        let known = before.gone.iter().chain(&before.tokens);
+        let gone = known.filter(|(hash, _)| !self.tokens.contains_key(hash)).take(MAX_GONE);
+        self.gone = gone.map(|(hash, known)| (*hash, known.clone())).collect();
     }
 
     fn valid(&self, hash: TokenHash) -> Option<&Known> {

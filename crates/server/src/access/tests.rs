@@ -61,6 +61,15 @@ async fn a_token_says_who_calls_and_everything_else_is_refused_alike() {
     let mut twice = bearer(text);
     twice.append("authorization", bearer(text)["authorization"].clone());
     wrong.push(twice);
+    // The operator learns whose expired token somebody sends; what is made up stays a claim.
+    let peer = Some("10.0.0.8:1".parse().unwrap());
+    let stranger = access.stranger(&bearer(old.text()), peer);
+    assert_eq!((stranger.tenant, stranger.token), (Some("blue".into()), Some(old.id.clone())));
+    let made_up = NewToken::generate();
+    let stranger = access.stranger(&bearer(made_up.text()), peer);
+    assert_eq!((stranger.tenant, stranger.token), (None, Some(made_up.id.clone())));
+    let stranger = access.stranger(&bearer("password"), peer);
+    assert_eq!((stranger.tenant, stranger.token), (None, None));
     for headers in wrong {
         let refused = access.authenticate(&headers, None).unwrap_err();
         assert!(matches!(refused, Error::Unauthenticated), "{headers:?}");
@@ -100,6 +109,9 @@ async fn a_file_that_changes_counts_and_a_broken_one_changes_nothing() {
     std::os::unix::fs::symlink(&other, &files.path).unwrap();
     assert_eq!(access.reload().unwrap().unwrap(), 1);
     assert!(!is_in(&blue) && is_in(&red) && access.tenant("blue").is_none());
+    // A token that was revoked is known still.
+    let stranger = access.stranger(&bearer(blue.text()), None);
+    assert_eq!((stranger.tenant, stranger.token), (Some("blue".into()), Some(blue.id)));
 }
 
 #[tokio::test]

@@ -54,10 +54,7 @@ impl TokenHash {
     /// Of what a client sent, if it has a token's form. What was not made by us may be a word that
     /// can be guessed.
     pub(super) fn of_sent(text: &str) -> Option<TokenHash> {
-        let (id, secret) = text.strip_prefix(PREFIX)?.split_once('_')?;
-        let is_secret = |c: u8| c.is_ascii_alphanumeric() || c == b'-' || c == b'_';
-        let fine = is_token_id(id) && secret.len() == SECRET_CHARS && secret.bytes().all(is_secret);
-        fine.then(|| TokenHash::of(text))
+        id_of_sent(text).map(|_| TokenHash::of(text))
     }
 
     /// 64 hex digits.
@@ -79,6 +76,14 @@ impl fmt::Display for TokenHash {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
     }
+}
+
+/// The id in what a client sent, if that has a token's form.
+pub(super) fn id_of_sent(text: &str) -> Option<&str> {
+    let (id, secret) = text.strip_prefix(PREFIX)?.split_once('_')?;
+    let is_secret = |c: u8| c.is_ascii_alphanumeric() || c == b'-' || c == b'_';
+    let fine = is_token_id(id) && secret.len() == SECRET_CHARS && secret.bytes().all(is_secret);
+    fine.then_some(id)
 }
 
 /// Letters and digits, few enough for a log.

@@ -2,6 +2,8 @@ use super::*;
 use serde_json::Value;
 use std::fs;
 use std::path::PathBuf;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 
 fn lines(path: &Path) -> Vec<Value> {
     let text = fs::read_to_string(path).unwrap();
@@ -32,7 +34,8 @@ async fn a_line_says_who_did_what_and_what_came_of_it() {
     let failed: Result<(), _> = Err(Error::UnknownSession("s".into()));
     audit.did(&caller, Action::Restore, subject(Some("1-step0".into())), &failed);
     for port in 1..=5 {
-        audit.refused(Some(format!("10.0.0.8:{port}").parse().unwrap()));
+        let peer = Some(format!("10.0.0.8:{port}").parse().unwrap());
+        audit.refused(&Stranger { peer, ..Stranger::default() });
     }
     audit.reloaded(&Ok(3));
     audit.end();
@@ -55,6 +58,7 @@ async fn a_line_says_who_did_what_and_what_came_of_it() {
     assert_eq!(shown, expected);
     for line in &lines[1..] {
         let time = OffsetDateTime::parse(line["time"].as_str().unwrap(), &Rfc3339).unwrap();
+        assert_eq!(line["time"].as_str().unwrap().len(), "2026-11-23T02:04:05.678Z".len());
         assert!((OffsetDateTime::now_utc() - time).whole_seconds() < 60);
     }
     let (_dir, fresh) = log();
