@@ -222,22 +222,46 @@ impl ServeArgs {
     }
 }
 
+const BESIDE_THE_FILE: [&str; 5] =
+    ["access.tenants", "access.audit_log", "tls.cert", "tls.key", "tls.client_ca"];
+
 /// A server's settings from all sources: defaults, this file, environment, and these overrides.
 pub fn settings(file: Option<&Path>, overrides: Value) -> anyhow::Result<ServerConfig> {
     let mut figment = Figment::from(Serialized::defaults(ServerConfig::default()));
     if let Some(file) = file {
         anyhow::ensure!(file.is_file(), "--config {}: there is no such file", file.display());
-        figment = figment.merge(Toml::file_exact(file));
+        figment = beside(figment.merge(Toml::file_exact(file)), file);
     }
     // Only names with a double underscore: Kubernetes sets OFFSHOOT_PORT and its like for a service
     // of this name.
     let ours = Env::prefixed("OFFSHOOT_").filter(|key| key.as_str().contains("__")).split("__");
     let figment = figment.merge(ours).merge(Serialized::globals(overrides));
-    figment.extract().map_err(|errors| {
+    let mut config: ServerConfig = figment.extract().map_err(|errors| {
         // All of them, each with the file or variable that it came from.
         let lines: Vec<String> = errors.into_iter().map(|error| error.to_string()).collect();
         anyhow::anyhow!("settings: {}", lines.join("; "))
-    })
+    })?;
+    let ServerConfig { access, tls, .. } = &mut config;
+    let paths = [&mut access.tenants, &mut access.audit_log];
+    let paths = paths.into_iter().chain([&mut tls.cert, &mut tls.key, &mut tls.client_ca]);
+    for path in paths.flatten() {
+        // An empty one is an error that names its setting, later.
+        *path = std::path::absolute(&*path).unwrap_or_else(|_| path.clone());
+    }
+    Ok(config)
+}
+
+/// Makes the paths that a settings file names relative to its folder, so that whoever reads it, the
+/// server or `offshoot tenant`, finds the same files wherever it was started.
+fn beside(mut figment: Figment, file: &Path) -> Figment {
+    let dir = file.parent().unwrap_or(Path::new(""));
+    for key in BESIDE_THE_FILE {
+        let named = figment.extract_inner::<PathBuf>(key).ok();
+        if let Some(path) = named.filter(|path| path != Path::new("")) {
+            figment = figment.merge(Serialized::default(key, dir.join(path)));
+        }
+    }
+    figment
 }
 
 #[cfg(test)]
@@ -287,6 +311,27 @@ mod tests {
             jail.set_env("OFFSHOOT_LIMIT__MAX_RANK", "2");
             let error = parse("").config().unwrap_err().to_string();
             assert!(error.contains("limit"), "{error}");
+            Ok(())
+        });
+    }
+
+    #[test]
+    fn paths_in_a_file_are_relative_to_it_and_others_to_the_current_folder() {
+        Jail::expect_with(|jail| {
+            let text = "[access]\ntenants = \"t.toml\"\naudit_log = \"/var/a.jsonl\"\n\
+                        [tls]\ncert = \"c.pem\"\nkey = \"c.key\"\n[store]\ndir = \"s\"\n";
+            jail.create_dir("etc")?;
+            jail.create_file("etc/s.toml", text)?;
+            jail.set_env("OFFSHOOT_TLS__KEY", "env.key");
+            let here = std::env::current_dir().unwrap();
+            for file in ["etc/s.toml", here.join("etc/s.toml").to_str().unwrap()] {
+                let config = parse(&format!("--config {file} --tls-cert o.pem")).config().unwrap();
+                assert_eq!(config.access.tenants, Some(here.join("etc/t.toml")));
+                assert_eq!(config.access.audit_log, Some("/var/a.jsonl".into()));
+                assert_eq!(config.tls.cert, Some(here.join("o.pem")));
+                assert_eq!(config.tls.key, Some(here.join("env.key")));
+                assert_eq!(config.store.dir, Path::new("s"));
+            }
             Ok(())
         });
     }

@@ -98,8 +98,20 @@ fn tenants_are_added_rotated_revoked_and_removed() {
 
     // The settings of a server say where the file is.
     fs::write(dir.join("server.toml"), "[access]\ntenants = \"other.toml\"\n").unwrap();
-    fine(dir, "tenant add green --config server.toml");
+    fs::create_dir(dir.join("sub")).unwrap();
+    let output = offshoot(&dir.join("sub"), "tenant add green --config ../server.toml").output();
+    let (_, told) = texts(&output.unwrap());
+    assert!(told.contains(dir.to_str().unwrap()) && told.contains("other.toml"), "{told}");
     assert!(fine(dir, "tenant list --tenants other.toml").contains("green"));
+
+    for (end, expected) in
+        [("0d", "before it begins"), ("2020-01-01", "before it begins"), ("90", "such as 90d")]
+    {
+        let error = refused(dir, &format!("tenant add z --expires {end}"));
+        assert!(error.contains(expected), "{error}");
+    }
+    fine(dir, "tenant add yellow --expires 2120-06-30");
+    assert!(fine(dir, "tenant list").contains("(until 2120-06-30T00:00:00Z)"));
     fs::write(&file, "[[tenants]]\nnam = 1\n").unwrap();
     let error = refused(dir, "tenant add blue");
     assert!(error.contains("mend it first") && error.contains("line 2"), "{error}");

@@ -118,7 +118,9 @@ fn one_token_or_all_are_revoked_and_a_tenant_removed() {
 fn the_file_in_the_documents_is_one() {
     let page = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/security.md");
     let page = std::fs::read_to_string(page).unwrap();
-    let block = page.split("```toml\n").nth(1).unwrap().split("```").next().unwrap();
+    let mut blocks = page.split("```toml\n").skip(1);
+    let block = blocks.find(|block| block.starts_with("[[tenants]]")).unwrap();
+    let block = block.split("```").next().unwrap();
     let tenants = parse_tenants(block).unwrap();
     let quotas = tenants[0].quotas;
     assert_eq!((tenants[0].name.as_str(), tenants[0].weight), ("blue", 2));

@@ -20,7 +20,10 @@ impl TenantsFile {
     pub fn open(path: PathBuf) -> anyhow::Result<TenantsFile> {
         let path = match fs::canonicalize(&path) {
             Ok(behind) => behind,
-            Err(error) if error.kind() == ErrorKind::NotFound => path,
+            // Absolute, too: whoever is told of a new file must find it.
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                std::path::absolute(&path).with_context(|| format!("{}", path.display()))?
+            }
             Err(error) => return Err(error).context(format!("{}", path.display())),
         };
         Ok(TenantsFile { path })

@@ -35,7 +35,9 @@ pub fn print(tenants: &[Tenant], as_json: bool) -> anyhow::Result<()> {
 fn said(id: &str, end: Option<SystemTime>) -> String {
     match end {
         None => id.to_string(),
-        Some(end) if end <= SystemTime::now() => format!("{id} (ended)"),
+        Some(end) if end <= SystemTime::now() => {
+            format!("{id} (ended {})", humantime::format_rfc3339_seconds(end))
+        }
         Some(end) => format!("{id} (until {})", humantime::format_rfc3339_seconds(end)),
     }
 }

@@ -88,9 +88,9 @@ struct AddArgs {
     /// Highest LoRA rank.
     #[arg(long, value_name = "R")]
     rank: Option<u64>,
-    /// When the token ends, from now, such as 90d or 12h [default: never].
-    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
-    expires: Option<Duration>,
+    /// When the token ends: from now, such as 90d or 12h, or a day, such as 2027-06-30 [default: never].
+    #[arg(long, value_name = "DURATION|DAY", value_parser = end)]
+    expires: Option<SystemTime>,
     #[command(flatten)]
     file: FileArgs,
 }
@@ -104,12 +104,12 @@ struct RotateArgs {
         long,
         value_name = "DURATION",
         default_value = "24h",
-        value_parser = humantime::parse_duration
+        value_parser = duration
     )]
     expires_old: Duration,
-    /// When the new token ends, from now, such as 90d [default: never].
-    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
-    expires: Option<Duration>,
+    /// When the new token ends: from now, such as 90d, or a day, such as 2027-06-30 [default: never].
+    #[arg(long, value_name = "DURATION|DAY", value_parser = end)]
+    expires: Option<SystemTime>,
     #[command(flatten)]
     file: FileArgs,
 }
@@ -183,31 +183,38 @@ fn add(args: &AddArgs) -> anyhow::Result<()> {
         is_tenant_name(name),
         "the name is {name:?}: expected 1 to 64 of a to z, 0 to 9 and \"-\""
     );
-    let (new, expires) = (NewToken::generate(), end_of(args.expires)?);
+    let (new, expires) = (NewToken::generate(), args.expires);
     let file = TenantsFile::open(args.file.path()?)?;
     file.change(|tenants: &mut Tenants| {
         tenants.add(name, &args.numbers(), Token::new(&new, expires))
     })?;
     print_once(&new)?;
     eprintln!(
-        "Tenant {name} is in {}. Its token, {}, was printed on stdout and is stored nowhere; {name} sends \
+        "Tenant {name} is in {}. Its token (id {}) was printed on stdout and is stored nowhere; {name} sends \
          it as OFFSHOOT_TOKEN or with --token-file.",
         file.path().display(),
         new.id
     );
+    for (option, quota) in
+        [("--sessions", args.sessions), ("--stored-sessions", args.stored_sessions)]
+    {
+        if quota == Some(0) {
+            eprintln!("warning: with {option} 0 {name} cannot open a session");
+        }
+    }
     Ok(())
 }
 
 fn rotate(args: &RotateArgs) -> anyhow::Result<()> {
     let name = &args.name;
-    let (new, expires) = (NewToken::generate(), end_of(args.expires)?);
-    let old_end = end_of(Some(args.expires_old))?.unwrap_or_else(SystemTime::now);
+    let (new, expires) = (NewToken::generate(), args.expires);
+    let old_end = SystemTime::now() + args.expires_old;
     let file = TenantsFile::open(args.file.path()?)?;
     let file = file.must_exist()?;
     file.change(|tenants| tenants.rotate(name, Token::new(&new, expires), old_end))?;
     print_once(&new)?;
     eprintln!(
-        "Tenant {name} has a new token, {}, printed on stdout and stored nowhere. Its old ones end {}.",
+        "Tenant {name} has a new token (id {}), printed on stdout and stored nowhere. Its old ones end {}.",
         new.id,
         humantime::format_rfc3339_seconds(old_end)
     );
@@ -219,7 +226,8 @@ fn revoke(args: &RevokeArgs) -> anyhow::Result<()> {
     let file = file.must_exist()?;
     let revoked = file.change(|tenants| tenants.revoke(&args.name, args.token.as_deref()))?;
     let all = revoked.join(", ");
-    eprintln!("Revoked of tenant {}: {all}. Its streams with {all} end within seconds.", args.name);
+    let name = &args.name;
+    eprintln!("Tenant {name}: revoked the tokens with id {all}. Their streams end within seconds.");
     Ok(())
 }
 
@@ -241,14 +249,28 @@ fn print_once(token: &NewToken) -> anyhow::Result<()> {
     std::io::stdout().flush().context("the token could not be printed; rotate to make another")
 }
 
-fn end_of(from_now: Option<Duration>) -> anyhow::Result<Option<SystemTime>> {
-    // Year 9999 is as far as the file's format goes.
-    let most = Duration::from_secs(1000 * 365 * 24 * 3600);
-    ensure!(
-        from_now.is_none_or(|wait| wait <= most),
-        "a token can end within 1000 years, or never"
-    );
-    Ok(from_now.map(|wait| SystemTime::now() + wait))
+/// From now, within what the file's format can hold.
+fn duration(text: &str) -> Result<Duration, String> {
+    // Year 9999 is as far as it goes.
+    const MOST: Duration = Duration::from_secs(1000 * 365 * 24 * 3600);
+    let expected = "expected a time from now with its unit, such as 90d, 12h or 30min";
+    let duration = humantime::parse_duration(text).map_err(|_| expected.to_string())?;
+    if duration > MOST { Err("at most 1000 years".into()) } else { Ok(duration) }
+}
+
+/// When a token ends, which must be later than now.
+fn end(text: &str) -> Result<SystemTime, String> {
+    // A day is meant until it begins, in UTC; with a time it is what the file has.
+    let day = humantime::parse_rfc3339_weak(&format!("{text}T00:00:00Z"));
+    let now = SystemTime::now();
+    let end = match day.or_else(|_| humantime::parse_rfc3339(text)) {
+        Ok(end) => end,
+        Err(_) => {
+            now + duration(text)
+                .map_err(|error| format!("{error}; or a day, such as 2027-06-30 (UTC)"))?
+        }
+    };
+    if end <= now { Err("such a token has ended before it begins".into()) } else { Ok(end) }
 }
 
 impl AddArgs {
