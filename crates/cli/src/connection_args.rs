@@ -33,7 +33,8 @@ pub struct ConnectionArgs {
     #[arg(long, value_name = "NAME")]
     tls_name: Option<String>,
     /// How long to keep trying while the server is away or too full, such as 90s, 10m or 2h
-    /// [default: 10m in training, 60s in other commands].
+    /// [default: 10m in training, 60s in other commands; 3s for the first connection, where a wrong
+    /// address is likelier].
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     max_offline: Option<Duration>,
 }
@@ -42,10 +43,12 @@ impl ConnectionArgs {
     /// Reads the token. What is not said is as in `usual`.
     pub fn options(&self, usual: ClientOptions) -> anyhow::Result<ClientOptions> {
         let max_elapsed = self.max_offline.unwrap_or(usual.retry.max_elapsed);
+        let connect_patience = self.max_offline.unwrap_or(usual.connect_patience);
         Ok(ClientOptions {
             token: self.token()?,
             allow_insecure_token: self.allow_insecure_token,
             tls: self.tls(),
+            connect_patience,
             retry: Retry { max_elapsed, ..usual.retry },
             ..usual
         })

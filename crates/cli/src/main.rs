@@ -83,7 +83,8 @@ impl Command {
     fn default_log(&self) -> &'static str {
         match self {
             Command::Serve(_) => "info",
-            _ => "warn",
+            // Also that a server that was away is there again.
+            _ => "warn,offshoot_client::outage=info",
         }
     }
 
@@ -119,16 +120,20 @@ fn main() -> ExitCode {
         },
     };
     let error = match openmp::share_cores().and_then(|()| {
-        let filter = match &cli.log {
-            Some(filter) => EnvFilter::try_new(filter)?,
-            None => EnvFilter::try_from_default_env()
-                .unwrap_or_else(|_| EnvFilter::new(cli.command.default_log())),
+        let asked = match &cli.log {
+            Some(filter) => Some(EnvFilter::try_new(filter)?),
+            None => EnvFilter::try_from_default_env().ok(),
         };
-        tracing_subscriber::fmt()
-            .with_env_filter(filter)
+        // Between the other lines of a command its warnings need no time and no place.
+        let bare = asked.is_none() && !matches!(cli.command, Command::Serve(_));
+        let log = tracing_subscriber::fmt()
+            .with_env_filter(asked.unwrap_or_else(|| EnvFilter::new(cli.command.default_log())))
             .with_ansi(std::io::stderr().is_terminal())
-            .with_writer(std::io::stderr)
-            .init();
+            .with_writer(std::io::stderr);
+        match bare {
+            true => log.without_time().with_level(false).with_target(false).init(),
+            false => log.init(),
+        }
         cli.command.run()
     }) {
         Ok(code) => return code,

@@ -9,7 +9,7 @@ use crate::session::Session;
 use crate::types::{
     ExportedAdapter, OpenSession, Restored, ServerDescription, SessionId, SessionInfo, missing,
 };
-use crate::{ClientError, address};
+use crate::{ClientError, address, status};
 use offshoot_proto::WireDType;
 use offshoot_proto::outgoing::ClientTransport;
 use offshoot_proto::v1::{self, trunk_service_client::TrunkServiceClient};
@@ -286,6 +286,15 @@ impl Client {
         &self.shared.endpoint
     }
 
+    /// Whether the server answers anything at all; it may take as long as it takes.
+    pub(crate) async fn is_alive(&self) -> bool {
+        let mut rpc = self.rpc(CONTROL_BYTES);
+        match rpc.describe(self.request(v1::DescribeRequest {})).await {
+            Ok(_) => true,
+            Err(status) => !status::is_transport(&status),
+        }
+    }
+
     pub(crate) fn link(&self) -> &Link {
         &self.shared.link
     }
@@ -294,6 +303,13 @@ impl Client {
     /// still is. Whoever wants to end meanwhile need not wait for it.
     pub async fn offline_for(&self, least: Duration) {
         self.shared.link.offline_for(least).await;
+    }
+
+    /// Returns once the server has left a question without an answer for so long.
+    pub async fn silent_for(&self, least: Duration) {
+        while tokio::time::timeout(least, self.is_alive()).await.is_ok() {
+            tokio::time::sleep(least).await;
+        }
     }
 
     /// True once: people are told one time that a quota slows them.

@@ -7,7 +7,8 @@ use crate::client::Client;
 use crate::command::{Answer, Command};
 use crate::entry::{Entry, Request};
 use crate::identity::Token;
-use crate::outage::Outage;
+use crate::outage::{Outage, SILENCE, Waiting};
+use crate::pulse::{Pulse, Sign};
 use crate::types::SessionId;
 use crate::window::{Cause, Gone, Outcome, Window};
 use crate::wire::{self, Failed, Side, Wire};
@@ -57,8 +58,11 @@ pub(crate) struct Driver {
     refused_since: Option<Instant>,
     /// When held frames are sent again.
     retry_at: Option<Instant>,
+    /// While the server puts frames off, for room or for long.
+    put_off: Option<Waiting>,
     /// How long frames have waited because of a quota of tokens per second.
     slowed: Duration,
+    pulse: Pulse,
 }
 
 impl Driver {
@@ -72,6 +76,7 @@ impl Driver {
     ) -> Result<mpsc::Sender<Command>, ClientError> {
         let (sender, commands) = mpsc::channel(1);
         let mut driver = Driver {
+            pulse: Pulse::new(&client, client.options().retry.max_elapsed),
             client,
             id,
             window: Window::new(last_answered, limits),
@@ -85,6 +90,7 @@ impl Driver {
             outage: None,
             refused_since: None,
             retry_at: None,
+            put_off: None,
             slowed: Duration::ZERO,
         };
         let wire = driver.attach_with_backoff(None).await?;
@@ -101,10 +107,11 @@ impl Driver {
                 End::Broken(why) => why,
             };
             // A stream that breaks at once again is one outage with the one before.
-            if since.elapsed() > self.client.options().retry.max_delay {
+            let long = since.elapsed() > self.client.options().retry.max_delay;
+            if long && !self.pulse.is_silent() {
                 self.outage = None;
             }
-            self.retry_at = None;
+            (self.retry_at, self.put_off) = (None, None);
             for entry in self.window.disconnected() {
                 self.abort(entry);
             }
@@ -149,6 +156,7 @@ impl Driver {
                 Ok(wire) => {
                     self.epoch = wire.attached.epoch;
                     self.check(&wire.attached)?;
+                    self.pulse.beat();
                     outage.over(&self.client);
                     if let Some(why) = broken {
                         tracing::info!(
@@ -167,12 +175,7 @@ impl Driver {
             tracing::debug!(session = %self.id, cause, "cannot attach, will try again");
             outage.failed(&self.client, &cause);
         }
-        Err(ClientError::Unreachable {
-            endpoint: self.client.endpoint().to_string(),
-            waited: outage.elapsed(),
-            attempts: outage.attempts(),
-            cause,
-        })
+        Err(outage.unreachable(&self.client, cause))
     }
 
     /// Whether the session can go on from where the server stands.
@@ -228,11 +231,16 @@ impl Driver {
                 && self.window.has_room()
                 && !(self.commands.is_closed() && self.commands.is_empty());
             let retry_at = self.retry_at;
+            // A frame that waits here, waits for nothing of the server.
+            self.pulse.set_waits(!self.window.is_empty() && retry_at.is_none());
             tokio::select! {
                 answer = wire.answers.message() => match answer {
-                    Ok(Some(frame)) => if let Err(end) = self.take_answer(frame, wire.token.as_ref()) {
-                        return end;
-                    },
+                    Ok(Some(frame)) => {
+                        self.heard();
+                        if let Err(end) = self.take_answer(frame, wire.token.as_ref()) {
+                            return end;
+                        }
+                    }
                     Ok(None) => return End::Broken("the server ended the stream".to_string()),
                     Err(status) => return wire::judge(&self.side(wire.token.as_ref()), &status).into(),
                 },
@@ -243,12 +251,37 @@ impl Driver {
                     Some(command) => self.take_command(command),
                     None => {}
                 },
+                sign = self.pulse.next() => if let Err(end) = self.take_sign(sign) {
+                    return end;
+                },
                 () = sleep_until(retry_at), if !self.window.is_returning() => {
                     self.retry_at = None;
                     self.window.release();
                 }
             }
         }
+    }
+
+    /// Something came. The server may have been silent before.
+    fn heard(&mut self) {
+        if self.pulse.beat()
+            && let Some(mut outage) = self.outage.take()
+        {
+            outage.over(&self.client);
+        }
+    }
+
+    fn take_sign(&mut self, sign: Sign) -> Result<(), End> {
+        if sign == Sign::Silent {
+            let began = Outage::since(self.client.options().retry, self.pulse.last());
+            self.outage.insert(began).silent(&self.client);
+        } else if let Some(mut outage) = self.outage.take() {
+            if sign == Sign::TooLong {
+                return Err(End::Fatal(outage.unreachable(&self.client, SILENCE.to_string())));
+            }
+            outage.over(&self.client);
+        }
+        Ok(())
     }
 
     fn side<'a>(&'a self, sent: Option<&'a Token>) -> Side<'a> {
@@ -305,7 +338,7 @@ impl Driver {
 
     fn applied(&mut self, sequence: u64, body: server_frame::Body) -> Result<(), End> {
         self.outage = None;
-        self.refused_since = None;
+        (self.refused_since, self.put_off) = (None, None);
         match self.window.applied(sequence) {
             Outcome::Answered(entry) => {
                 let microbatch = entry.microbatch();
@@ -362,6 +395,10 @@ impl Driver {
         let (Some(quota), 1..) = (rate, error.retry_after_millis) else { return false };
         let delay = Duration::from_millis(error.retry_after_millis.into());
         self.slowed += delay;
+        // A shorter one is what training is like now: it ends with its step.
+        if delay >= SLOWED {
+            self.put_off.get_or_insert_with(|| self.client.link().wait());
+        }
         self.retry_at = Some(Instant::now() + delay);
         if self.slowed >= SLOWED && self.client.tells_of_rate() {
             tracing::warn!(
@@ -382,6 +419,7 @@ impl Driver {
         let since = *self.refused_since.get_or_insert(now);
         let waits = retry_at - since <= self.client.options().retry.max_elapsed;
         if waits {
+            self.put_off.get_or_insert_with(|| self.client.link().wait());
             self.retry_at = Some(retry_at);
         }
         waits

@@ -91,6 +91,7 @@ mod loss;
 mod options;
 mod outage;
 mod pending;
+mod pulse;
 mod session;
 mod status;
 mod tls_failure;

@@ -88,8 +88,18 @@ pub(crate) struct Backoff {
 }
 
 impl Backoff {
-    pub(crate) fn new(retry: Retry) -> Self {
-        Backoff { retry, started: tokio::time::Instant::now(), attempts: 0, least: Duration::ZERO }
+    /// Of an outage that began then.
+    pub(crate) fn since(retry: Retry, started: tokio::time::Instant) -> Self {
+        Backoff { retry, started, attempts: 0, least: Duration::ZERO }
+    }
+
+    /// It began then.
+    pub(crate) fn set_started(&mut self, started: tokio::time::Instant) {
+        self.started = started;
+    }
+
+    pub(crate) fn started(&self) -> tokio::time::Instant {
+        self.started
     }
 
     pub(crate) fn elapsed(&self) -> Duration {
@@ -112,8 +122,11 @@ impl Backoff {
         if let Some(failed) = self.attempts.checked_sub(1) {
             let elapsed = self.elapsed();
             match self.retry.delay(failed, elapsed, rand::random()) {
-                Some(_) if elapsed + self.least > self.retry.max_elapsed => return false,
-                Some(delay) => tokio::time::sleep(delay.max(self.least)).await,
+                // A last attempt at the end, even if the server asked to be left alone for longer.
+                Some(delay) => {
+                    let left = self.retry.max_elapsed.saturating_sub(elapsed);
+                    tokio::time::sleep(delay.max(self.least).min(left)).await;
+                }
                 None => return false,
             }
         }

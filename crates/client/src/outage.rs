@@ -1,5 +1,6 @@
 //! A time without the server: how long it lasts, what people are told, and who can see that it is one.
 
+use crate::ClientError;
 use crate::client::Client;
 use crate::options::{Backoff, Retry};
 use std::sync::Arc;
@@ -11,6 +12,9 @@ use tokio::time::Instant;
 const LONG: Duration = Duration::from_secs(5);
 /// After so long people may have noticed, and are told that it is over.
 const NOTICED: Duration = Duration::from_secs(1);
+
+/// Why there is no answer where the connection is whole.
+pub(crate) const SILENCE: &str = "the connection stands, and nothing comes";
 
 /// How many calls and streams of a client are without the server now, and since when.
 #[derive(Debug, Clone, Default)]
@@ -41,10 +45,14 @@ impl Link {
         }
     }
 
-    fn wait(&self) -> Waiting {
+    pub(crate) fn wait(&self) -> Waiting {
+        self.wait_since(Instant::now())
+    }
+
+    fn wait_since(&self, since: Instant) -> Waiting {
         self.0.send_modify(|state| {
             state.n_waiting += 1;
-            state.since.get_or_insert_with(Instant::now);
+            state.since = Some(state.since.map_or(since, |other| other.min(since)));
         });
         Waiting(self.clone())
     }
@@ -52,7 +60,7 @@ impl Link {
 
 /// Something that waits for the server. Dropped, it waits no longer.
 #[derive(Debug)]
-struct Waiting(Link);
+pub(crate) struct Waiting(Link);
 
 impl Drop for Waiting {
     fn drop(&mut self) {
@@ -78,8 +86,13 @@ pub(crate) struct Outage {
 
 impl Outage {
     pub(crate) fn new(retry: Retry) -> Self {
+        Outage::since(retry, Instant::now())
+    }
+
+    /// One that began then.
+    pub(crate) fn since(retry: Retry, began: Instant) -> Self {
         let max_elapsed = retry.max_elapsed;
-        let (backoff, told, away) = (Backoff::new(retry), false, false);
+        let (backoff, told, away) = (Backoff::since(retry, began), false, false);
         Outage { backoff, max_elapsed, told, away, waiting: None }
     }
 
@@ -95,13 +108,25 @@ impl Outage {
         self.tell(client, format_args!("no answer from {}", client.endpoint()), cause);
     }
 
+    /// This one began then, unless it is going on.
+    pub(crate) fn began(&mut self, at: Instant) {
+        if self.waiting.is_none() {
+            self.backoff.set_started(at);
+        }
+    }
+
+    /// The server cannot be asked for more, and gives no sign of life.
+    pub(crate) fn silent(&mut self, client: &Client) {
+        self.failed(client, SILENCE);
+    }
+
     /// The server asks to be called later.
     pub(crate) fn put_off(&mut self, client: &Client, cause: &str) {
         self.tell(client, format_args!("{} has no room", client.endpoint()), cause);
     }
 
     fn tell(&mut self, client: &Client, what: std::fmt::Arguments<'_>, cause: &str) {
-        self.waiting.get_or_insert_with(|| client.link().wait());
+        self.waiting.get_or_insert_with(|| client.link().wait_since(self.backoff.started()));
         let elapsed = self.backoff.elapsed();
         if !self.told && elapsed >= LONG {
             self.told = true;
@@ -116,14 +141,24 @@ impl Outage {
     /// The server is there again, and everything goes on from where it was.
     pub(crate) fn over(&mut self, client: &Client) {
         let elapsed = self.backoff.elapsed();
-        if self.waiting.take().is_some() && self.away && (self.told || elapsed >= NOTICED) {
-            tracing::warn!(
-                "reconnected to {} after {:.0} s, nothing was lost",
-                client.endpoint(),
-                elapsed.as_secs_f64(),
-            );
+        let waited = self.waiting.take().is_some() && (self.told || elapsed >= NOTICED);
+        let (endpoint, seconds) = (client.endpoint(), elapsed.as_secs_f64());
+        if waited && self.away {
+            tracing::info!("reconnected to {endpoint} after {seconds:.0} s, nothing was lost");
+        } else if waited && self.told {
+            tracing::info!("{endpoint} has room after {seconds:.0} s");
         }
         (self.told, self.away) = (false, false);
+    }
+
+    /// It took too long.
+    pub(crate) fn unreachable(&self, client: &Client, cause: String) -> ClientError {
+        ClientError::Unreachable {
+            endpoint: client.endpoint().to_string(),
+            waited: self.elapsed(),
+            attempts: self.attempts(),
+            cause,
+        }
     }
 
     pub(crate) fn wait_at_least(&mut self, delay: Duration) {

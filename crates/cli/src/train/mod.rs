@@ -100,7 +100,7 @@ pub fn run(mut args: TrainArgs) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let summary = match runtime.block_on(train(options, cancel)) {
-        Err(error @ TrainError::StoppedOffline { .. }) => {
+        Err(error @ (TrainError::StoppedAtStart | TrainError::StoppedOffline { .. })) => {
             eprintln!("{error}");
             return Ok(ExitCode::from(130));
         }
@@ -124,7 +124,9 @@ async fn stop_on_ctrl_c(cancel: CancelToken) {
         }
         asked = true;
         cancel.cancel();
-        eprintln!("stopping after this step with a checkpoint; once more ends at once");
+        eprintln!(
+            "stopping, with a checkpoint after this step unless the server is away; once more ends at once"
+        );
     }
 }
 

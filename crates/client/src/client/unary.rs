@@ -3,7 +3,8 @@
 
 use super::{CONTROL_BYTES, Client, Rpc, Shared};
 use crate::options::Retry;
-use crate::outage::Outage;
+use crate::outage::{Outage, SILENCE};
+use crate::pulse::{Pulse, Sign};
 use crate::{ClientError, status, tls_failure};
 use tonic::{Code, Status};
 
@@ -51,12 +52,16 @@ impl Client {
         let mut refused = None;
         while outage.attempt().await {
             let sent = self.token();
-            let status = match ask(rpc.clone(), self.request(request.clone())).await {
-                Ok(response) => {
-                    outage.over(self);
+            let asked = ask(rpc.clone(), self.request(request.clone()));
+            let status = match self.watched(asked, retry, &mut outage).await {
+                Some(Ok(response)) => {
+                    if !first {
+                        outage.over(self);
+                    }
                     return Ok(response.into_inner());
                 }
-                Err(status) => status,
+                Some(Err(status)) => status,
+                None => return Err(outage.unreachable(self, SILENCE.to_string())),
             };
             if first {
                 self.explain_failure(&status).await?;
@@ -74,9 +79,7 @@ impl Client {
             }
             cause = self.cause(&status);
             tracing::debug!(call = name, cause, "no answer, will try again");
-            // A wrong address is no outage.
             match passing {
-                _ if first => {}
                 true => outage.failed(self, &cause),
                 false => outage.put_off(self, &cause),
             }
@@ -90,12 +93,34 @@ impl Client {
         if first && let Some(problem) = tls_failure::explain_closed(uri, &cause, options) {
             return Err(ClientError::Tls { endpoint: endpoint.clone(), problem });
         }
-        Err(ClientError::Unreachable {
-            endpoint: endpoint.clone(),
-            waited: outage.elapsed(),
-            attempts: outage.attempts(),
-            cause,
-        })
+        Err(outage.unreachable(self, cause))
+    }
+
+    /// Waits for an answer for as long as the server gives signs of life. None: it was silent for too
+    /// long.
+    async fn watched<A>(
+        &self,
+        asked: impl Future<Output = A>,
+        retry: Retry,
+        outage: &mut Outage,
+    ) -> Option<A> {
+        let mut asked = std::pin::pin!(asked);
+        let mut pulse = Pulse::new(self, retry.max_elapsed);
+        pulse.set_waits(true);
+        loop {
+            tokio::select! {
+                biased;
+                answer = &mut asked => return Some(answer),
+                sign = pulse.next() => match sign {
+                    Sign::Silent => {
+                        outage.began(pulse.last());
+                        outage.silent(self);
+                    }
+                    Sign::Alive => outage.over(self),
+                    Sign::TooLong => return None,
+                },
+            }
+        }
     }
 
     /// What the server said no with.
