@@ -5,6 +5,7 @@ use offshoot_server::{Error, Server, ServerConfig, TlsConfig};
 use offshoot_tests::raw;
 use offshoot_tests::run::{assert_same_adapter, open_request, train};
 use offshoot_tests::{TestServer, server_config};
+use rcgen::{BasicConstraints, IsCa};
 use std::net::SocketAddr;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -110,6 +111,96 @@ async fn a_client_that_does_not_trust_the_server_does_not_speak_to_it() {
     let expired = Encrypted::start(&ca.make_until(For::Server, ended), None).await;
     let error = expired.describe(expired.trusting(&ca)).await.unwrap_err();
     println!("expired: {error}");
+}
+
+/// Each in words, without the names that programs have for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn certificates_that_were_made_wrong_are_told_with_what_mends_them() {
+    let ca = Ca::new();
+    let said = |server: Pair, change: fn(&Path, &Ca, &mut TlsOptions)| {
+        let ca = &ca;
+        async move {
+            let encrypted = Encrypted::start(&server, None).await;
+            let mut tls = TlsOptions { name: Some("localhost".into()), ..encrypted.trusting(ca) };
+            change(encrypted.dir.path(), ca, &mut tls);
+            let text = encrypted.describe(tls).await.unwrap_err().to_string();
+            assert!(text.starts_with("no secure connection to "), "{text}");
+            assert!(!text.contains("Other"), "{text}");
+            text
+        }
+    };
+    let of_a_ca = ca.make_with(For::Server, &["localhost"], |params| {
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    });
+    let text = said(of_a_ca, |_, _, _| {}).await;
+    assert!(text.contains("made with basicConstraints=critical,CA:FALSE"), "{text}");
+    let nameless = ca.make_with(For::Server, &[], |_| {});
+    let text = said(nameless, |_, _, _| {}).await;
+    assert!(text.contains("made with subjectAltName=DNS:localhost"), "{text}");
+    let text = said(ca.make(For::Client), |_, _, _| {}).await;
+    assert!(text.contains("is not one for servers"), "{text}");
+    // The client's own.
+    let text = said(ca.make(For::Server), |dir, ca, tls| {
+        (tls.cert, _) = optional(pair_files(dir, "a", &ca.make(For::Client)));
+        (_, tls.key) = optional(pair_files(dir, "b", &ca.make(For::Client)));
+    });
+    let text = text.await;
+    assert!(
+        text.contains("b.key (--tls-key) does not belong to") && text.contains("a.pem"),
+        "{text}"
+    );
+}
+
+fn optional((cert, key): (PathBuf, PathBuf)) -> (Option<PathBuf>, Option<PathBuf>) {
+    (Some(cert), Some(key))
+}
+
+/// Runs a line of shell in this folder.
+fn shell(dir: &Path, line: &str) -> std::process::Output {
+    std::process::Command::new("sh").current_dir(dir).args(["-c", line]).output().unwrap()
+}
+
+/// Where there is an OpenSSL 3.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_commands_of_the_page_make_certificates_that_work() {
+    let dir = tempfile::tempdir().unwrap();
+    let version = shell(dir.path(), "openssl version").stdout;
+    if !version.starts_with(b"OpenSSL 3") {
+        println!("no OpenSSL 3 here: {}", String::from_utf8_lossy(&version));
+        return;
+    }
+    let page = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/security.md");
+    let page = std::fs::read_to_string(page).unwrap().replace("\\\n", " ");
+    let commands: Vec<&str> = page.lines().filter(|line| line.starts_with("openssl ")).collect();
+    assert_eq!(commands.len(), 3);
+    for command in commands {
+        let made = shell(dir.path(), command);
+        assert!(made.status.success(), "{command}: {}", String::from_utf8_lossy(&made.stderr));
+    }
+    let path = |name: &str| Some(dir.path().join(name));
+    let tls = TlsConfig {
+        cert: path("server.pem"),
+        key: path("server.key"),
+        client_ca: path("clients.pem"),
+    };
+    let server = start(dir.path(), tls, |_| {}).await;
+    let mut options = TlsOptions {
+        ca: path("server.pem"),
+        cert: path("blue.pem"),
+        key: path("blue.key"),
+        name: Some("trunk.example.com".into()),
+    };
+    let describe = async |options: &TlsOptions| {
+        connect(server.address(), options.clone()).await?.describe().await.map(drop)
+    };
+    describe(&options).await.unwrap();
+    // What others would make of it: a certificate without extensions.
+    let old = "openssl req -new -key blue.key -subj /CN=blue -out blue.csr && \
+               openssl x509 -req -in blue.csr -CA clients.pem -CAkey clients.key -out old.pem";
+    assert!(shell(dir.path(), old).status.success());
+    options.cert = path("old.pem");
+    let text = describe(&options).await.unwrap_err().to_string();
+    assert!(text.contains("old.pem (--tls-cert) is of X.509 version 1"), "{text}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -144,7 +144,7 @@ fn alert_in_words(alert: &str, options: &ClientOptions) -> String {
     }
     if shows_one {
         return format!(
-            "it refuses this client's certificate ({alert}); is it signed by the CA that the server takes clients from ([tls] client_ca), and not expired?"
+            "it refuses this client's certificate ({alert}); it must be signed by the CA that the server takes clients from (its --tls-client-ca), be for clients, be no CA's own, and not be expired"
         );
     }
     format!("it ends the TLS handshake: {alert}")

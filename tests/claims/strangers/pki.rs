@@ -48,9 +48,19 @@ impl Ca {
     }
 
     pub fn make_until(&self, whom: For, end: SystemTime) -> Pair {
-        let names = ["localhost".to_string(), "127.0.0.1".to_string()];
+        self.make_with(whom, &["localhost", "127.0.0.1"], |params| params.not_after = end.into())
+    }
+
+    /// With these names, and whatever else is odd about it.
+    pub fn make_with(
+        &self,
+        whom: For,
+        names: &[&str],
+        change: impl FnOnce(&mut CertificateParams),
+    ) -> Pair {
+        let names: Vec<String> = names.iter().map(|name| name.to_string()).collect();
         let mut params = CertificateParams::new(names).unwrap();
-        params.not_after = end.into();
+        change(&mut params);
         params.extended_key_usages = vec![match whom {
             For::Server => ExtendedKeyUsagePurpose::ServerAuth,
             For::Client => ExtendedKeyUsagePurpose::ClientAuth,
