@@ -1,5 +1,5 @@
 use crate::accelerator;
-use crate::noise_args::HiddenNoiseArgs;
+use crate::noise_args::{HiddenNoiseArgs, in_words};
 use crate::server_args::ServerArgs;
 use crate::train::column_args::ColumnArgs;
 use crate::train::compute_args::DType;
@@ -158,6 +158,8 @@ pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
             "adapter": args.adapter,
             "server": server,
             "dtype": dtype_name(kind),
+            "hidden_clip_norm": task.privacy.hidden.clip_norm,
+            "hidden_noise": task.privacy.hidden.noise,
         });
         add_rows(&mut result, &rows);
         println!("{result}");
@@ -243,8 +245,12 @@ impl Task<'_> {
         match through {
             None => format!("uncut, {dtype} on {device}"),
             Some(address) => format!(
-                "through {address}, {dtype} on {device} here, {} between",
-                self.wire_dtype.name()
+                "through {address}, {dtype} on {device} here, {} between{}",
+                self.wire_dtype.name(),
+                match self.privacy.hidden {
+                    none if none.is_none() => String::new(),
+                    hidden => format!(", hidden states {}", in_words(hidden)),
+                }
             ),
         }
     }

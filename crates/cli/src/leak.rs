@@ -5,7 +5,7 @@ use crate::noise_args::{GradientNoiseArgs, HiddenNoiseArgs};
 use crate::train::column_args::ColumnArgs;
 use crate::train::compute_args::DType;
 use crate::train::samples_args::SamplesArgs;
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use offshoot_model::ModelConfig;
@@ -54,7 +54,7 @@ pub struct LeakArgs {
     #[arg(long, value_name = "NAME|PATH", required_unless_present = "adapter")]
     model_name: Option<String>,
     /// The first layer of the trunk; several are measured in one pass [default: 1 2 4 8, as far as
-    /// the model has so many layers].
+    /// the model has so many layers in front of --split-point-2].
     #[arg(long, value_name = "LAYER", num_args = 1.., value_delimiter = ',')]
     split_point_1: Vec<usize>,
     /// The first layer behind the trunk: measure labels, too. The number of layers: no layer is left
@@ -94,7 +94,7 @@ pub struct LeakArgs {
 #[command(next_help_heading = "Data")]
 struct LeakText {
     /// The text: a file or folder, of any kind that `offshoot train` reads; may be repeated.
-    #[arg(long, value_name = "PATH", required_unless_present = "dataset_name")]
+    #[arg(long, value_name = "PATH")]
     train_file: Vec<PathBuf>,
     /// A data set of the hub, or a folder with splits.
     #[arg(long, value_name = "NAME|PATH", conflicts_with = "train_file")]
@@ -133,6 +133,7 @@ Low numbers are no proof: these readers are simple, and a stronger one recovers 
 
 /// Runs the subcommand.
 pub fn run(args: LeakArgs) -> anyhow::Result<ExitCode> {
+    args.data.check()?;
     let device = accelerator::device(&args.device)?;
     let privacy = PrivacyOptions {
         hidden: args.hidden.into(),
@@ -167,7 +168,7 @@ pub fn run(args: LeakArgs) -> anyhow::Result<ExitCode> {
         },
         adapter: adapter.as_ref(),
         split_points_1: match args.split_point_1.is_empty() {
-            true => [1, 2, 4, 8].into_iter().filter(|point| *point < config.n_layers).collect(),
+            true => usual_points(args.split_point_2.unwrap_or(config.n_layers), config.n_layers),
             false => args.split_point_1,
         },
         split_point_2: args.split_point_2,
@@ -200,7 +201,25 @@ pub fn run(args: LeakArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// First split points of whoever names none, all in front of `end`.
+fn usual_points(end: usize, n_layers: usize) -> Vec<usize> {
+    let points = [1, 2, 4, 8].into_iter().filter(|point| *point < end.min(n_layers));
+    match points.collect::<Vec<_>>() {
+        // Only then is there a trunk at all.
+        none if none.is_empty() => vec![0],
+        points => points,
+    }
+}
+
 impl LeakText {
+    fn check(&self) -> anyhow::Result<()> {
+        ensure!(
+            self.dataset_name.is_some() || !self.train_file.is_empty(),
+            "name the text to measure: a file or folder with --train-file, or a data set of the hub with --dataset-name"
+        );
+        Ok(())
+    }
+
     /// The text, and what the reader knows, if that is something else.
     fn load(
         self,
@@ -250,12 +269,21 @@ mod tests {
     }
 
     #[test]
+    fn the_usual_split_points_are_in_front_of_the_second_one() {
+        assert_eq!(usual_points(28, 30), [1, 2, 4, 8]);
+        assert_eq!(usual_points(2, 30), [1]);
+        assert_eq!(usual_points(1, 30), [0]);
+        assert_eq!(usual_points(40, 3), [1, 2]);
+    }
+
+    #[test]
     fn several_split_points_are_a_list() {
         let args = parse("--model-name m --split-point-1 1 2 4 --train-file t").unwrap();
         assert_eq!(args.split_point_1, [1, 2, 4]);
         let args = parse("--model-name m --train-file t --split-point-1 1,2").unwrap();
         assert_eq!((args.split_point_1, args.show), (vec![1, 2], 3));
-        assert!(parse("--model-name m").is_err(), "no text");
+        let text = parse("--model-name m").unwrap().data.check().unwrap_err().to_string();
+        assert!(text.contains("--train-file") && text.contains("--dataset-name"), "{text}");
         assert!(parse("--train-file t").is_err(), "no model");
     }
 }

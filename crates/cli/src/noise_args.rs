@@ -44,6 +44,15 @@ impl From<GradientNoiseArgs> for Perturbation {
     }
 }
 
+/// What is done to rows, if anything is.
+pub fn in_words(of: Perturbation) -> String {
+    let norm = of.clip_norm.unwrap_or(f64::INFINITY);
+    match of.noise {
+        0.0 => format!("clipped to norm {norm}"),
+        noise => format!("clipped to norm {norm}, with noise {noise} times as long"),
+    }
+}
+
 impl HiddenNoiseArgs {
     /// For a command that may or may not have a `server`, and sends no gradients.
     pub fn into_options(self, server: Option<&str>) -> anyhow::Result<PrivacyOptions> {

@@ -39,7 +39,7 @@ pub struct LeakOptions<'a> {
     pub subject: Subject<'a>,
     /// See [`Adapter::fit`]. None: the base model, as before the first step.
     pub adapter: Option<&'a Adapter>,
-    /// First split points, each below the number of layers.
+    /// First split points, each below the number of layers, and below the second one.
     pub split_points_1: Vec<usize>,
     /// If labels are to be measured too: that second split point.
     pub split_point_2: Option<usize>,
@@ -243,6 +243,15 @@ impl LeakOptions<'_> {
         if let Some(point) = self.split_point_2.filter(|point| *point == 0 || *point > n) {
             let problem = format!("the model has {n} layers: expected 1 to {n}");
             return wrong("split-point-2", point, problem);
+        }
+        if let (Some(&last), Some(end)) = (self.split_points_1.last(), self.split_point_2)
+            && last >= end
+        {
+            let problem = format!(
+                "the trunk ends before layer {end} (--split-point-2): expected 0 to {}",
+                end - 1
+            );
+            return wrong("split-point-1", last, problem);
         }
         for (option, value) in [("tokens", self.n_tokens), ("reader-tokens", self.n_reader_tokens)]
         {

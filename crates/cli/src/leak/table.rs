@@ -1,7 +1,8 @@
 //! The meter's findings, for people.
 
+use crate::noise_args::in_words;
 use offshoot_trainer::leak::{LabelLeak, Leak, Recovered, SplitLeak};
-use offshoot_trainer::noise::{Perturbation, PrivacyOptions};
+use offshoot_trainer::noise::PrivacyOptions;
 use offshoot_trainer::tokenizer::Tokenizer;
 use std::fmt::Write;
 
@@ -36,7 +37,7 @@ impl Shown<'_> {
         }
         let noise = [("hidden states", self.privacy.hidden), ("gradients", self.privacy.gradients)];
         for (what, of) in noise.into_iter().filter(|(_, of)| !of.is_none()) {
-            writeln!(text, "{what} as they would be sent: {}", said(of))?;
+            writeln!(text, "{what} as they would be sent: {}", in_words(of))?;
         }
         writeln!(
             text,
@@ -78,7 +79,7 @@ impl Shown<'_> {
 
     /// On one line.
     fn line(&self, ids: &[u32]) -> anyhow::Result<String> {
-        Ok(self.tokenizer.decode(ids)?.escape_debug().to_string())
+        Ok(on_one_line(&self.tokenizer.decode(ids)?))
     }
 }
 
@@ -121,12 +122,13 @@ fn of_labels(of: &LabelLeak) -> String {
     )
 }
 
-fn said(of: Perturbation) -> String {
-    let norm = of.clip_norm.unwrap_or(f64::INFINITY);
-    match of.noise {
-        0.0 => format!("clipped to norm {norm}"),
-        noise => format!("clipped to norm {norm}, with noise {noise} times as long"),
-    }
+/// Where a line ends is written, and what has no sign; quotes stand as they are.
+fn on_one_line(text: &str) -> String {
+    let shown = |one: char| match one.is_control() {
+        true => one.escape_debug().to_string(),
+        false => one.to_string(),
+    };
+    text.chars().map(shown).collect()
 }
 
 /// Six wide, such as ` 79.5%`.
@@ -137,6 +139,11 @@ fn percent(share: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn quotes_stand_as_they_are_and_ends_of_lines_are_written() {
+        assert_eq!(on_one_line("it's \"ü\"\nx\u{4}"), "it's \"ü\"\\nx\\u{4}");
+    }
 
     #[test]
     fn columns_stand_below_their_names() {

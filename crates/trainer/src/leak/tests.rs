@@ -212,6 +212,9 @@ fn wrong_split_points_and_short_texts_are_refused() {
     assert!(text_of(&[]).contains("at least one"));
     let error = said(&|o| o.split_point_2 = Some(5), &text);
     assert_eq!(error, "--split-point-2 = 5: the model has 4 layers: expected 1 to 4");
+    let error = said(&|o| (o.split_points_1, o.split_point_2) = (vec![1, 2], Some(2)), &text);
+    let expected = "the trunk ends before layer 2 (--split-point-2): expected 0 to 1";
+    assert_eq!(error, format!("--split-point-1 = 2: {expected}"));
     let error = said(&|_| {}, &short);
     assert!(error.contains("too little text for the linear reader to learn from"), "{error}");
 }
