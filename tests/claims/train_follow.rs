@@ -176,14 +176,73 @@ async fn a_run_whose_last_snapshot_finds_no_room_says_what_is_left_of_it() {
         Err(error @ TrainError::NoLastSnapshot { step: 10, .. }) => {
             let text = error.to_string();
             println!("{text}");
-            assert!(
-                text.contains("checkpoint_step_") && text.contains("--resume latest"),
-                "{text}"
-            );
+            assert_says_where_it_stands(&text);
+            // The training is done, and its result is there.
+            assert!(text.contains("only the checkpoint of step 10 is missing"), "{text}");
+            assert!(dir.join("adapter/adapter_model.safetensors").is_file(), "{text}");
         }
         // It had come to its end before the disk was full.
         ended => assert!(dir.join("checkpoint_step_10").exists(), "{ended:?}"),
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_is_away_costs_checkpoints_and_not_the_run() {
+    let place = Place::new();
+    let other = undisturbed(&place).await;
+    let mut options = long(&place, &other.endpoint(), "straight");
+    options.output.save_interval = 4;
+    let straight = run(options.clone()).await;
+
+    let mut config = place.server();
+    config.session.snapshot_seconds = 0.0;
+    let child = Child::start_with(&config);
+    let proxy = Proxy::start(child.address()).await.unwrap();
+    (options.model.server, options.output.dir) = (proxy.endpoint(), place.dir.path().join("away"));
+    options.output.keep_last = 100;
+    let dir = options.output.dir.clone();
+    let running = begin(options, CancelToken::default());
+    until("the first checkpoint", async || n_steps(&dir) >= 5).await;
+    let (blobs, elsewhere) = (config.store.dir.join("blobs"), config.store.dir.join("elsewhere"));
+    fs::rename(&blobs, &elsewhere).unwrap();
+    let gone = n_steps(&dir);
+    until("steps without a store", async || n_steps(&dir) >= (gone + 10).min(60)).await;
+    fs::rename(&elsewhere, &blobs).unwrap();
+    let found = running.await.unwrap().unwrap();
+    let saved = checkpoint::list(&dir).unwrap();
+    println!("away from step {gone} on, {} checkpoints", saved.len());
+    assert!(saved.len() < 15, "{saved:?}");
+    assert_eq!(saved.last().unwrap().state.step, 60);
+    assert_same_runs(&found, &straight);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_whose_session_is_taken_from_it_says_where_it_stands() {
+    let place = Place::new();
+    let server = TestServer::start_with(place.server()).await;
+    for forget in [false, true] {
+        let mut options = long(&place, &server.endpoint(), &format!("forget-{forget}"));
+        (options.steps.max_steps, options.output.save_interval) = (Some(10_000), 4);
+        let dir = options.output.dir.clone();
+        let running = begin(options, CancelToken::default());
+        until("a checkpoint", async || dir.join("checkpoint_step_4").exists()).await;
+        let client = Client::connect(&server.endpoint()).await.unwrap();
+        for session in client.list_sessions().await.unwrap() {
+            client.close_session(&session.id, forget).await.unwrap();
+        }
+        let error = running.await.unwrap().unwrap_err();
+        println!("{error}");
+        assert!(matches!(error, TrainError::Ended { .. }), "{error}");
+        assert_says_where_it_stands(&error.to_string());
+    }
+    server.drain().await;
+}
+
+/// Once.
+fn assert_says_where_it_stands(text: &str) {
+    assert!(text.contains("the newest checkpoint is "), "{text}");
+    assert!(text.contains("checkpoint_step_"), "{text}");
+    assert_eq!(text.matches("--resume latest").count(), 1, "{text}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -198,7 +257,8 @@ async fn an_absence_has_an_end_and_the_run_can_go_on_from_its_checkpoint() {
         options.model.client.retry = Retry { max_elapsed, ..quick().retry };
         let (dir, cancel) = (options.output.dir.clone(), CancelToken::default());
         let running = begin(options.clone(), cancel.clone());
-        until("a checkpoint", async || dir.join("checkpoint_step_4").exists()).await;
+        // In the middle of a step: asked to end right behind a checkpoint, it has nothing to wait for.
+        until("a step behind a checkpoint", async || n_steps(&dir) >= 5).await;
         proxy.set_upstream(None);
         proxy.cut();
         if asked {
@@ -206,8 +266,8 @@ async fn an_absence_has_an_end_and_the_run_can_go_on_from_its_checkpoint() {
         }
         let began = Instant::now();
         let ended = running.await.unwrap();
-        if dir.join("adapter").exists() || dir.join("checkpoint_step_10").exists() {
-            // Its last answer was there before the cut.
+        if ended.is_ok() || dir.join("checkpoint_step_10").exists() {
+            // The last answer that it needed was there before the cut.
             println!("{output}: too quick, {ended:?}");
         } else {
             let error = ended.unwrap_err();
@@ -219,11 +279,7 @@ async fn an_absence_has_an_end_and_the_run_can_go_on_from_its_checkpoint() {
                 }
                 false => assert!(matches!(error, TrainError::Offline { .. }), "{error}"),
             }
-            let text = error.to_string();
-            assert!(
-                text.contains("checkpoint_step_") && text.contains("--resume latest"),
-                "{text}"
-            );
+            assert_says_where_it_stands(&error.to_string());
         }
         proxy.set_upstream(Some(server.address()));
         options.output.resume = Some("latest".into());
@@ -288,8 +344,24 @@ async fn a_damaged_snapshot_costs_the_steps_since_the_one_before() {
     let error = train(options.clone(), CancelToken::default()).await.unwrap_err();
     println!("{error}");
     assert!(matches!(error, TrainError::Damaged { .. }), "{error}");
+    let text = error.to_string();
+    assert!(text.contains("--resume") && text.contains("checkpoint_step_8"), "{text}");
     options.output.resume = Some("latest".into());
-    let resumed = run(options).await;
+    let resumed = run(options.clone()).await;
     assert_eq!(resumed.losses, straight.losses[8..]);
     assert_same_adapters(resumed.adapter.as_ref().unwrap(), straight.adapter.as_ref().unwrap());
+    server.drain().await;
+
+    // Without any that is whole, the newest adapter is what is left.
+    for blob in fs::read_dir(place.dir.path().join("store/blobs")).unwrap() {
+        fs::write(blob.unwrap().path(), "damaged").unwrap();
+    }
+    let server = TestServer::start_with(place.server()).await;
+    options.model.server = server.endpoint();
+    let text = train(options, CancelToken::default()).await.unwrap_err().to_string();
+    println!("{text}");
+    let newest = dir.join("checkpoint_step_10");
+    assert!(text.contains(&format!("--init-adapter {}", newest.display())), "{text}");
+    assert!(text.contains("those of the older checkpoints are damaged, too (step 8"), "{text}");
+    server.drain().await;
 }

@@ -135,7 +135,7 @@ async fn a_run_says_what_it_sends_and_what_has_changed() {
     let mut options = with(noisy(), place.options(&server, "run"));
     options.output.resume = Some("latest".into());
     let lines = dry_run(&options).await.unwrap().join("\n");
-    for change in ["hidden_noise was 0.0, is 0.3", "gradient_clip_norm was null, is 0.05"] {
+    for change in ["--hidden-noise was 0.0, is 0.3", "--gradient-clip-norm was none, is 0.05"] {
         assert!(lines.contains(&format!("not the run as it began: {change}")), "{lines}");
     }
 

@@ -293,7 +293,7 @@ async fn a_dry_run_checks_all_and_leaves_nothing() {
     (options.steps.batch_size, options.optimizer.max_grad_norm) = (Some(2), 0.5);
     let lines = dry_run(&options).await.unwrap().join("\n");
     assert!(lines.contains("goes on at step 10"), "{lines}");
-    assert!(lines.contains("not the run as it began: max_grad_norm was 1.0, is 0.5"), "{lines}");
+    assert!(lines.contains("not the run as it began: --max-grad-norm was 1.0, is 0.5"), "{lines}");
     server.drain().await;
 }
 

@@ -271,7 +271,10 @@ pub enum Error {
          lost there: reconnect, and go on from that snapshot"
     )]
     EngineDown { retry_after: Duration },
-    #[error("the session was closed or set back by another call; this stream ends")]
+    #[error(
+        "another client has taken this session over: it closed it, or set it back to a snapshot; this \
+         stream ends"
+    )]
     Ended,
     #[error("the session is in use again")]
     Busy,

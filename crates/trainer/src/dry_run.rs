@@ -16,8 +16,7 @@ pub async fn dry_run(options: &TrainOptions) -> Result<Vec<String>, TrainError> 
     let mut lines = describe::lines(options, &prepared);
     if let Some(saved) = &resumed {
         lines.push(format!("goes on at step {} from {}", saved.state.step, saved.path.display()));
-        let differences = resume::check_settings(saved, &prepared)?;
-        lines.extend(differences.iter().map(|d| format!("not the run as it began: {d}")));
+        lines.extend(resume::check_settings(saved, &prepared)?);
     }
     lines.extend(costs(options, &prepared));
     Ok(lines)

@@ -1,5 +1,6 @@
 use crate::data::source::DataSetError;
 use offshoot_adapters::AdapterError;
+use offshoot_client::{ClientError, ErrorCode};
 use std::path::{Path, PathBuf};
 
 /// Why a run cannot begin or go on.
@@ -35,11 +36,8 @@ pub enum TrainError {
     #[error("checkpoint {}: {problem}", path.display())]
     Checkpoint { path: PathBuf, problem: String },
     /// A checkpoint whose snapshot the server finds damaged.
-    #[error(
-        "checkpoint {}: its snapshot on the server is damaged: {problem}; resume from an earlier checkpoint, or begin a new run with this one's adapter, without its optimizer: --init-adapter {}",
-        path.display(), path.display()
-    )]
-    Damaged { path: PathBuf, problem: String },
+    #[error("checkpoint {}: its snapshot on the server is damaged: {problem}; {advice}", path.display())]
+    Damaged { path: PathBuf, problem: String, advice: String },
     /// A path that holds no adapter.
     #[error("adapter {}: {problem}", path.display())]
     NoAdapter { path: PathBuf, problem: String },
@@ -73,30 +71,66 @@ pub enum TrainError {
     Model(#[from] offshoot_model::ModelError),
     /// The server stayed away for longer than the options allow.
     #[error("{cause}; {}", go_on_from(newest.as_deref()))]
-    Offline { cause: Box<offshoot_client::ClientError>, newest: Option<PathBuf> },
-    /// The run was asked to end while the server was away.
-    #[error("stopped while the server was away; {}", go_on_from(newest.as_deref()))]
+    Offline { cause: Box<ClientError>, newest: Option<PathBuf> },
+    /// The run was asked to end before it began.
+    #[error("stopped before the run began; nothing was changed")]
+    StoppedAtStart,
+    /// The run was asked to end while the server was away, or had no room.
+    #[error("stopped while waiting for the server; {}", go_on_from(newest.as_deref()))]
     StoppedOffline { newest: Option<PathBuf> },
+    /// The server, or what it sent, ended the run after its beginning.
+    #[error("{cause}{}; {}", remedy(cause), go_on_from(newest.as_deref()))]
+    Ended { cause: Box<TrainError>, newest: Option<PathBuf> },
     /// The server takes no snapshot, so that there is no checkpoint of the run's end.
     #[error(
-        "the run is at its end (step {step}), and the server takes no snapshot of it: {cause}; {}",
+        "the run ends here (step {step}), and the server takes no snapshot of it: {cause}; {}{}",
+        what_is_there(adapter.as_deref(), *step),
         go_on_from(newest.as_deref())
     )]
-    NoLastSnapshot { step: u64, cause: Box<offshoot_client::ClientError>, newest: Option<PathBuf> },
+    NoLastSnapshot {
+        step: u64,
+        cause: Box<ClientError>,
+        newest: Option<PathBuf>,
+        /// Of a run whose training is done.
+        adapter: Option<PathBuf>,
+    },
     /// The connection, or what the server refused.
     #[error(transparent)]
-    Client(#[from] offshoot_client::ClientError),
+    Client(#[from] ClientError),
 }
 
 /// What is left of a run that could not come to its end.
 fn go_on_from(newest: Option<&Path>) -> String {
     match newest {
         Some(path) => format!(
-            "the newest checkpoint is {}: the same command with --resume latest (offshoot train --resume latest) goes on from there",
+            "the newest checkpoint is {}: the same command with --resume latest goes on from there",
             path.display()
         ),
         None => "there is no checkpoint yet: the same command begins anew (--save-interval says how often one is written)".into(),
     }
+}
+
+/// What is to be done before the run can go on.
+fn remedy(cause: &TrainError) -> &'static str {
+    match cause {
+        TrainError::Client(ClientError::NotTakenBack {
+            code: ErrorCode::NotFound,
+            message,
+            ..
+        }) if message.contains("not known") => {
+            "; start the server with the store (--store-dir) that the run used"
+        }
+        _ => "",
+    }
+}
+
+fn what_is_there(adapter: Option<&Path>, step: u64) -> String {
+    adapter.map_or(String::new(), |adapter| {
+        format!(
+            "the adapter is in {}, and only the checkpoint of step {step} is missing; ",
+            adapter.display()
+        )
+    })
 }
 
 fn place(path: &Path, line: &Option<usize>) -> String {

@@ -1,4 +1,5 @@
 use crate::TrainError;
+use crate::adapter::Adapter;
 use crate::checkpoint::{self, Saved};
 use crate::options::TrainOptions;
 use crate::origin::Origin;
@@ -20,8 +21,17 @@ impl Run {
         Ok(())
     }
 
-    /// Where the run goes on, and what is not as it was. Later checkpoints are set aside.
-    pub fn tell_of_resumption(&self, saved: &Saved, notes: &[String]) -> Result<(), TrainError> {
+    /// Where the run goes on, and why it is not a later step, and what is not as it was. Later
+    /// checkpoints are set aside.
+    pub fn tell_of_resumption(
+        &self,
+        saved: &Saved,
+        fallen: &[String],
+        notes: &[String],
+    ) -> Result<(), TrainError> {
+        for line in fallen {
+            self.report.line(line);
+        }
         if let Some(aside) = checkpoint::set_aside_after(&self.options.output.dir, self.step)? {
             let aside = aside.display();
             self.report.line(&format!("the checkpoints of later steps are in {aside} now"));
@@ -76,11 +86,23 @@ impl Run {
         if self.saved.is_none() {
             return self.begin_anew(was).await;
         }
-        let problem = refused.pop().unwrap_or_else(|| "it has none of their snapshots".into());
+        // The first one is the newest one's.
+        let problem = match refused.is_empty() {
+            true => "it has none of their snapshots".into(),
+            false => refused.swap_remove(0),
+        };
+        let own = checkpoint::list(&self.options.output.dir)?;
+        let instead = newest_whole(&own).map_or(String::new(), |whole| {
+            format!(
+                "; begin a new run in another --output-dir with the adapter of step {}, without its optimizer: --init-adapter {}",
+                whole.state.step,
+                whole.path.display()
+            )
+        });
         Err(TrainError::Checkpoint {
             path: self.options.output.dir.clone(),
             problem: format!(
-                "the server lost the session's newer state, and no checkpoint can be restored: {problem}"
+                "the server lost the session's newer state, and no checkpoint can be restored: {problem}{instead}"
             ),
         })
     }
@@ -204,11 +226,13 @@ pub(crate) fn check_output_dir(
     Err(TrainError::Option { option: "output-dir", value, problem })
 }
 
+/// What is not as it was, in lines for people.
 pub(crate) fn check_settings(
     saved: &Saved,
     prepared: &Prepared,
 ) -> Result<Vec<String>, TrainError> {
-    saved.state.settings.differences(&prepared.settings).map_err(|differences| {
+    let (was, is) = (&saved.state.settings, &prepared.settings);
+    let differences = was.differences(is).map_err(|differences| {
         TrainError::Checkpoint {
             path: saved.path.clone(),
             problem: format!(
@@ -216,7 +240,13 @@ pub(crate) fn check_settings(
                 differences.join("; ")
             ),
         }
-    })
+    })?;
+    let mut lines: Vec<String> =
+        differences.iter().map(|d| format!("not the run as it began: {d}")).collect();
+    if is.sends_more_than(was) {
+        lines.push("warning: what is sent from here on has less noise than what was sent so far: --hidden-noise and --gradient-noise are not kept from the checkpoint, give them again".into());
+    }
+    Ok(lines)
 }
 
 /// The server's side of the checkpoint that a run goes on from. If its snapshot is damaged, and only the
@@ -226,32 +256,82 @@ pub(crate) async fn restore_latest(
     prepared: &Prepared,
     saved: Saved,
 ) -> Result<(Session, Saved, Vec<String>), TrainError> {
-    let mut lines = Vec::new();
-    let mut error = match restore(prepared, &saved).await {
-        Ok(session) => return Ok((session, saved, lines)),
+    let damaged = match restore(prepared, &saved).await {
+        Ok(session) => return Ok((session, saved, Vec::new())),
         Err(error @ TrainError::Damaged { .. }) => error,
         Err(error) => return Err(error),
     };
+    let folder = saved.path.parent();
+    let mut before = folder.map(checkpoint::list).transpose()?.unwrap_or_default();
+    before.retain(|older| {
+        older.state.step < saved.state.step && older.state.session_id == saved.state.session_id
+    });
     // A checkpoint that was named is the one that was meant.
     let names_one = options
         .output
         .resume
         .as_ref()
         .is_some_and(|resume| resume.ends_with("best") || Path::new(resume) == saved.path);
-    let folder = saved.path.parent().filter(|_| !names_one);
-    let mut before = folder.map(checkpoint::list).transpose()?.unwrap_or_default();
-    before.retain(|older| {
-        older.state.step < saved.state.step && older.state.session_id == saved.state.session_id
-    });
-    while let Some(older) = before.pop() {
-        lines.push(format!("{error}; going on from the one before"));
-        error = match restore(prepared, &older).await {
-            Ok(session) => return Ok((session, older, lines)),
-            Err(error @ TrainError::Damaged { .. }) => error,
-            Err(error) => return Err(error),
-        };
+    let mut tried = vec![saved];
+    if names_one {
+        return Err(with_advice(damaged, &tried, before.last()));
     }
-    Err(error)
+    while let Some(older) = before.pop() {
+        match restore(prepared, &older).await {
+            Ok(session) => {
+                let name = |saved: &Saved| format!("checkpoint_step_{}", saved.state.step);
+                let lines = vec![format!(
+                    "the server's snapshot of {} is damaged: going on from {}",
+                    tried.iter().map(name).collect::<Vec<_>>().join(", "),
+                    name(&older)
+                )];
+                return Ok((session, older, lines));
+            }
+            Err(TrainError::Damaged { problem, .. }) => {
+                tracing::debug!(step = older.state.step, problem, "damaged, too");
+                tried.push(older);
+            }
+            // Its snapshot is gone: those before it are older still.
+            Err(TrainError::Checkpoint { .. }) => break,
+            Err(error) => return Err(error),
+        }
+    }
+    Err(with_advice(damaged, &tried, None))
+}
+
+/// What can be done about a damaged snapshot: `tried` has it and the older ones that are damaged, too,
+/// the newest first; `before` may be whole.
+fn with_advice(error: TrainError, tried: &[Saved], before: Option<&Saved>) -> TrainError {
+    let TrainError::Damaged { path, problem, .. } = error else { return error };
+    let older: Vec<String> =
+        tried.iter().skip(1).map(|saved| saved.state.step.to_string()).collect();
+    let also = match older.is_empty() {
+        true => String::new(),
+        false => format!("those of the older checkpoints are damaged, too (step {}); ", older.join(", ")),
+    };
+    let mut advice = Vec::new();
+    if let Some(before) = before {
+        advice.push(format!("try the one before: --resume {}", before.path.display()));
+    }
+    if let Some(whole) = newest_whole(tried) {
+        advice.push(format!(
+            "begin a new run in another --output-dir with the adapter of step {}, without its optimizer: --init-adapter {}",
+            whole.state.step,
+            whole.path.display()
+        ));
+    }
+    if advice.is_empty() {
+        advice.push("bring the server's store back from a copy".into());
+    }
+    TrainError::Damaged { path, problem, advice: also + &advice.join("; or ") }
+}
+
+/// The newest checkpoint whose adapter can be read.
+fn newest_whole(saved: &[Saved]) -> Option<&Saved> {
+    saved
+        .iter()
+        .filter(|saved| Adapter::read(&saved.path).is_ok())
+        .max_by_key(|saved| saved.state.step)
 }
 
 /// The server's side of a checkpoint.
@@ -274,7 +354,8 @@ pub(crate) async fn restore(prepared: &Prepared, saved: &Saved) -> Result<Sessio
             ),
         }),
         Err(ClientError::Damaged { message, .. }) => {
-            Err(TrainError::Damaged { path: saved.path.clone(), problem: message })
+            let (path, advice) = (saved.path.clone(), String::new());
+            Err(TrainError::Damaged { path, problem: message, advice })
         }
         Err(error @ ClientError::Refused { .. }) => Err(TrainError::Checkpoint {
             path: saved.path.clone(),

@@ -15,6 +15,7 @@ use crate::origin::Origin;
 use crate::report::{Event, ReportOptions, Reporter};
 use crate::resume;
 use crate::setup::{self, Prepared};
+use crate::train::follow::unless_stopped;
 use crate::train::save::Room;
 use keep::Keeper;
 use offshoot_client::{Session, SessionId};
@@ -81,7 +82,7 @@ async fn run(
     own: Option<Sources>,
     cancel: CancelToken,
 ) -> Result<Summary, TrainError> {
-    let mut run = Run::begin(options, own).await?;
+    let mut run = Run::begin(options, own, &cancel).await?;
     let exported = run.follow(&cancel).await?;
     run.end(exported).await
 }
@@ -167,27 +168,38 @@ pub(crate) struct Run {
 }
 
 impl Run {
-    async fn begin(options: TrainOptions, own: Option<Sources>) -> Result<Self, TrainError> {
+    async fn begin(
+        options: TrainOptions,
+        own: Option<Sources>,
+        cancel: &CancelToken,
+    ) -> Result<Self, TrainError> {
         let dir = &options.output.dir;
         // Before the session is touched: a resumption would take it from the run that has it.
         let held = if dir.is_dir() { Some(hold(dir)?) } else { None };
         let origin = Origin::find(&options)?;
         let resumed = origin.checkpoint().cloned();
         resume::check_output_dir(&options, resumed.as_ref())?;
-        let prepared = setup::prepare(&options, own, origin).await?;
+        let stops = !cancel.is_cancelled();
+        let prepared = tokio::select! {
+            prepared = setup::prepare(&options, own, origin) => prepared?,
+            // Nothing was asked of the server but what it holds.
+            () = cancel.cancelled(), if stops => return Err(TrainError::StoppedAtStart),
+        };
         let mut resumed = resumed;
+        let mut fallen = Vec::new();
         let (session, notes) = match resumed.take() {
             Some(saved) => {
-                let differences = resume::check_settings(&saved, &prepared)?;
-                let of = |difference| format!("not the run as it began: {difference}");
-                let differences: Vec<String> = differences.into_iter().map(of).collect();
-                let restored = resume::restore_latest(&options, &prepared, saved).await?;
-                let (session, saved, mut notes) = restored;
-                resumed = Some(saved);
-                notes.extend(differences);
+                let notes = resume::check_settings(&saved, &prepared)?;
+                let restored = resume::restore_latest(&options, &prepared, saved);
+                let restored = unless_stopped(cancel, &prepared.client, restored).await?;
+                let (session, saved, lines) = restored;
+                (resumed, fallen) = (Some(saved), lines);
                 (session, notes)
             }
-            None => (setup::open(&options, &prepared).await?, Vec::new()),
+            None => {
+                let opened = setup::open(&options, &prepared);
+                (unless_stopped(cancel, &prepared.client, opened).await?, Vec::new())
+            }
         };
         // Nothing is written before it is certain that the run can begin.
         std::fs::create_dir_all(dir).map_err(TrainError::io(dir))?;
@@ -231,7 +243,7 @@ impl Run {
         run.report.event(&Event::Start(run.start_event(step)))?;
         if let Some(saved) = resumed {
             run.set_state(&saved)?;
-            run.tell_of_resumption(&saved, &notes)?;
+            run.tell_of_resumption(&saved, &fallen, &notes)?;
         }
         Ok(run)
     }
@@ -256,7 +268,7 @@ impl Run {
         // Asked to end, or nothing was left to do at all.
         if !self.is_saved() {
             let at_end = self.step == n_steps || self.stops_early();
-            self.save(if at_end { Room::Awaited } else { Room::Now }).await?;
+            self.save(if at_end { Room::Awaited(cancel) } else { Room::Now }).await?;
         }
         Ok(())
     }
@@ -293,7 +305,7 @@ impl Run {
 
     /// Whether the evaluation of this step is the best one since training began. Step 0 does not
     /// count: it is the base model.
-    fn is_best(&self) -> bool {
+    pub(crate) fn is_best(&self) -> bool {
         let trained = self.evaluations.iter().filter(|e| e.step > 0 && e.loss.is_finite());
         trained.min_by(|a, b| a.loss.total_cmp(&b.loss)).is_some_and(|best| best.step == self.step)
     }

@@ -139,7 +139,7 @@ pub(super) fn rfc3339(time: OffsetDateTime) -> Option<String> {
 
 impl RunSettings {
     /// Refuses to go on with another model, cut or adapter; gives what else differs, as
-    /// "field was A, is B": with such a difference the run goes on, but not as it would have.
+    /// "--option was A, is B": with such a difference the run goes on, but not as it would have.
     pub fn differences(&self, now: &RunSettings) -> Result<Vec<String>, Vec<String>> {
         const MUST_AGREE: [&str; 4] = ["fingerprint", "split_point_1", "split_point_2", "lora"];
         // Paths may change; the fingerprint tells whether the model did.
@@ -162,11 +162,39 @@ impl RunSettings {
                             },
                         ),
                     ),
-                    None => list.push(format!("{field} was {was}, is {is}")),
+                    None if MUST_AGREE.contains(&&*field) => {
+                        list.push(format!("{field} was {was}, is {is}"));
+                    }
+                    None => {
+                        list.push(format!("{} was {}, is {}", name(&field), text(&was), text(is)))
+                    }
                 }
             }
         }
         if hard.is_empty() { Ok(soft) } else { Err(hard) }
+    }
+
+    /// Whether less is done to what is sent than in the run so far.
+    pub fn sends_more_than(&self, was: &RunSettings) -> bool {
+        self.hidden_noise < was.hidden_noise || self.gradient_noise < was.gradient_noise
+    }
+}
+
+/// What people call a setting.
+fn name(field: &str) -> String {
+    match field {
+        "n_steps" => "the number of steps (--max-steps, --num-epochs)".into(),
+        "data_fingerprint" => "the data's fingerprint".into(),
+        "loss" => "the loss (--loss and its options)".into(),
+        option => format!("--{}", option.replace('_', "-")),
+    }
+}
+
+fn text(value: &Value) -> String {
+    match value {
+        Value::Null => "none".into(),
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
     }
 }
 

@@ -130,7 +130,10 @@ fn another_model_is_refused_and_other_settings_are_named() {
     assert_eq!(old.microbatches_in_flight, 1);
     assert_eq!(old.differences(&now), Ok(vec![]));
     now.batch_size = 8;
-    assert_eq!(was.differences(&now), Ok(vec!["batch_size was 4, is 8".to_string()]));
+    assert_eq!(was.differences(&now), Ok(vec!["--batch-size was 4, is 8".to_string()]));
+    assert!(!now.sends_more_than(&was));
+    let noisy = RunSettings { hidden_noise: 0.3, ..was.clone() };
+    assert!(now.sends_more_than(&noisy) && !noisy.sends_more_than(&was));
     now.split_point_2 = 1;
     assert_eq!(was.differences(&now), Err(vec!["split_point_2 was 2, is 1".to_string()]));
     // Of LoRA only what differs.

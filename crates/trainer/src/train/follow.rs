@@ -5,7 +5,7 @@ use super::Run;
 use crate::TrainError;
 use crate::checkpoint;
 use crate::options::CancelToken;
-use offshoot_client::ClientError;
+use offshoot_client::{Client, ClientError};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -14,6 +14,30 @@ use std::time::Duration;
 const MAX_ROLLBACKS: u32 = 10;
 /// A shorter break than this does not count as the server's absence: the run ends with a checkpoint.
 const AWAY: Duration = Duration::from_secs(1);
+
+/// Without a sign of life for so long after it was asked to end, a run does not wait for its server.
+const SILENT: Duration = Duration::from_secs(5);
+
+/// Returns once the run was asked to end, and has waited for its server for at least this long.
+async fn stopped(cancel: &CancelToken, client: &Client, least: Duration) {
+    cancel.cancelled().await;
+    tokio::select! {
+        () = client.offline_for(least) => {}
+        () = client.silent_for(SILENT) => {}
+    }
+}
+
+/// Something of a run's beginning that waits for the server.
+pub(super) async fn unless_stopped<T>(
+    cancel: &CancelToken,
+    client: &Client,
+    beginning: impl Future<Output = Result<T, TrainError>>,
+) -> Result<T, TrainError> {
+    tokio::select! {
+        begun = beginning => begun,
+        () = stopped(cancel, client, Duration::ZERO) => Err(TrainError::StoppedAtStart),
+    }
+}
 
 impl Run {
     /// Trains to the end and exports. None: it was asked to end before.
@@ -25,7 +49,7 @@ impl Run {
         let client = self.prepared.client.clone();
         let ended = tokio::select! {
             ended = self.go_on_and_back(cancel) => ended,
-            () = async { cancel.cancelled().await; client.offline_for(AWAY).await } => {
+            () = stopped(cancel, &client, AWAY) => {
                 return Err(TrainError::StoppedOffline { newest: newest(&dir) });
             }
         };
@@ -37,6 +61,9 @@ impl Run {
         ended.map_err(|error| match error {
             TrainError::Client(cause @ ClientError::Unreachable { .. }) => {
                 TrainError::Offline { cause: Box::new(cause), newest: newest(&dir) }
+            }
+            cause @ (TrainError::Client(_) | TrainError::Answer { .. }) => {
+                TrainError::Ended { cause: Box::new(cause), newest: newest(&dir) }
             }
             other => other,
         })

@@ -2,29 +2,33 @@ use super::{Run, Summary};
 use crate::TrainError;
 use crate::adapter::Adapter;
 use crate::checkpoint::{self, Contents, Saved, TrainingState};
-use crate::options::{AdapterChoice, OutputOptions};
+use crate::options::{AdapterChoice, CancelToken, OutputOptions};
 use crate::report::{DoneEvent, Event, WireErrors};
 use crate::setup::Prepared;
 use crate::wire::host_to_tensor;
 use offshoot_adapters::{AdapterSet, peft};
-use offshoot_client::{ClientError, ErrorCode};
+use offshoot_client::{ClientError, ErrorCode, SnapshotInfo};
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tch::Tensor;
 
 /// For what only tidies up.
 const PATIENCE_AT_THE_END: Duration = Duration::from_secs(10);
 
 /// What becomes of a checkpoint if the server has no room for its snapshot.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum Room {
+#[derive(Clone, Copy)]
+pub(super) enum Room<'a> {
     /// It is left out; the run goes on.
     Optional,
     /// The run ends here all the same, without waiting.
     Now,
-    /// The server is waited for, since the run is over without it.
-    Awaited,
+    /// The training is done: its adapter is written first, and then the server is waited for, until this
+    /// is asked to end.
+    Awaited(&'a CancelToken),
 }
+
+/// Between two attempts to get the last snapshot from a server whose store fails.
+const STORE_DELAY: Duration = Duration::from_secs(5);
 
 /// The PEFT directory of a run that came to its end.
 const ADAPTER: &str = "adapter";
@@ -57,17 +61,29 @@ impl Run {
 
     /// A checkpoint of this step, and the server's snapshot of it. One of several can be left out if the
     /// server has no room for its snapshot.
-    pub(super) async fn save(&mut self, room: Room) -> Result<(), TrainError> {
+    pub(super) async fn save(&mut self, room: Room<'_>) -> Result<(), TrainError> {
         let keep = self.snapshots_in_use()?;
-        let taken = match room {
-            Room::Awaited => self.session.snapshot_keeping(keep).await,
-            Room::Optional | Room::Now => self.session.try_snapshot(keep).await,
-        };
+        let mut taken = self.session.try_snapshot(keep.clone()).await;
+        let mut adapter = None;
+        if let (Err(cause), Room::Awaited(cancel)) = (&taken, room)
+            && may_pass(cause)
+        {
+            let (dir, _) = self.export().await?;
+            self.report.line(&format!(
+                "the server takes no snapshot of the last step yet ({cause}); the adapter is in {} already, and only the checkpoint of step {} is missing; trying again for up to {} s",
+                dir.display(),
+                self.step,
+                self.options.model.client.retry.max_elapsed.as_secs(),
+            ));
+            adapter = Some(dir);
+            tokio::select! {
+                later = self.snapshot_later(keep) => taken = later,
+                () = cancel.cancelled() => {}
+            }
+        }
         let snapshot = match taken {
             Ok(snapshot) => snapshot,
-            Err(cause @ ClientError::Refused { code: ErrorCode::Exhausted, .. }) => {
-                return self.without_snapshot(room, cause);
-            }
+            Err(cause) if may_pass(&cause) => return self.without_snapshot(room, cause, adapter),
             Err(error) => return Err(error.into()),
         };
         self.skipped = false;
@@ -101,22 +117,49 @@ impl Run {
         self.compare_snapshots().await
     }
 
-    /// The server has no room for a snapshot: the run goes on and says so once, unless this is its end.
-    fn without_snapshot(&mut self, room: Room, cause: ClientError) -> Result<(), TrainError> {
-        if room != Room::Optional {
-            let newest = self.saved.as_ref().map(|(_, path)| path.clone());
+    /// Tries again for as long as the options say.
+    async fn snapshot_later(&self, keep: Vec<String>) -> Result<SnapshotInfo, ClientError> {
+        let patience = self.options.model.client.retry.max_elapsed;
+        let began = Instant::now();
+        loop {
+            // Waits for a disk or a quota by itself; not for a store that fails.
+            match self.session.snapshot_keeping(keep.clone()).await {
+                Err(cause) if may_pass(&cause) && began.elapsed() + STORE_DELAY < patience => {
+                    tokio::time::sleep(STORE_DELAY).await;
+                }
+                taken => return taken,
+            }
+        }
+    }
+
+    /// The server takes no snapshot now: the run goes on and says so, unless this is its end.
+    fn without_snapshot(
+        &mut self,
+        room: Room<'_>,
+        cause: ClientError,
+        adapter: Option<PathBuf>,
+    ) -> Result<(), TrainError> {
+        let newest = self.saved.as_ref().map(|(_, path)| path.clone());
+        let step = self.step;
+        if !matches!(room, Room::Optional) {
             return Err(TrainError::NoLastSnapshot {
-                step: self.step,
+                step,
                 cause: Box::new(cause),
                 newest,
+                adapter,
             });
         }
-        if !std::mem::replace(&mut self.skipped, true) {
-            self.report.line(&format!(
-                "no checkpoint at step {}: {cause}; training goes on, and every next checkpoint tries again",
-                self.step
-            ));
-        }
+        self.report.line(&match std::mem::replace(&mut self.skipped, true) {
+            false => format!(
+                "no checkpoint at step {step}: {cause}; training goes on, and every next checkpoint tries again"
+            ),
+            true => {
+                let newest = newest.map_or("there is none yet".into(), |path| {
+                    format!("the newest is {}", path.display())
+                });
+                format!("no checkpoint at step {step} either, for the same reason; {newest}")
+            }
+        });
         Ok(())
     }
 
@@ -176,7 +219,8 @@ impl Run {
         let mut tensors = None;
         if self.options.output.adapter == AdapterChoice::Best {
             match checkpoint::best(&self.own_checkpoints()?) {
-                Some(best) if best.state.step != step => {
+                // The last step may be the best one, and have no checkpoint.
+                Some(best) if best.state.step != step && !self.is_best() => {
                     step = best.state.step;
                     tensors = Some(Adapter::read(&best.path)?.tensors);
                 }
@@ -264,4 +308,11 @@ impl Run {
             session,
         })
     }
+}
+
+/// Whether the server may take the snapshot later: its disk is full, a quota is used up, or its store
+/// fails, such as one that is not mounted. What is broken for good shows in the next step.
+fn may_pass(cause: &ClientError) -> bool {
+    use ErrorCode::{Exhausted, Internal};
+    matches!(cause, ClientError::Refused { code: Exhausted | Internal, .. })
 }
