@@ -246,10 +246,13 @@ impl Access {
         let reloaded = match parsed {
             Ok(mut state) => {
                 let n_tenants = state.tenants.len();
-                state.remember(&self.state());
+                let before = self.state();
+                state.remember(&before);
+                let changes = state.changes_since(&before);
                 *self.state.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(state);
                 self.changes.send_modify(|n| *n += 1);
-                tracing::info!(path = %path.display(), tenants = n_tenants, "tenants file read");
+                let path = path.display();
+                tracing::info!(%path, tenants = n_tenants, changes, "tenants file read");
                 Ok(n_tenants)
             }
             Err(cause) => {
@@ -323,6 +326,27 @@ impl State {
         let known = before.gone.iter().chain(&before.tokens);
         let gone = known.filter(|(hash, _)| !self.tokens.contains_key(hash)).take(MAX_GONE);
         self.gone = gone.map(|(hash, known)| (*hash, known.clone())).collect();
+    }
+
+    /// Who came and went, and whose tokens, quotas or weights are others: in one line, for the log.
+    fn changes_since(&self, before: &State) -> String {
+        let mut changes: Vec<String> = Vec::new();
+        for (name, tenant) in &self.tenants {
+            match before.tenants.get(name) {
+                None => changes.push(format!("{name} added")),
+                Some(other) if other != tenant => changes.push(format!("{name} changed")),
+                Some(_) => {}
+            }
+        }
+        let gone = before.tenants.keys().filter(|&name| !self.tenants.contains_key(name));
+        changes.extend(gone.map(|name| format!("{name} removed")));
+        for (hash, Known { tenant, id, .. }) in &before.tokens {
+            if !self.tokens.contains_key(hash) {
+                changes.push(format!("{} lost token {id}", tenant.name));
+            }
+        }
+        changes.sort();
+        changes.join(", ")
     }
 
     fn valid(&self, hash: TokenHash) -> Option<&Known> {

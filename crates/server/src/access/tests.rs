@@ -76,6 +76,18 @@ async fn a_token_says_who_calls_and_everything_else_is_refused_alike() {
     }
 }
 
+#[test]
+fn a_change_is_told_by_names() {
+    let (one, two) = (NewToken::generate(), NewToken::generate());
+    let before =
+        entry("blue", &[(&one, ""), (&two, "")]) + &entry("red", &[]) + &entry("grey", &[]);
+    let after = entry("blue", &[(&one, "")]) + &entry("grey", &[]) + &entry("new", &[]);
+    let [before, after] = [before, after].map(|text| State::parse(&text).unwrap());
+    let expected = format!("blue changed, blue lost token {}, new added, red removed", two.id);
+    assert_eq!(after.changes_since(&before), expected);
+    assert_eq!(after.changes_since(&after), "");
+}
+
 #[tokio::test]
 async fn an_open_server_knows_one_tenant_whatever_is_sent() {
     let access = start(None).unwrap();
