@@ -614,3 +614,19 @@ fn room_is_kept_for_the_next_start_before_anything_large_is_written() {
     drop(open(&dir, 3).unwrap());
     assert!(is_whole());
 }
+
+#[test]
+fn a_half_written_index_harms_nobody() {
+    let dir = tempfile::tempdir().unwrap();
+    let session = SessionId::new();
+    let store = open(&dir, 3).unwrap();
+    store.create(session, record(), snapshot(0)).unwrap();
+    // Beside a server that runs, it stays: it may be the one that is being written.
+    let half = store.records.path().join("snap.FFFFFFFFFFFFFFFF.generating");
+    fs::write(&half, "").unwrap();
+    assert!(matches!(open(&dir, 3), Err(Error::StoreLocked { .. })));
+    assert!(half.exists());
+    drop(store);
+    let store = open(&dir, 3).unwrap();
+    assert!(store.record(session).unwrap().is_some());
+}

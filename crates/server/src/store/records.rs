@@ -9,6 +9,7 @@ use super::record::{BlobName, Record};
 use crate::error::{DISK_RETRY, Error};
 use crate::session::SessionId;
 use std::collections::{HashMap, HashSet};
+use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
@@ -213,6 +214,7 @@ impl Opened {
         let records = dir.join("records");
         // sled's own files are readable for everybody: this keeps others out.
         private_dir(&records).map_err(file_error(&records))?;
+        remove_half_indexes(&records).map_err(file_error(&records))?;
         let db = sled::Config::new().path(records).open();
         let db = db.map_err(|error| match error {
             sled::Error::Io(io) if is_lock(&io) => Error::StoreLocked { path: dir.to_path_buf() },
@@ -327,6 +329,23 @@ fn decode(key: &[u8], value: &[u8]) -> Result<(SessionId, Record), String> {
     let session = std::str::from_utf8(key).ok().and_then(SessionId::parse);
     let session = session.ok_or("it is under a name that is no session's")?;
     serde_json::from_slice(json).map(|record| (session, record)).map_err(|error| error.to_string())
+}
+
+/// A process that ended while sled wrote its index, killed or for want of room, leaves half of it. sled
+/// would take that for the index itself, and all for damaged; what it was made from is still there.
+fn remove_half_indexes(records: &Path) -> io::Result<()> {
+    let Ok(db) = File::open(records.join("db")) else { return Ok(()) };
+    // Held until the end, as sled holds it: whoever has it is writing one.
+    if db.try_lock().is_err() {
+        return Ok(());
+    }
+    for entry in fs::read_dir(records)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "generating") {
+            fs::remove_file(path)?;
+        }
+    }
+    Ok(())
 }
 
 fn is_lock(error: &io::Error) -> bool {
