@@ -239,6 +239,9 @@ pub fn settings(file: Option<&Path>, overrides: Value) -> anyhow::Result<ServerC
     let mut config: ServerConfig = figment.extract().map_err(|errors| {
         // All of them, each with the file or variable that it came from.
         let lines: Vec<String> = errors.into_iter().map(|error| error.to_string()).collect();
+        // Figment's profiles are nothing that a user of ours knows.
+        let lines: Vec<_> =
+            lines.iter().map(|line| line.replace("key \"default.", "key \"")).collect();
         anyhow::anyhow!("settings: {}", lines.join("; "))
     })?;
     let ServerConfig { access, tls, .. } = &mut config;
@@ -306,6 +309,7 @@ mod tests {
             jail.create_file("s.toml", "[limits]\nmax_rnk = 1\n")?;
             let error = parse("--config s.toml").config().unwrap_err().to_string();
             assert!(error.contains("max_rnk") && error.contains("s.toml"), "{error}");
+            assert!(error.contains("limits.max_rnk") && !error.contains("default."), "{error}");
             let error = parse("--config other.toml").config().unwrap_err().to_string();
             assert!(error.contains("other.toml"), "{error}");
             jail.set_env("OFFSHOOT_LIMIT__MAX_RANK", "2");

@@ -22,7 +22,14 @@ impl TenantsFile {
             Ok(behind) => behind,
             // Absolute, too: whoever is told of a new file must find it.
             Err(error) if error.kind() == ErrorKind::NotFound => {
-                std::path::absolute(&path).with_context(|| format!("{}", path.display()))?
+                let path =
+                    std::path::absolute(&path).with_context(|| format!("{}", path.display()))?;
+                let (dir, name) = (path.parent().map(fs::canonicalize), path.file_name());
+                // A folder that is not there is told of when the file is written.
+                match (dir, name) {
+                    (Some(Ok(dir)), Some(name)) => dir.join(name),
+                    _ => path,
+                }
             }
             Err(error) => return Err(error).context(format!("{}", path.display())),
         };
