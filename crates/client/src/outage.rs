@@ -156,7 +156,7 @@ impl Outage {
         ClientError::Unreachable {
             endpoint: client.endpoint().to_string(),
             waited: self.elapsed(),
-            attempts: self.attempts(),
+            attempts: self.attempts().max(1),
             cause,
         }
     }
