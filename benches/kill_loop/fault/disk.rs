@@ -120,7 +120,9 @@ pub(super) fn crowd(world: &mut World) -> anyhow::Result<Hit> {
         return Ok(Hit::default());
     };
     let mut watch = watch(&world.store().join("blobs")).context("the store has blobs")?;
-    let visit = tokio::time::timeout(PATIENCE, visit(address.to_string(), CROWD_RANK));
+    // Made within the runtime, whose timer it is.
+    let visit =
+        async { tokio::time::timeout(PATIENCE, visit(address.to_string(), CROWD_RANK)).await };
     world.common.runtime.block_on(visit)?.context("the other session failed")?;
     Ok(Hit::if_so(watch.next(Duration::ZERO)?.is_some()))
 }
