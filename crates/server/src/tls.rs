@@ -2,18 +2,22 @@
 //! they change; connections that there are go on with what they began with.
 
 mod files;
+mod refused;
 
 pub use files::TlsError;
 
 use crate::config::TlsConfig;
 use crate::error::Error;
 use files::{Identity, TlsFiles};
-use std::sync::Arc;
+use refused::Handshakes;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_rustls::TlsAcceptor;
-use tokio_rustls::rustls::ServerConfig as RustlsConfig;
+use tokio_rustls::rustls::{self, ServerConfig as RustlsConfig};
 
 /// How often the files are looked at.
 const LOOK: Duration = Duration::from_secs(1);
@@ -24,7 +28,10 @@ const NEAR_DAYS: i64 = 14;
 
 /// What a server shows its clients, as the files have it now.
 #[derive(Clone)]
-pub struct Tls(watch::Receiver<Arc<RustlsConfig>>);
+pub struct Tls {
+    shown: watch::Receiver<Arc<RustlsConfig>>,
+    handshakes: Arc<Mutex<Handshakes>>,
+}
 
 impl Tls {
     /// Reads the files, and watches them until the last clone is dropped. None: TLS is off.
@@ -44,12 +51,26 @@ impl Tls {
         }
         let (current, shown) = watch::channel(identity.config.clone());
         tokio::spawn(follow(files, identity, Changes::since(mark), current));
-        Ok(Some(Tls(shown)))
+        Ok(Some(Tls { shown, handshakes: Arc::default() }))
     }
 
     /// For one handshake.
     pub fn acceptor(&self) -> TlsAcceptor {
-        TlsAcceptor::from(self.0.borrow().clone())
+        TlsAcceptor::from(self.shown.borrow().clone())
+    }
+
+    /// One that failed: the log tells of it, now or with others.
+    pub fn failed(&self, peer: SocketAddr, error: &io::Error) {
+        tracing::debug!(%peer, %error, "TLS handshake failed");
+        // Somebody who only connects, as probes do, is nothing to warn of.
+        let Some(error) = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>())
+        else {
+            return;
+        };
+        let mut handshakes = self.handshakes.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(n_handshakes) = handshakes.failed(Instant::now()) {
+            tracing::warn!(n_handshakes, %peer, %error, "TLS handshakes failed; the last one so");
+        }
     }
 }
 

@@ -110,7 +110,7 @@ async fn a_broken_pair_keeps_the_one_before_and_a_good_one_replaces_it() {
         client_ca: None,
     };
     let tls = Tls::start(&config).await.unwrap().unwrap();
-    let now = || tls.0.borrow().clone();
+    let now = || tls.shown.borrow().clone();
     let first = now();
     // The certificate alone does not fit the key.
     std::fs::write(&files.cert, b.cert.pem()).unwrap();

@@ -70,7 +70,7 @@ async fn shake_hands(
     match tokio::time::timeout(HANDSHAKE, handshake).await {
         Ok(Ok(stream)) => send(&ready, Io::Tls(Box::new(stream))).await,
         Ok(Err((error, held))) => {
-            tracing::debug!(%remote, %error, "TLS handshake failed");
+            tls.failed(remote, &error);
             let _ = tokio::time::timeout(LAST_WORD, let_read(held)).await;
         }
         Err(_) => tracing::debug!(%remote, "TLS handshake took too long"),
