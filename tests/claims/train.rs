@@ -19,6 +19,8 @@ mod report;
 mod runs;
 #[path = "train_sources.rs"]
 mod sources;
+#[path = "train_stop.rs"]
+mod stop;
 #[path = "train_wire.rs"]
 mod wire;
 

@@ -14,10 +14,10 @@ use std::time::{Duration, Instant};
 use tokio::task::JoinHandle;
 
 /// Longer than any of this takes.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Polls until `is_so`.
-async fn until(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
+pub(super) async fn until(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
     let began = Instant::now();
     while !is_so().await {
         assert!(began.elapsed() < PATIENCE, "{what}: it never came to that");
@@ -33,7 +33,7 @@ fn events(dir: &Path, kind: &str) -> Vec<Value> {
 }
 
 /// Steps that a run has written down.
-fn n_steps(dir: &Path) -> u64 {
+pub(super) fn n_steps(dir: &Path) -> u64 {
     events(dir, "step").last().map_or(0, |event| event["step"].as_u64().unwrap())
 }
 
@@ -90,7 +90,7 @@ async fn durable(child: &Child) -> u64 {
 }
 
 /// A run through a proxy, in a thread of its own, since it computes between its awaits.
-fn begin(options: TrainOptions, cancel: CancelToken) -> JoinHandle<Result<Summary, TrainError>> {
+pub(super) fn begin(options: TrainOptions, cancel: CancelToken) -> JoinHandle<Result<Summary, TrainError>> {
     let runtime = tokio::runtime::Handle::current();
     tokio::task::spawn_blocking(move || runtime.block_on(train(options, cancel)))
 }

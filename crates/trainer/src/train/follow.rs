@@ -16,7 +16,7 @@ const MAX_ROLLBACKS: u32 = 10;
 const AWAY: Duration = Duration::from_secs(1);
 
 /// Without a sign of life for so long after it was asked to end, a run does not wait for its server.
-const SILENT: Duration = Duration::from_secs(5);
+const SILENT: Duration = Duration::from_secs(3);
 
 /// Returns once the run was asked to end, and has waited for its server for at least this long.
 async fn stopped(cancel: &CancelToken, client: &Client, least: Duration) {
