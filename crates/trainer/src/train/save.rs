@@ -157,7 +157,7 @@ impl Run {
                 let newest = newest.map_or("there is none yet".into(), |path| {
                     format!("the newest is {}", path.display())
                 });
-                format!("no checkpoint at step {step} either, for the same reason; {newest}")
+                format!("no checkpoint at step {step} either; {newest}")
             }
         });
         Ok(())
