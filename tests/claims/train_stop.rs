@@ -3,9 +3,9 @@
 use super::Place;
 use super::follow::{PATIENCE, begin, n_steps, until};
 use offshoot_client::{Client, Retry};
+use offshoot_tests::TestServer;
 use offshoot_tests::proxy::Proxy;
 use offshoot_tests::run::open_request;
-use offshoot_tests::TestServer;
 use offshoot_trainer::options::TRAINING_RETRY;
 use offshoot_trainer::{CancelToken, TrainError, TrainOptions};
 use std::time::{Duration, Instant};
