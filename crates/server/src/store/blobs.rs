@@ -6,7 +6,7 @@ use std::collections::HashSet;
 use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -51,6 +51,13 @@ impl Blobs {
     pub fn open(store: &Path) -> Result<Blobs, Error> {
         let (dir, damaged) = (store.join("blobs"), store.join("damaged"));
         private_dir(&dir).map_err(file_error(&dir))?;
+        if [store, &dir].into_iter().all(is_open_to_others) {
+            tracing::warn!(
+                path = %store.display(),
+                "other users of this machine can read the store, with adapters and activations in it: \
+                 chmod -R go= keeps them out"
+            );
+        }
         Ok(Blobs { dir, damaged, n_written: AtomicU64::new(0) })
     }
 
@@ -167,6 +174,11 @@ impl Blobs {
 /// there stays as it is.
 pub(super) fn private_dir(dir: &Path) -> io::Result<()> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)
+}
+
+/// As older versions made them.
+fn is_open_to_others(dir: &Path) -> bool {
+    fs::metadata(dir).is_ok_and(|dir| dir.permissions().mode() & 0o077 != 0)
 }
 
 /// A new or emptied file that only its owner can read.

@@ -335,17 +335,19 @@ fn decode(key: &[u8], value: &[u8]) -> Result<(SessionId, Record), String> {
 /// would take that for the index itself, and all for damaged; what it was made from is still there.
 fn remove_half_indexes(records: &Path) -> io::Result<()> {
     let Ok(db) = File::open(records.join("db")) else { return Ok(()) };
-    // Held until the end, as sled holds it: whoever has it is writing one.
+    // As sled locks it: whoever has it may be writing one.
     if db.try_lock().is_err() {
         return Ok(());
     }
-    for entry in fs::read_dir(records)? {
-        let path = entry?.path();
-        if path.extension().is_some_and(|extension| extension == "generating") {
-            fs::remove_file(path)?;
-        }
-    }
-    Ok(())
+    let removed = fs::read_dir(records).and_then(|mut entries| {
+        entries.try_for_each(|entry| {
+            let path = entry?.path();
+            let is_half = path.extension().is_some_and(|extension| extension == "generating");
+            if is_half { fs::remove_file(path) } else { Ok(()) }
+        })
+    });
+    // Closing it would leave the lock with a child that is just being forked.
+    db.unlock().and(removed)
 }
 
 fn is_lock(error: &io::Error) -> bool {
