@@ -13,6 +13,7 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::time::Duration;
 
 /// Of the records and the blobs. Older ones from [`OLDEST_READ`] on are made new, others refused.
 const FORMAT_VERSION: u32 = 3;
@@ -23,6 +24,9 @@ const VERSION_KEY: &[u8] = b"format_version";
 /// First byte of a record of version 3. One of version 2 is bare JSON and begins with a brace.
 const CHECKED: u8 = 3;
 const CHECKSUM_BYTES: usize = 16;
+
+/// Between tries to lock them.
+const LOCK_PAUSE: Duration = Duration::from_millis(50);
 
 /// The records on disk, and the same in memory.
 pub(super) struct Records {
@@ -215,7 +219,16 @@ impl Opened {
         // sled's own files are readable for everybody: this keeps others out.
         private_dir(&records).map_err(file_error(&records))?;
         remove_half_indexes(&records).map_err(file_error(&records))?;
-        let db = sled::Config::new().path(records).open();
+        let config = sled::Config::new().path(records);
+        let mut db = config.open();
+        // sled's own threads may hold one that was just closed a moment longer.
+        for _ in 0..10 {
+            match &db {
+                Err(sled::Error::Io(io)) if is_lock(io) => std::thread::sleep(LOCK_PAUSE),
+                _ => break,
+            }
+            db = config.open();
+        }
         let db = db.map_err(|error| match error {
             sled::Error::Io(io) if is_lock(&io) => Error::StoreLocked { path: dir.to_path_buf() },
             other => sled_error(dir, other),
