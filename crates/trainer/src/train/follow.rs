@@ -5,7 +5,7 @@ use super::Run;
 use crate::TrainError;
 use crate::checkpoint;
 use crate::options::CancelToken;
-use offshoot_client::{Client, ClientError};
+use offshoot_client::{Client, ClientError, ErrorCode};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -62,6 +62,8 @@ impl Run {
             TrainError::Client(cause @ ClientError::Unreachable { .. }) => {
                 TrainError::Offline { cause: Box::new(cause), newest: newest(&dir) }
             }
+            // This side's own mistake, such as numbers that overflowed: going on brings it again.
+            own @ TrainError::Client(ClientError::Refused { code: ErrorCode::Invalid, .. }) => own,
             cause @ (TrainError::Client(_) | TrainError::Answer { .. }) => {
                 TrainError::Ended { cause: Box::new(cause), newest: newest(&dir) }
             }
