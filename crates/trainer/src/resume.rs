@@ -307,7 +307,9 @@ fn with_advice(error: TrainError, tried: &[Saved], before: Option<&Saved>) -> Tr
         tried.iter().skip(1).map(|saved| saved.state.step.to_string()).collect();
     let also = match older.is_empty() {
         true => String::new(),
-        false => format!("those of the older checkpoints are damaged, too (step {}); ", older.join(", ")),
+        false => {
+            format!("those of the older checkpoints are damaged, too (step {}); ", older.join(", "))
+        }
     };
     let mut advice = Vec::new();
     if let Some(before) = before {
