@@ -204,7 +204,7 @@ fn every_command_reaches_a_server_with_mutual_tls_and_tenants_and_keeps_its_toke
             "{server} --tls-ca ca.pem --tls-name trunk.test --tls-cert stranger.pem --tls-key stranger.key"
         ),
         token,
-        &["it refuses this client's certificate", "client_ca"],
+        &["it refuses this client's certificate", "--tls-client-ca"],
     );
     says(
         &format!(
