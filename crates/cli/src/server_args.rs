@@ -7,7 +7,7 @@ use clap::Args;
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Server")]
 pub struct ServerArgs {
-    /// The trunk server, such as trunk.local:50051 or https://trunk.local:50051. With it, or with --server-host or --server-port,
+    /// The trunk server, such as trunk.local:50051, with https:// before it for TLS. With it, or with --server-host or --server-port,
     /// this side holds the first and last layers only; without one, the whole model.
     #[arg(long, value_name = "URL", conflicts_with_all = ["server_host", "server_port"])]
     server: Option<String>,

@@ -9,7 +9,7 @@
 //! - *linear*: a ridge regression from hidden states to embeddings, fitted on text that the reader
 //!   knows, then the nearest embedding.
 //!
-//! The reader of [`labels`] does the same to the gradients at the second split point. All of them are
+//! The reader of `labels` does the same to the gradients at the second split point. All of them are
 //! lower bounds: papers read more (docs/privacy.md).
 
 mod choice;

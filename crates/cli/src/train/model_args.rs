@@ -25,7 +25,7 @@ pub struct ModelArgs {
     /// The trunk server's port.
     #[arg(long, value_name = "PORT", default_value_t = 50051)]
     server_port: u16,
-    /// Host and port in one, such as trunk.local:50051 or https://trunk.local:50051.
+    /// Host and port in one, such as trunk.local:50051, with https:// before it for TLS.
     #[arg(long, value_name = "URL", conflicts_with_all = ["server_host", "server_port"])]
     server: Option<String>,
     /// Shown in the server's list of sessions [default: the output directory's name].
