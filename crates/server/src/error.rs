@@ -1,4 +1,8 @@
+mod class;
 mod told;
+mod wire;
+
+pub use class::Class;
 
 use crate::config::Mistakes;
 use crate::ledger::{BytesKind, Shortage};
@@ -7,14 +11,11 @@ use crate::session::SessionId;
 use crate::tls::TlsError;
 use offshoot_adapters::AdapterError;
 use offshoot_model::ModelError;
-use offshoot_proto::v1::ErrorCode;
-use offshoot_proto::{TensorError, v1};
+use offshoot_proto::TensorError;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
-use tonic::metadata::{MetadataMap, MetadataValue};
-use tonic_types::{ErrorDetails, StatusExt};
 
 /// Everything that can go wrong in the server. Each variant has a [`Class`], which decides the gRPC
 /// status and the code of a `FrameError`, and a stable label for metrics.
@@ -308,34 +309,8 @@ pub enum Error {
     Deaf { cause: String },
 }
 
-/// What an error means to a client.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Class {
-    /// The request is wrong and will stay wrong.
-    Invalid,
-    /// The request does not fit this server's model.
-    Mismatch,
-    Sequence,
-    Microbatch,
-    /// The cache is gone: the client begins the sequence again.
-    Cache,
-    Exhausted,
-    Draining,
-    NotFound,
-    TakenOver,
-    /// Without a valid token.
-    Unauthenticated,
-    /// What was stored is damaged.
-    DataLoss,
-    /// The request was fine.
-    Internal,
-}
-
 /// When a full disk is tried again.
 pub(crate) const DISK_RETRY: Duration = Duration::from_secs(10);
-
-/// The session can be had again at once.
-const SET_BACK_RETRY: Duration = Duration::from_millis(100);
 
 fn go_back_to(whole: &Option<String>) -> String {
     match whole {
@@ -380,150 +355,6 @@ impl Error {
         Error::EngineDown { retry_after: Duration::from_secs(1) }
     }
 
-    /// The class of each error; a new variant must choose.
-    pub fn class(&self) -> Class {
-        use Error::*;
-        match self {
-            Config(_) | Bind { .. } | Thread { .. } | Device { .. } | Transport { .. } => {
-                Class::Internal
-            }
-            TrunkTooLarge { .. } | TenantsFile { .. } | AuditLog { .. } | Tls(_) => Class::Internal,
-            Unauthenticated => Class::Unauthenticated,
-            Reflection(_) | Gone { .. } | Panic { .. } | Poisoned | Busy => Class::Internal,
-            TrunkChanged { .. } | EngineLost { .. } | Deaf { .. } => Class::Internal,
-            StoreLocked { .. } | StoreVersion { .. } | StoreFile { .. } => Class::Internal,
-            StoreRecords { .. } | StoreNoRoom { .. } => Class::Internal,
-            SnapshotDamaged { .. } | RecordDamaged { .. } => Class::DataLoss,
-            SetBack { .. } => Class::Draining,
-            DiskFull { .. } => Class::Exhausted,
-            Model(_) | Adapter(_) | Tensor(_) | Missing { .. } | Setting { .. } => Class::Invalid,
-            Shape { .. } | WireDType { .. } | SequenceLengths { .. } => Class::Invalid,
-            EmptySequence { .. } | PositionIds { .. } | TooManyTokens { .. } => Class::Invalid,
-            NotFinite { .. } | Overflow { .. } => Class::Invalid,
-            Hello { .. } | HelloTimeout { .. } => Class::Invalid,
-            Fingerprint { .. } | Split { .. } | SnapshotMismatch { .. } => Class::Mismatch,
-            Gap { .. } | Payload { .. } | Forgotten { .. } => Class::Sequence,
-            Acknowledged { .. } | Point { .. } => Class::Sequence,
-            NoTape { .. } | OpenTape { .. } | StepWithOpen { .. } => Class::Microbatch,
-            NoCache { .. } | CacheStart { .. } => Class::Cache,
-            CacheTokens { .. } => Class::Invalid,
-            OpenCaches { .. } => Class::Exhausted,
-            InFlight { .. } | OpenMicrobatches { .. } | QueueFull { .. } => Class::Exhausted,
-            LargeRequests { .. } | SlowRequest { .. } => Class::Exhausted,
-            Quota(_) => Class::Exhausted,
-            WaitingForRoom { .. } | Full { .. } | NeverFits => Class::Exhausted,
-            NoRoom { .. } | LiveSessions { .. } | OutOfMemory { .. } => Class::Exhausted,
-            UnknownSession(_) | UnknownSnapshot { .. } | Ended => Class::NotFound,
-            TakenOver => Class::TakenOver,
-            Draining { .. } | EngineDown { .. } => Class::Draining,
-        }
-    }
-
-    /// Stable name of the variant, for metrics.
-    pub fn label(&self) -> &'static str {
-        use Error::*;
-        match self {
-            Config(_) => "config",
-            Bind { .. } => "bind",
-            Thread { .. } => "thread",
-            Device { .. } => "device",
-            Tls(_) => "tls",
-            Transport { .. } => "transport",
-            TrunkTooLarge { .. } => "trunk_too_large",
-            Reflection(_) => "reflection",
-            Model(_) => "model",
-            Adapter(_) => "adapter",
-            StoreLocked { .. } => "store_locked",
-            StoreVersion { .. } => "store_version",
-            StoreFile { .. } => "store_file",
-            StoreRecords { .. } => "store_records",
-            SnapshotDamaged { .. } => "snapshot_damaged",
-            RecordDamaged { .. } => "record_damaged",
-            SetBack { .. } => "set_back",
-            DiskFull { .. } => "disk_full",
-            StoreNoRoom { .. } => "store_no_room",
-            TenantsFile { .. } => "tenants_file",
-            AuditLog { .. } => "audit_log",
-            Unauthenticated => "unauthenticated",
-            Tensor(_) => "tensor",
-            Missing { .. } => "missing",
-            Setting { .. } => "setting",
-            Shape { .. } => "shape",
-            WireDType { .. } => "wire_dtype",
-            SequenceLengths { .. } => "sequence_lengths",
-            EmptySequence { .. } => "empty_sequence",
-            PositionIds { .. } => "position_ids",
-            TooManyTokens { .. } => "too_many_tokens",
-            NotFinite { .. } => "not_finite",
-            Overflow { .. } => "overflow",
-            Fingerprint { .. } => "fingerprint",
-            Split { .. } => "split",
-            SnapshotMismatch { .. } => "snapshot_mismatch",
-            Hello { .. } => "hello",
-            HelloTimeout { .. } => "hello_timeout",
-            Gap { .. } => "gap",
-            Payload { .. } => "payload",
-            Forgotten { .. } => "forgotten",
-            Acknowledged { .. } => "acknowledged",
-            Point { .. } => "point",
-            NoTape { .. } => "no_tape",
-            OpenTape { .. } => "open_tape",
-            StepWithOpen { .. } => "step_with_open",
-            NoCache { .. } => "no_cache",
-            CacheStart { .. } => "cache_start",
-            CacheTokens { .. } => "cache_tokens",
-            OpenCaches { .. } => "open_caches",
-            InFlight { .. } => "in_flight",
-            OpenMicrobatches { .. } => "open_microbatches",
-            Quota(excess) => excess.quota.name(),
-            LargeRequests { .. } => "large_requests",
-            SlowRequest { .. } => "slow_request",
-            QueueFull { .. } => "queue_full",
-            Full { .. } => "full",
-            NeverFits => "never_fits",
-            WaitingForRoom { .. } => "waiting_for_room",
-            NoRoom { .. } => "no_room",
-            LiveSessions { .. } => "live_sessions",
-            UnknownSession(_) => "unknown_session",
-            UnknownSnapshot { .. } => "unknown_snapshot",
-            TakenOver => "taken_over",
-            Draining { .. } => "draining",
-            EngineDown { .. } => "engine_down",
-            Ended => "ended",
-            Busy => "busy",
-            Panic { .. } => "panic",
-            OutOfMemory { .. } => "out_of_memory",
-            Poisoned => "poisoned",
-            Gone { .. } => "gone",
-            TrunkChanged { .. } => "trunk_changed",
-            EngineLost { .. } => "engine_lost",
-            Deaf { .. } => "deaf",
-        }
-    }
-
-    /// When trying again may help.
-    pub fn retry_after(&self) -> Option<Duration> {
-        match self {
-            Error::Draining { retry_after } | Error::EngineDown { retry_after } => {
-                Some(*retry_after)
-            }
-            Error::DiskFull { retry_after, .. } => Some(*retry_after),
-            Error::SetBack { .. } => Some(SET_BACK_RETRY),
-            Error::NoRoom { retry_after, .. } => *retry_after,
-            Error::Full { retry_after } => Some(*retry_after),
-            Error::LiveSessions { .. } | Error::WaitingForRoom { .. } => {
-                Some(Duration::from_secs(5))
-            }
-            Error::Quota(excess) => excess.retry_after,
-            Error::LargeRequests { .. } => Some(Duration::from_secs(1)),
-            Error::SlowRequest { .. } => Some(Duration::from_secs(1)),
-            Error::InFlight { .. } | Error::QueueFull { .. } | Error::Busy => {
-                Some(Duration::from_millis(100))
-            }
-            _ => None,
-        }
-    }
-
     /// The quota that it is over.
     pub fn excess(&self) -> Option<&Excess> {
         match self {
@@ -531,76 +362,10 @@ impl Error {
             _ => None,
         }
     }
-
-    /// The answer to a refused frame.
-    pub fn to_frame(&self, sequence: u64) -> v1::ServerFrame {
-        let retry_after = self.retry_after().unwrap_or_default();
-        let error = v1::FrameError {
-            code: self.class().frame_code() as i32,
-            message: self.to_string(),
-            retry_after_millis: u32::try_from(retry_after.as_millis()).unwrap_or(u32::MAX),
-            quota: self.excess().map(Excess::to_proto),
-        };
-        v1::ServerFrame { sequence, body: Some(v1::server_frame::Body::Error(error)) }
-    }
 }
 
 impl From<Excess> for Error {
     fn from(excess: Excess) -> Self {
         Error::Quota(excess)
-    }
-}
-
-impl Class {
-    fn frame_code(self) -> ErrorCode {
-        match self {
-            Class::Invalid | Class::Mismatch => ErrorCode::Invalid,
-            Class::Sequence => ErrorCode::Sequence,
-            Class::Microbatch => ErrorCode::Microbatch,
-            Class::Cache => ErrorCode::Cache,
-            Class::Exhausted => ErrorCode::Exhausted,
-            Class::Draining => ErrorCode::Draining,
-            Class::NotFound => ErrorCode::NotFound,
-            Class::TakenOver => ErrorCode::TakenOver,
-            Class::Unauthenticated => ErrorCode::Unauthenticated,
-            Class::Internal | Class::DataLoss => ErrorCode::Internal,
-        }
-    }
-
-    fn grpc_code(self) -> tonic::Code {
-        match self {
-            Class::Invalid => tonic::Code::InvalidArgument,
-            Class::Mismatch | Class::Sequence | Class::Microbatch | Class::Cache => {
-                tonic::Code::FailedPrecondition
-            }
-            Class::Exhausted => tonic::Code::ResourceExhausted,
-            Class::Draining => tonic::Code::Unavailable,
-            Class::NotFound => tonic::Code::NotFound,
-            Class::TakenOver => tonic::Code::Aborted,
-            Class::Unauthenticated => tonic::Code::Unauthenticated,
-            Class::DataLoss => tonic::Code::DataLoss,
-            Class::Internal => tonic::Code::Internal,
-        }
-    }
-}
-
-impl From<Error> for tonic::Status {
-    fn from(error: Error) -> Self {
-        let (code, message) = (error.class().grpc_code(), error.to_string());
-        if error.excess().is_none() && error.retry_after().is_none() {
-            // Details without anything in them are not none on the wire.
-            return tonic::Status::new(code, message);
-        }
-        let (mut details, mut metadata) = (ErrorDetails::new(), MetadataMap::new());
-        if let Some(excess) = error.excess() {
-            details.set_quota_failure(vec![excess.to_violation()]);
-        }
-        if let Some(after) = error.retry_after() {
-            details.set_retry_info(Some(after));
-            // gRPC's own name for it.
-            let value = MetadataValue::from(after.as_millis() as u64);
-            metadata.insert("grpc-retry-pushback-ms", value);
-        }
-        tonic::Status::with_error_details_and_metadata(code, message, details, metadata)
     }
 }
