@@ -6,30 +6,35 @@
 //! a client that comes back while its session is being parked waits and then gets it revived.
 //! Frames do not come this way: a stream holds its actor's address.
 
+mod look;
 mod loss;
+mod open;
 mod owners;
 mod parking;
 mod removed;
+mod restore;
 mod slots;
 mod snapshot;
 
+pub use look::Listed;
+pub use open::Opening;
 pub use owners::{OwnSession, Owners};
+pub use restore::Restored;
 pub use slots::Slots;
 pub use snapshot::{Copied, fits, to_proto as snapshot_info};
 
 use crate::access::{Access, Tenant};
-use crate::engine::{Admitted, EngineClient, Exported, Plan, Settings, Start, export_state};
+use crate::engine::{EngineClient, Settings};
 use crate::error::Error;
 use crate::pool::ActorPool;
 use crate::quota::Amount;
 use crate::residency::{Activity, Alive, Away, Home, Profile, Residency, Writes};
 use crate::session::{
-    Attach, DRAIN_RETRY, Export, ExportOf, Greeting, Info, Permit, Reason, Resume, Retire,
-    SessionActor, SessionId, SessionSeed, SessionView, SnapshotEvery, StreamEnds, epoch_now,
+    Attach, DRAIN_RETRY, Greeting, Permit, Reason, Resume, Retire, SessionActor, SessionId,
+    SessionSeed, SnapshotEvery, StreamEnds,
 };
-use crate::store::{Origin, Record, SnapshotRecord, Store};
+use crate::store::{Record, SnapshotRecord, Store};
 use actix::{Actor, Addr};
-use offshoot_adapters::LoraSpec;
 use offshoot_proto::{WireDType, v1};
 use slots::{Held, Live};
 use std::sync::Arc;
@@ -70,15 +75,6 @@ pub struct Parts {
     pub max_live_sessions: usize,
 }
 
-/// A new session, checked.
-#[derive(Debug)]
-pub struct Opening {
-    /// For people.
-    pub name: String,
-    pub settings: Settings,
-    pub start: Start,
-}
-
 /// What a live session begins with.
 struct Beginning {
     alive: Alive,
@@ -102,22 +98,6 @@ pub struct StreamEnd {
     pub hello: Permit,
     pub farewell: Permit,
     pub ends: StreamEnds,
-}
-
-/// A session that was set back.
-pub struct Restored {
-    pub snapshot: SnapshotRecord,
-    pub n_parameters: u64,
-    pub adapter_bytes: u64,
-    pub settings: Settings,
-}
-
-/// A session in a list.
-pub struct Listed {
-    pub id: SessionId,
-    pub record: Record,
-    /// None: parked.
-    pub live: Option<SessionView>,
 }
 
 impl Registry {
@@ -182,54 +162,6 @@ impl Registry {
         &self.residency
     }
 
-    /// Starts a session and makes it durable as it begins.
-    pub async fn open(&self, opening: Opening) -> Result<(SessionId, Admitted), Error> {
-        let Opening { name, settings, start } = opening;
-        let alive = self.seat(&settings.tenant)?;
-        let stored = self.owners.count(&settings.tenant);
-        // Until it is among those that are counted.
-        let opening = self.engine.accounts().of(&settings.tenant).take_stored(stored)?;
-        let id = SessionId::new();
-        let mut held = self.slots.lock(id).await;
-        let reserved = self.residency.reserve(&settings).await?;
-        let plan = Plan { reserved, settings: settings.clone(), start };
-        let (session, admitted) = self.engine.admit(plan).await?;
-        let adapters = Arc::new(session.state().await?);
-        let first = Copied { adapters, resume: Resume::default() };
-        let (store, record) = (self.store.clone(), self.new_record(name, &settings));
-        let name = record.name.clone();
-        blocking(move || store.create(id, record, first.encode(Origin::Server))).await?;
-        self.owners.insert(id, settings.tenant.clone());
-        drop(opening);
-        let profile = profile(id, settings);
-        let home = Home::Device(self.residency.settle_in(&profile, (session, admitted)));
-        let resume = Resume::default();
-        held.put(Some(self.spawn(Beginning { alive, profile, home, resume, epoch: 0 })));
-        tracing::info!(session = %id, name, parameters = admitted.n_parameters, "session opened");
-        Ok((id, admitted))
-    }
-
-    fn new_record(&self, name: String, settings: &Settings) -> Record {
-        let trunk = self.engine.trunk();
-        Record {
-            tenant: settings.tenant.to_string(),
-            name,
-            lora: settings.lora.clone(),
-            adamw: settings.adamw.clone(),
-            seed: settings.seed,
-            wire_dtype: settings.wire_dtype.name().into(),
-            fingerprint: trunk.fingerprint.clone(),
-            split_point_1: trunk.layers.start,
-            split_point_2: trunk.layers.end,
-            head: String::new(),
-            snapshots: Vec::new(),
-            n_snapshots: 0,
-            kept: Vec::new(),
-            epoch: 0,
-            damaged: Vec::new(),
-        }
-    }
-
     /// Attaches a stream. A parked session becomes live; its adapter comes with the first frame.
     pub async fn attach(
         &self,
@@ -279,111 +211,6 @@ impl Registry {
                 self.claim_head(id).await
             }
         }
-    }
-
-    /// Sets a session back to a snapshot; empty: the one that it would go on from. Its adapter
-    /// comes with the first frame.
-    pub async fn restore(&self, session: OwnSession, snapshot: &str) -> Result<Restored, Error> {
-        let id = session.id();
-        self.refuse_while_draining()?;
-        let mut held = self.slots.lock(id).await;
-        let live = held.live();
-        let tenant = self.owners.of(id).unwrap_or_default();
-        let alive = match &live {
-            // The one that ends gives its place a moment later.
-            Some(_) => {
-                let account = self.engine.accounts().of(&tenant);
-                self.residency.count_in(account.count(Amount::Sessions, 1))
-            }
-            None => self.seat(&tenant)?,
-        };
-        // Nothing is written meanwhile, which might push out what is wanted, or become the head.
-        let _in_turn = match &live {
-            Some(live) => Some(live.profile.writes.in_turn().await),
-            None => None,
-        };
-        let record = self.record(id).await?;
-        let wanted = if snapshot.is_empty() { record.head.as_str() } else { snapshot };
-        let found = record.snapshot(wanted).cloned();
-        let snapshot = found.ok_or_else(|| record.no_such(id, wanted))?;
-        // Read before anything ends: a damaged snapshot leaves the session as it is.
-        drop(self.read(id, &record, &snapshot).await?);
-        let settings = snapshot::settings(&record)?;
-        // Whoever had it before is set back as well, and cannot take over from who restored it.
-        let epoch = epoch_now().max(record.epoch);
-        retire(held.put(None)).await;
-        let (store, head) = (self.store.clone(), snapshot.id.clone());
-        blocking(move || store.set_head(id, &head, epoch)).await?;
-        let trunk = self.engine.trunk();
-        let restored = Restored {
-            n_parameters: trunk.n_parameters(&settings.lora),
-            adapter_bytes: trunk.adapter_bytes(&settings.lora),
-            settings: settings.clone(),
-            snapshot,
-        };
-        let standing = snapshot::standing(&restored.snapshot);
-        let (profile, home) = (profile(id, settings), Home::Away(Away::Disk));
-        let resume = standing;
-        held.put(Some(self.spawn(Beginning { alive, profile, home, resume, epoch })));
-        tracing::info!(session = %id, snapshot = restored.snapshot.id, "session restored");
-        Ok(restored)
-    }
-
-    /// A session's adapter, and the accumulated gradients if they are wanted. It is taken from
-    /// where it is.
-    pub async fn export(
-        &self,
-        session: OwnSession,
-        gradients: bool,
-    ) -> Result<(LoraSpec, Exported), Error> {
-        let id = session.id();
-        let held = self.slots.lock(id).await;
-        let exported = match held.live() {
-            Some(live) => live.actor.send(Export { gradients }).await.map_err(gone)??,
-            None => ExportOf::InStore,
-        };
-        let record = self.record(id).await?;
-        let adapters = match exported {
-            ExportOf::Device(exported) => return Ok((record.lora, exported)),
-            ExportOf::Host(adapters) => adapters,
-            ExportOf::InStore => {
-                let head = record.head().ok_or_else(|| Error::UnknownSession(id.to_string()))?;
-                self.read(id, &record, head).await?.adapters
-            }
-        };
-        let (trunk, lora) = (self.engine.trunk().clone(), record.lora);
-        blocking(move || {
-            let exported = export_state(&trunk, &lora, &adapters, gradients)?;
-            Ok((lora, exported))
-        })
-        .await
-    }
-
-    /// Every session of a tenant, live or not.
-    pub async fn list(&self, tenant: &str) -> Result<Vec<Listed>, Error> {
-        let own: Vec<_> = self.owners.sessions(tenant).into_iter().map(OwnSession::id).collect();
-        let store = self.store.clone();
-        let records = blocking(move || Ok(store.records_of(&own))).await?;
-        let mut listed = Vec::with_capacity(records.len());
-        for (id, record) in records {
-            let live = match self.slots.actor(id) {
-                Some(actor) => actor.send(Info).await.ok(),
-                None => None,
-            };
-            listed.push(Listed { id, record, live });
-        }
-        Ok(listed)
-    }
-
-    /// A tenant's live sessions at a glance.
-    pub async fn views(&self, tenant: &str) -> Vec<SessionView> {
-        let mut views = Vec::new();
-        for own in self.owners.sessions(tenant) {
-            if let Some(actor) = self.slots.actor(own.id()) {
-                views.extend(actor.send(Info).await);
-            }
-        }
-        views
     }
 
     /// Parks a session, or deletes it with all its snapshots.
