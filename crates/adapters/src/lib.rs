@@ -27,10 +27,12 @@ mod optimizer;
 pub mod peft;
 mod set;
 mod spec;
+mod state;
 
 pub use optimizer::{AdamW, Stepped};
-pub use set::{AdapterSet, AdapterState, LoraPair};
+pub use set::{AdapterSet, LoraPair};
 pub use spec::{LoraSpec, Site};
+pub use state::AdapterState;
 
 /// What can be wrong with an adapter that comes from outside.
 #[derive(Debug, thiserror::Error)]

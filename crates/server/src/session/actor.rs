@@ -2,23 +2,21 @@ use super::cadence::{Cadence, SnapshotEvery};
 use super::frame::{Effect, Frame, SessionId, Work};
 use super::home::{Backlog, Place, Requested, Waiting};
 use super::loss::WireLoss;
-use super::messages::{
-    Attach, Attached, Detach, DrainWhenQuiet, Frames, Info, Keep, Lost, Reason, Retire, Revoke,
-    SessionCut, SessionView,
-};
+use super::messages::{DrainWhenQuiet, Frames, Info, Reason, SessionCut, SessionView};
 use super::newest::Newest;
-use super::outbox::{Answer, CutAsked, CutState, CutTo, Next, Outbox, Pending, Permit, StreamEnds};
+use super::outbox::{Answer, CutAsked, CutState, CutTo, Next, Outbox, Pending, Permit};
 use super::state::{Admission, DRAIN_RETRY, FrameLimits, Resume, SessionState, Ticket};
+use super::streams::{Lease, Stream};
 use crate::engine::FrameWork;
 use crate::error::Error;
 use crate::faults::Fault;
 use crate::registry::Copied;
 use crate::residency::{Alive, Home, Profile, Residency, Writing};
 use actix::{
-    Actor, ActorContext, ActorFutureExt, AsyncContext, Context, Handler, MessageResult,
-    ResponseFuture, SpawnHandle, WrapFuture,
+    Actor, ActorFutureExt, AsyncContext, Context, Handler, MessageResult, ResponseFuture,
+    WrapFuture,
 };
-use offshoot_proto::v1::{self, ServerFrame, server_frame::Body};
+use offshoot_proto::v1::{self, ServerFrame};
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -35,14 +33,14 @@ pub struct SessionActor {
     pub(super) residency: Arc<Residency>,
     pub(super) place: Place,
     pub(super) backlog: Backlog,
-    limits: v1::Limits,
+    pub(super) limits: v1::Limits,
     pub(super) outbox: Outbox,
     wire_loss: WireLoss,
-    stream: Option<Stream>,
-    newest: Newest,
-    n_streams: u64,
+    pub(super) stream: Option<Stream>,
+    pub(super) newest: Newest,
+    pub(super) n_streams: u64,
     pub(super) n_cuts: u64,
-    lease: Lease,
+    pub(super) lease: Lease,
     /// A last copy is under way; no new frame is taken in.
     pub(super) ending: Option<Reason>,
     /// When the server copies it by itself.
@@ -70,20 +68,6 @@ pub struct SessionSeed {
     pub idle: mpsc::Sender<SessionId>,
 }
 
-struct Stream {
-    number: u64,
-    /// Room for the last word.
-    farewell: Permit,
-    _ends: StreamEnds,
-}
-
-struct Lease {
-    duration: Duration,
-    idle: mpsc::Sender<SessionId>,
-    timer: Option<SpawnHandle>,
-    over: bool,
-}
-
 impl SessionActor {
     /// Not yet attached.
     pub fn new(seed: SessionSeed) -> Self {
@@ -105,58 +89,11 @@ impl SessionActor {
             newest: Newest::since(seed.epoch),
             n_streams: 0,
             n_cuts: 0,
-            lease: Lease { duration: seed.lease, idle: seed.idle, timer: None, over: false },
+            lease: Lease::new(seed.lease, seed.idle),
             ending: None,
             cadence: Cadence::new(seed.snapshots, Instant::now()),
             quiet: Vec::new(),
         }
-    }
-
-    /// Ends the stream, if there is one, with a last word.
-    pub(super) fn end_stream(&mut self, error: &Error) {
-        if let Some(stream) = self.stream.take() {
-            stream.farewell.send(Ok(error.to_frame(0)));
-        }
-        self.outbox.detach();
-        self.backlog.detach();
-    }
-
-    fn start_lease(&mut self, ctx: &mut Context<Self>) {
-        self.stop_lease(ctx);
-        let timer = ctx.run_later(self.lease.duration, |actor, ctx| {
-            actor.lease.over = true;
-            let (idle, id) = (actor.lease.idle.clone(), actor.profile.id);
-            let tell = async move {
-                // Nobody listens any more when the server ends.
-                let _ = idle.send(id).await;
-            };
-            ctx.spawn(tell.into_actor(actor));
-        });
-        self.lease.timer = Some(timer);
-    }
-
-    fn stop_lease(&mut self, ctx: &mut Context<Self>) {
-        self.lease.over = false;
-        if let Some(timer) = self.lease.timer.take() {
-            ctx.cancel_future(timer);
-        }
-    }
-
-    fn attached(
-        &self,
-        durable: Option<v1::SnapshotInfo>,
-        snapshots: Vec<v1::SnapshotInfo>,
-    ) -> ServerFrame {
-        let attached = v1::Attached {
-            last_applied: self.state.applied(),
-            step: self.state.step(),
-            durable,
-            open_microbatches: self.state.open().keys().copied().collect(),
-            limits: Some(self.limits),
-            epoch: self.newest.epoch,
-            snapshots,
-        };
-        ServerFrame { sequence: 0, body: Some(Body::Attached(attached)) }
     }
 
     fn take_in(&mut self, frame: Frame, permit: Permit, ctx: &mut Context<Self>) {
@@ -370,26 +307,6 @@ impl Actor for SessionActor {
     }
 }
 
-impl Handler<Attach> for SessionActor {
-    type Result = Result<Attached, Error>;
-
-    fn handle(&mut self, attach: Attach, ctx: &mut Context<Self>) -> Self::Result {
-        if let Some(reason) = &self.ending {
-            return Err(reason.farewell());
-        }
-        self.newest = self.newest.replaced_by(attach.greeting)?;
-        self.end_stream(&Error::TakenOver);
-        self.stop_lease(ctx);
-        // A client that is ahead of this state will see that in the answer.
-        let _ = self.state.acknowledge(attach.greeting.last_answered);
-        self.n_streams += 1;
-        let number = self.n_streams;
-        let hello = self.attached(attach.durable, attach.snapshots);
-        self.stream = Some(Stream { number, farewell: attach.farewell, _ends: attach.ends });
-        Ok(Attached { number, hello, epoch: self.newest.epoch })
-    }
-}
-
 impl Handler<Frames> for SessionActor {
     type Result = ();
 
@@ -405,62 +322,6 @@ impl Handler<Frames> for SessionActor {
         self.residency.faults().pass(Fault::Actor);
         self.backlog.push(Waiting::Frames(Box::new(message)));
         self.serve_backlog(ctx);
-    }
-}
-
-impl Handler<Detach> for SessionActor {
-    type Result = ();
-
-    fn handle(&mut self, message: Detach, ctx: &mut Context<Self>) {
-        if self.stream.as_ref().is_some_and(|current| current.number == message.stream) {
-            self.stream = None;
-            self.outbox.detach();
-            self.backlog.detach();
-            self.start_lease(ctx);
-            self.pump();
-        }
-    }
-}
-
-impl Handler<Revoke> for SessionActor {
-    type Result = ();
-
-    fn handle(&mut self, message: Revoke, ctx: &mut Context<Self>) {
-        if self.stream.as_ref().is_some_and(|current| current.number == message.stream) {
-            self.end_stream(&Error::Unauthenticated);
-            self.start_lease(ctx);
-            self.pump();
-        }
-    }
-}
-
-impl Handler<Keep> for SessionActor {
-    type Result = ();
-
-    fn handle(&mut self, _: Keep, ctx: &mut Context<Self>) {
-        self.ending = None;
-        if self.stream.is_none() {
-            self.start_lease(ctx);
-        }
-    }
-}
-
-impl Handler<Retire> for SessionActor {
-    type Result = ();
-
-    fn handle(&mut self, _: Retire, ctx: &mut Context<Self>) {
-        self.end_stream(&Error::Ended);
-        self.profile.writes.end();
-        ctx.stop();
-    }
-}
-
-impl Handler<Lost> for SessionActor {
-    type Result = ();
-
-    fn handle(&mut self, _: Lost, ctx: &mut Context<Self>) {
-        self.end_stream(&Error::engine_down());
-        ctx.stop();
     }
 }
 

@@ -16,6 +16,7 @@ mod state;
 pub(crate) mod state_model;
 #[cfg(test)]
 mod state_properties;
+mod streams;
 
 pub use actor::{SessionActor, SessionSeed};
 pub use cadence::SnapshotEvery;
