@@ -1,14 +1,17 @@
 //! What a hostile or broken client does, over and over, until its time is over.
 
+mod link;
+mod messages;
+
 use anyhow::Context;
 use clap::ValueEnum;
-use offshoot_benches::normal;
+use link::{Link, Stream};
+use messages::{bad_bodies, forward, frame, junk, request};
 use offshoot_proto::v1::{self, client_frame::Body, server_frame, trunk_service_client};
-use offshoot_proto::{HostTensor, WireDType};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -371,137 +374,4 @@ impl Attack {
 struct Opened {
     id: String,
     hidden_size: usize,
-}
-
-fn request(server: &v1::DescribeResponse) -> v1::OpenSessionRequest {
-    v1::OpenSessionRequest {
-        name: "mallory".into(),
-        fingerprint: server.fingerprint.clone(),
-        split_point_1: server.split_point_1,
-        split_point_2: server.split_point_2,
-        lora: Some(v1::LoraConfig { r: 4, lora_alpha: 8.0, ..Default::default() }),
-        adamw: Some(v1::AdamWConfig { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 }),
-        seed: 1,
-        wire_dtype: WireDType::F32.to_proto() as i32,
-        initial_adapter: vec![],
-    }
-}
-
-fn junk(n_bytes: usize) -> Vec<v1::NamedTensor> {
-    let tensor = v1::Tensor {
-        dtype: WireDType::F32.to_proto() as i32,
-        shape: vec![1, (n_bytes / 4) as u32],
-        data: vec![7; n_bytes].into(),
-        ..Default::default()
-    };
-    vec![v1::NamedTensor { name: "junk".into(), tensor: Some(tensor) }]
-}
-
-fn frame(sequence: u64, body: Body) -> v1::ClientFrame {
-    v1::ClientFrame { sequence, acknowledged: 0, body: Some(body) }
-}
-
-fn forward(hidden_size: usize, n_tokens: usize, microbatch: u64) -> v1::Forward {
-    v1::Forward {
-        microbatch,
-        hidden: Some(normal(n_tokens, hidden_size, WireDType::F32, 3).into_proto()),
-        seq_lens: vec![n_tokens as u32],
-        position_ids: vec![],
-        mode: v1::Mode::Train as i32,
-        want_input_grad: true,
-        dropout_key: 0,
-    }
-}
-
-/// One of each kind of nonsense.
-fn bad_bodies(h: usize, round: u64) -> Vec<Body> {
-    let n = 16;
-    let with = |bad: f32| {
-        let mut values = vec![0.5; n * h];
-        values[round as usize % (n * h)] = bad;
-        HostTensor::from_f32(&values, vec![n, h], WireDType::F32).into_proto()
-    };
-    let good = || forward(h, n, round);
-    let shaped = |shape: Vec<u32>| v1::Tensor { shape, ..with(0.5) };
-    vec![
-        Body::Forward(v1::Forward { hidden: Some(with(f32::NAN)), ..good() }),
-        Body::Forward(v1::Forward { hidden: Some(with(f32::INFINITY)), ..good() }),
-        Body::Forward(v1::Forward { hidden: Some(shaped(vec![u32::MAX, u32::MAX])), ..good() }),
-        Body::Forward(v1::Forward { hidden: Some(shaped(vec![h as u32, n as u32])), ..good() }),
-        Body::Forward(v1::Forward { hidden: Some(shaped(vec![1; 64])), ..good() }),
-        Body::Forward(v1::Forward { hidden: None, ..good() }),
-        Body::Forward(v1::Forward { seq_lens: vec![u32::MAX, 1], ..good() }),
-        Body::Forward(v1::Forward { seq_lens: vec![0; 10_000], ..good() }),
-        Body::Forward(v1::Forward { position_ids: vec![1; 3], ..good() }),
-        Body::Forward(v1::Forward { mode: 77, ..good() }),
-        Body::Backward(v1::Backward { microbatch: u64::MAX, grad: Some(with(f32::NEG_INFINITY)) }),
-        Body::Backward(v1::Backward { microbatch: u64::MAX, grad: Some(with(0.5)) }),
-        Body::Step(v1::Step { learning_rate: f64::NAN, clip_factor: 1.0 }),
-        Body::Step(v1::Step { learning_rate: 1e-3, clip_factor: f64::INFINITY }),
-    ]
-}
-
-/// A stream of frames without the SDK.
-struct Stream {
-    next: u64,
-    out: mpsc::Sender<v1::ClientFrame>,
-    answers: tonic::Streaming<v1::ServerFrame>,
-}
-
-impl Stream {
-    async fn attach(rpc: &mut Rpc, id: &str) -> anyhow::Result<Stream> {
-        let (out, frames) = mpsc::channel(4);
-        let hello = v1::Hello { session_id: id.into(), ..Default::default() };
-        out.send(frame(0, Body::Hello(hello))).await?;
-        let mut answers = rpc.train(ReceiverStream::new(frames)).await?.into_inner();
-        match answers.message().await?.context("an answer to Hello")?.body {
-            Some(server_frame::Body::Attached(attached)) => {
-                Ok(Stream { next: attached.last_applied + 1, out, answers })
-            }
-            other => anyhow::bail!("Hello was answered with {other:?}"),
-        }
-    }
-
-    async fn send(&self, sequence: u64, body: Body) -> anyhow::Result<()> {
-        Ok(self.out.send(frame(sequence, body)).await?)
-    }
-
-    async fn answer(&mut self) -> anyhow::Result<Option<server_frame::Body>> {
-        Ok(self.answers.message().await?.and_then(|frame| frame.body))
-    }
-}
-
-#[derive(Clone, Copy)]
-enum Link {
-    /// Ends after so many bytes of the client.
-    Cut { after: usize },
-    /// Passes 512 bytes on ten times a second.
-    Slow,
-}
-
-impl Link {
-    async fn carry(self, client: TcpStream, server: TcpStream) -> std::io::Result<()> {
-        let (mut from_client, mut to_client) = client.into_split();
-        let (mut from_server, mut to_server) = server.into_split();
-        let up = async move {
-            let mut buffer = [0; 512];
-            let mut n_bytes = 0;
-            loop {
-                let read = from_client.read(&mut buffer).await?;
-                n_bytes += read;
-                let over = matches!(self, Link::Cut { after } if n_bytes >= after);
-                if read == 0 || over {
-                    return std::io::Result::Ok(());
-                }
-                if matches!(self, Link::Slow) {
-                    sleep(Duration::from_millis(100)).await;
-                }
-                to_server.write_all(&buffer[..read]).await?;
-            }
-        };
-        tokio::select! {
-            ended = up => ended,
-            ended = tokio::io::copy(&mut from_server, &mut to_client) => ended.map(drop),
-        }
-    }
 }
