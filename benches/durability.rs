@@ -25,7 +25,7 @@ struct Args {
     /// Of each block of steps.
     #[arg(long, default_value_t = 30.0)]
     block_seconds: f64,
-    /// Blocks of each setting.
+    /// Blocks of each setting; 0: only the store is measured.
     #[arg(long, default_value_t = 6)]
     rounds: usize,
     /// In the store that is opened.
@@ -53,7 +53,9 @@ fn main() -> Result<()> {
         "{}, f32, rank {} on all linear layers, steps of 4 x 128 tokens\n",
         trunk.what, args.rank
     );
-    overhead(&runtime, &trunk, &args)?;
+    if args.rounds > 0 {
+        overhead(&runtime, &trunk, &args)?;
+    }
     runtime.block_on(store_of_many(&args))
 }
 
@@ -205,7 +207,7 @@ async fn one_snapshot(training: &mut Training) -> Result<()> {
 /// A store with so many sessions of ten snapshots each, made by a server as clients make it.
 async fn store_of_many(args: &Args) -> Result<()> {
     const TINY: ModelSize =
-        ModelSize { hidden: 64, mlp: 128, layers: 3, heads: 2, kv_heads: 2, vocab: 64 };
+        ModelSize { hidden: 64, mlp: 128, layers: 6, heads: 2, kv_heads: 2, vocab: 64 };
     const AT_A_TIME: usize = 16;
     let (trunk, store) = (Trunk::random(TINY)?, tempfile::tempdir()?);
     let config = config_of(&trunk, store.path());
