@@ -1,4 +1,5 @@
 use crate::accelerator;
+use crate::base::Base;
 use crate::noise_args::{HiddenNoiseArgs, in_words};
 use crate::server_args::ServerArgs;
 use crate::train::column_args::ColumnArgs;
@@ -7,8 +8,6 @@ use crate::train::samples_args::SamplesArgs;
 use anyhow::{Context, ensure};
 use clap::Args;
 use offshoot_client::{Client, ClientOptions, WireDType};
-use offshoot_model::ModelConfig;
-use offshoot_model::weights::Checkpoint;
 use offshoot_trainer::adapter::{Adapter, Step};
 use offshoot_trainer::data::source::DataSpec;
 use offshoot_trainer::data::{Batch, DataOptions, DataSet, MicrobatchSize};
@@ -113,15 +112,8 @@ Examples:
 pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
     let device = accelerator::device(&args.device)?;
     let server = args.server.address();
-    let adapter = args.adapter.as_deref().map(|path| Adapter::find(path, args.step)).transpose()?;
-    let of_adapter = adapter.as_ref().and_then(|adapter| adapter.base_model.clone());
-    let model_name = args
-        .model_name
-        .or(of_adapter)
-        .context("--model-name is missing, and the adapter names no base model")?;
-    let checkpoint = Checkpoint::find(&model_name)?;
-    let config = ModelConfig::from_json(checkpoint.config())?;
-    let adapter = adapter.map(|adapter| adapter.fit(&config)).transpose()?;
+    let base = Base::find(args.model_name, args.adapter.as_deref(), args.step)?;
+    let Base { name, checkpoint, config, adapter } = base;
     let kind = Kind::from(args.dtype);
     let subject = Subject { checkpoint: &checkpoint, config: &config, kind, device };
     let models = match (&adapter, args.no_base) {
@@ -154,7 +146,7 @@ pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
     };
     if args.json {
         let mut result = json!({
-            "model": model_name,
+            "model": name,
             "adapter": args.adapter,
             "server": server,
             "dtype": dtype_name(kind),

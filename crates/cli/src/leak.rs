@@ -1,16 +1,15 @@
 mod table;
 
 use crate::accelerator;
+use crate::base::Base;
 use crate::noise_args::{GradientNoiseArgs, HiddenNoiseArgs};
 use crate::train::column_args::ColumnArgs;
 use crate::train::compute_args::DType;
 use crate::train::samples_args::SamplesArgs;
-use anyhow::{Context, ensure};
+use anyhow::ensure;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
-use offshoot_model::ModelConfig;
-use offshoot_model::weights::Checkpoint;
-use offshoot_trainer::adapter::{Adapter, Step};
+use offshoot_trainer::adapter::Step;
 use offshoot_trainer::data::source::DataSpec;
 use offshoot_trainer::data::{DataOptions, DataSet};
 use offshoot_trainer::evaluate::Subject;
@@ -141,16 +140,8 @@ pub fn run(args: LeakArgs) -> anyhow::Result<ExitCode> {
         noise_key: None,
     };
     privacy.validate()?;
-    let path = args.adapter.as_deref();
-    let adapter = path.map(|path| Adapter::find(path, args.step)).transpose()?;
-    let of_adapter = adapter.as_ref().and_then(|adapter| adapter.base_model.clone());
-    let model_name = args
-        .model_name
-        .or(of_adapter)
-        .context("--model-name is missing, and the adapter names no base model")?;
-    let checkpoint = Checkpoint::find(&model_name)?;
-    let config = ModelConfig::from_json(checkpoint.config())?;
-    let adapter = adapter.map(|adapter| adapter.fit(&config)).transpose()?;
+    let base = Base::find(args.model_name, args.adapter.as_deref(), args.step)?;
+    let Base { name, checkpoint, config, adapter } = base;
     let samples = args.samples.into_options();
     config.check_length(samples.max_seq_length)?;
     let tokenizer = Tokenizer::load_with(&checkpoint, samples.chat_template.as_deref())?;
@@ -181,7 +172,7 @@ pub fn run(args: LeakArgs) -> anyhow::Result<ExitCode> {
     let leak = with_bar(|progress| measure(&options, &data, progress))?;
     if args.json {
         let mut result = json!({
-            "model": model_name,
+            "model": name,
             "adapter": args.adapter,
             "hidden_clip_norm": options.privacy.hidden.clip_norm,
             "hidden_noise": options.privacy.hidden.noise,

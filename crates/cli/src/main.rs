@@ -1,6 +1,7 @@
 //! `offshoot`: the trunk server and the trainer on the command line.
 
 mod accelerator;
+mod base;
 mod bench;
 mod checkpoints;
 mod connection_args;

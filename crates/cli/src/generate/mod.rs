@@ -5,7 +5,8 @@ mod output;
 pub use args::GenerateArgs;
 
 use crate::accelerator;
-use anyhow::{Context, bail};
+use crate::base::Base;
+use anyhow::Context;
 use args::Work;
 use chat::Conversation;
 use offshoot_client::{Client, ClientOptions};
@@ -55,19 +56,11 @@ struct Loaded {
 impl Loaded {
     fn load(args: &GenerateArgs) -> anyhow::Result<Self> {
         let path = args.model.adapter.as_deref();
-        let adapter = path.map(|path| Adapter::find(path, args.model.step)).transpose()?;
-        let of_adapter = adapter.as_ref().and_then(|adapter| adapter.base_model.clone());
-        let Some(name) = args.model.model_name.clone().or(of_adapter) else {
-            bail!(
-                "--model-name is missing: name a Hugging Face directory, a GGUF file or a hub name; only an adapter that names its base model can do without"
-            );
-        };
-        let checkpoint = Checkpoint::find(&name)?;
-        let config = ModelConfig::from_json(checkpoint.config())?;
+        let base = Base::find(args.model.model_name.clone(), path, args.model.step)?;
+        let Base { name, checkpoint, config, adapter } = base;
         if let Some(wanted) = &args.model.model_type {
             fit::model_type(&name, &config, Some(wanted))?;
         }
-        let adapter = adapter.map(|adapter| adapter.fit(&config)).transpose()?;
         let mut tokenizer = Tokenizer::load(&checkpoint)?;
         if let Some(template) = &args.text.chat_template {
             tokenizer = tokenizer.with_chat_template(template)?;
