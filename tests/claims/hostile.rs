@@ -238,16 +238,7 @@ async fn connections_that_do_nothing_make_room_for_those_that_do() {
 async fn a_flood_of_opens_is_refused_with_a_time_to_come_back() {
     let attacked = Attacked::start(|limits| limits.max_live_sessions = 12).await;
     let endpoint = attacked.server.endpoint();
-    let request = open_request(&attacked.client).await.unwrap();
-    let template = v1::OpenSessionRequest {
-        fingerprint: request.fingerprint,
-        split_point_1: request.split_point_1,
-        split_point_2: request.split_point_2,
-        lora: Some(v1::LoraConfig { r: 2, lora_alpha: 2.0, ..v1::LoraConfig::default() }),
-        adamw: Some(v1::AdamWConfig { beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.0 }),
-        wire_dtype: request.wire_dtype.to_proto() as i32,
-        ..v1::OpenSessionRequest::default()
-    };
+    let template = raw_request(&attacked.client).await;
     // One session trains already: its place is its own.
     let h = attacked.client.describe().await.unwrap().hidden_size;
     let own = open_request(&attacked.client).await.unwrap();
@@ -285,9 +276,10 @@ async fn narrow(address: SocketAddr) -> Rpc {
     Rpc::new(endpoint.connect().await.unwrap())
 }
 
-async fn open_raw(client: &Client, rpc: &mut Rpc) -> String {
+/// To open a session without the SDK.
+async fn raw_request(client: &Client) -> v1::OpenSessionRequest {
     let request = open_request(client).await.unwrap();
-    let request = v1::OpenSessionRequest {
+    v1::OpenSessionRequest {
         fingerprint: request.fingerprint,
         split_point_1: request.split_point_1,
         split_point_2: request.split_point_2,
@@ -295,7 +287,11 @@ async fn open_raw(client: &Client, rpc: &mut Rpc) -> String {
         adamw: Some(v1::AdamWConfig { beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.0 }),
         wire_dtype: request.wire_dtype.to_proto() as i32,
         ..v1::OpenSessionRequest::default()
-    };
+    }
+}
+
+async fn open_raw(client: &Client, rpc: &mut Rpc) -> String {
+    let request = raw_request(client).await;
     rpc.open_session(request).await.unwrap().into_inner().session_id
 }
 

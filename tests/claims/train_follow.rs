@@ -9,7 +9,7 @@ use offshoot_tests::proxy::Proxy;
 use offshoot_trainer::{CancelToken, Summary, TrainError, TrainOptions, checkpoint, train};
 use serde_json::Value;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use tokio::task::JoinHandle;
 
@@ -133,23 +133,40 @@ async fn a_killed_servers_run_goes_back_to_a_step_in_memory_and_ends_the_same() 
     assert_same_metrics(&dir, straight.checkpoint.parent().unwrap());
 }
 
+/// A run that saves every fourth step, and has its first checkpoint.
+struct Saving {
+    place: Place,
+    /// The same run, undisturbed.
+    straight: Summary,
+    child: Child,
+    dir: PathBuf,
+    running: JoinHandle<Result<Summary, TrainError>>,
+}
+
+impl Saving {
+    async fn begin() -> Saving {
+        let place = Place::new();
+        let other = undisturbed(&place).await;
+        let mut options = long(&place, &other.endpoint(), "straight");
+        options.output.save_interval = 4;
+        let straight = run(options.clone()).await;
+
+        let mut config = place.server();
+        config.session.snapshot_seconds = 0.0;
+        let child = Child::start_with(&config);
+        options.model.server = child.address().to_string();
+        options.output.dir = place.dir.path().join("disturbed");
+        options.output.keep_last = 100;
+        let dir = options.output.dir.clone();
+        let running = begin(options, CancelToken::default());
+        until("the first checkpoint", async || n_steps(&dir) >= 5).await;
+        Saving { place, straight, child, dir, running }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_disk_costs_checkpoints_and_not_the_run() {
-    let place = Place::new();
-    let other = undisturbed(&place).await;
-    let mut options = long(&place, &other.endpoint(), "straight");
-    options.output.save_interval = 4;
-    let straight = run(options.clone()).await;
-
-    let mut config = place.server();
-    config.session.snapshot_seconds = 0.0;
-    let child = Child::start_with(&config);
-    let proxy = Proxy::start(child.address()).await.unwrap();
-    (options.model.server, options.output.dir) = (proxy.endpoint(), place.dir.path().join("full"));
-    options.output.keep_last = 100;
-    let dir = options.output.dir.clone();
-    let running = begin(options, CancelToken::default());
-    until("the first checkpoint", async || n_steps(&dir) >= 5).await;
+    let Saving { place: _place, straight, child, dir, running } = Saving::begin().await;
     child.fill_disk(Some(4096));
     let full = n_steps(&dir);
     until("steps without room", async || n_steps(&dir) >= full + 10).await;
@@ -191,22 +208,9 @@ async fn a_run_whose_last_snapshot_finds_no_room_says_what_is_left_of_it() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_store_that_is_away_costs_checkpoints_and_not_the_run() {
-    let place = Place::new();
-    let other = undisturbed(&place).await;
-    let mut options = long(&place, &other.endpoint(), "straight");
-    options.output.save_interval = 4;
-    let straight = run(options.clone()).await;
-
-    let mut config = place.server();
-    config.session.snapshot_seconds = 0.0;
-    let child = Child::start_with(&config);
-    let proxy = Proxy::start(child.address()).await.unwrap();
-    (options.model.server, options.output.dir) = (proxy.endpoint(), place.dir.path().join("away"));
-    options.output.keep_last = 100;
-    let dir = options.output.dir.clone();
-    let running = begin(options, CancelToken::default());
-    until("the first checkpoint", async || n_steps(&dir) >= 5).await;
-    let (blobs, elsewhere) = (config.store.dir.join("blobs"), config.store.dir.join("elsewhere"));
+    let Saving { place, straight, child: _child, dir, running } = Saving::begin().await;
+    let store = place.server().store.dir;
+    let (blobs, elsewhere) = (store.join("blobs"), store.join("elsewhere"));
     fs::rename(&blobs, &elsewhere).unwrap();
     let gone = n_steps(&dir);
     until("steps without a store", async || n_steps(&dir) >= (gone + 10).min(60)).await;
