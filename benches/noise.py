@@ -64,7 +64,17 @@ def leak(args, split, adapter=None, privacy=(), **more):
         command += ["--adapter", str(adapter)]
     known = {"tokens": args.tokens, "reader_tokens": args.reader_tokens}
     command += [f"--{name.replace('_', '-')}={value}" for name, value in {**known, **more}.items()]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    return found | {"model": recorded(args.model), "adapter": adapter and recorded(adapter)}
+
+
+def recorded(path):
+    """A path as it reads on any machine: from the repository's root, or its last part. A hub name is
+    not changed."""
+    path = pathlib.Path(path)
+    if not path.is_absolute():
+        return str(path)
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
 
 
 def labels(args, split, adapter=None, privacy=()):

@@ -4,6 +4,9 @@
 //! What happens is a function of the seed; the instruction that it hits is not, since processes do not
 //! run twice in the same way. So a failure is found again by running its number again, if need be
 //! several times; its folder with the logs of both sides stays.
+//!
+//! Its sleeps do not wait for anything to have happened: they are the random moments at which faults
+//! strike and end, and the pauses between two looks at a run.
 
 mod compare;
 mod fault;

@@ -78,82 +78,79 @@ const COMING_AND_GOING: &[Kind] = &[
 /// Once in a whole bench: it takes as long as the client's keepalive.
 const HALF_OPEN: &[Kind] = &[Kind::HalfOpen, Kind::Cut, Kind::Mute, Kind::Delay, Kind::KillServer];
 
+/// Where a setting says nothing else.
+const USUAL: Setting = Setting {
+    name: "",
+    split: [1, 3],
+    train: "",
+    preferences: false,
+    save_interval: 10,
+    server: "",
+    crowded: false,
+    kinds: EVERYWHERE,
+};
+
 pub const SETTINGS: &[Setting] = &[
     Setting {
         name: "accumulated",
-        split: [1, 3],
         train: "--gradient-accumulation-steps 3 --microbatches-in-flight 3 --wire-dtype f32 \
                 --lora-rank 8 --eval-interval 16",
-        preferences: false,
         save_interval: 5,
         server: "[session]\nsnapshot_seconds = 0.0\nsnapshot_steps = 0\n",
-        crowded: false,
-        kinds: EVERYWHERE,
+        ..USUAL
     },
     Setting {
         name: "bf16-by-steps",
         split: [0, 3],
         train: "--gradient-accumulation-steps 2 --microbatches-in-flight 2 --wire-dtype bf16 \
                 --lora-rank 32 --use-rslora",
-        preferences: false,
         save_interval: 9,
         server: "[session]\nsnapshot_seconds = 0.0\nsnapshot_steps = 3\n",
-        crowded: false,
-        kinds: EVERYWHERE,
+        ..USUAL
     },
     Setting {
         name: "dpo-by-seconds",
-        split: [1, 3],
         train: "--loss dpo --wire-dtype f32 --lora-rank 16",
         preferences: true,
         save_interval: 6,
         server: "[session]\nsnapshot_seconds = 0.1\nsnapshot_steps = 0\n",
-        crowded: false,
-        kinds: EVERYWHERE,
+        ..USUAL
     },
     Setting {
         name: "large-adapter",
         split: [1, 4],
         train: "--gradient-accumulation-steps 2 --microbatches-in-flight 2 --wire-dtype f32 \
                 --lora-rank 256",
-        preferences: false,
         save_interval: 4,
         server: "[session]\nsnapshot_seconds = 0.0\nsnapshot_steps = 2\n",
-        crowded: false,
-        kinds: EVERYWHERE,
+        ..USUAL
     },
     Setting {
         name: "no-checkpoints",
         split: [0, 3],
         train: "--gradient-accumulation-steps 2 --microbatches-in-flight 2 --wire-dtype bf16 \
                 --lora-rank 64",
-        preferences: false,
         save_interval: 100_000,
         server: "[session]\nsnapshot_seconds = 0.0\nsnapshot_steps = 4\n",
-        crowded: false,
         kinds: WITHOUT_CHECKPOINTS,
+        ..USUAL
     },
     Setting {
         name: "coming-and-going",
-        split: [1, 3],
         train: "--gradient-accumulation-steps 2 --microbatches-in-flight 2 --wire-dtype f32 \
                 --lora-rank 256",
-        preferences: false,
         save_interval: 7,
         server: "[session]\nlease_seconds = 0.3\nidle_seconds = 0.2\nturn_seconds = 0.0\n\
                  snapshot_seconds = 0.0\nsnapshot_steps = 5\n",
         crowded: true,
         kinds: COMING_AND_GOING,
+        ..USUAL
     },
     Setting {
         name: "half-open",
-        split: [1, 3],
         train: "--wire-dtype f32 --lora-rank 8",
-        preferences: false,
-        save_interval: 10,
-        server: "",
-        crowded: false,
         kinds: HALF_OPEN,
+        ..USUAL
     },
 ];
 
