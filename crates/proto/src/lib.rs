@@ -1,5 +1,5 @@
 //! The wire contract between clients and the trunk server: code generated from
-//! `proto/offshoot/v1/trunk.proto`, and [`HostTensor`], a tensor that is checked once, when it comes
+//! `proto/offshoot/v1/*.proto`, and [`HostTensor`], a tensor that is checked once, when it comes
 //! in, and knows what rounding it has cost when it goes out.
 //!
 //! Both sides depend on it. It knows nothing of libtorch, of models or of sessions.
@@ -17,6 +17,7 @@ mod halves;
 mod int8;
 pub mod outgoing;
 mod rounding;
+mod shown;
 mod tensor;
 
 pub use dtype::WireDType;
@@ -24,7 +25,7 @@ pub use int8::Int8Rows;
 pub use rounding::Rounding;
 pub use tensor::{HostTensor, Payload, TensorError};
 
-/// Generated from `proto/offshoot/v1/trunk.proto`, which is the manual.
+/// Generated from `proto/offshoot/v1/*.proto`, which are the manual.
 #[allow(clippy::doc_markdown, clippy::doc_lazy_continuation)]
 pub mod v1 {
     tonic::include_proto!("offshoot.v1");
