@@ -1,3 +1,4 @@
+mod operations;
 mod unary;
 
 use crate::driver::Driver;
@@ -9,7 +10,7 @@ use crate::session::Session;
 use crate::types::{
     ExportedAdapter, OpenSession, Restored, ServerDescription, SessionId, SessionInfo, missing,
 };
-use crate::{ClientError, address, status};
+use crate::{ClientError, address, status, trace};
 use offshoot_proto::WireDType;
 use offshoot_proto::outgoing::ClientTransport;
 use offshoot_proto::v1::{self, trunk_service_client::TrunkServiceClient};
@@ -238,6 +239,7 @@ impl Client {
         if let Some(token) = self.token() {
             token.sign(&mut request);
         }
+        trace::mark_request(&mut request);
         request
     }
 

@@ -5,6 +5,7 @@ use crate::command::Command;
 use crate::entry::Request;
 use crate::loss::SentLoss;
 use crate::pending::{Microbatch, PendingEvaluate, PendingForward, PendingStep, Waiting};
+use crate::trace::FrameSpan;
 use crate::types::{
     ErrorCode, ExportedAdapter, FrameReport, Limits, SessionId, SnapshotInfo, WireError,
 };
@@ -131,7 +132,24 @@ impl Session {
         learning_rate: f64,
         clip_factor: f64,
     ) -> Result<PendingStep, ClientError> {
-        let answer = self.send(Request::Step(v1::Step { learning_rate, clip_factor })).await?;
+        self.send_step(v1::Step { learning_rate, clip_factor, shared_loss: None }).await
+    }
+
+    /// Like [`step`](Session::step), and tells the server the step's mean loss, which must be finite:
+    /// its operator and this tenant see it in the session's overview. Nothing is computed with it. Without
+    /// this the server never learns of any loss.
+    pub async fn step_sharing_loss(
+        &self,
+        learning_rate: f64,
+        clip_factor: f64,
+        loss: f64,
+    ) -> Result<PendingStep, ClientError> {
+        let shared_loss = Some(loss);
+        self.send_step(v1::Step { learning_rate, clip_factor, shared_loss }).await
+    }
+
+    async fn send_step(&self, step: v1::Step) -> Result<PendingStep, ClientError> {
+        let answer = self.send(Request::Step(step)).await?;
         Ok(PendingStep { answer })
     }
 
@@ -261,7 +279,8 @@ impl Sender {
             return Err(ClientError::TooLarge { call, found, limit, max_tokens: self.max_tokens });
         }
         let (reply, receiver) = oneshot::channel();
-        let command = Command::Send { request: Box::new(request), reply };
+        let span = FrameSpan::begin(&request);
+        let command = Command::Send { request: Box::new(request), span, reply };
         self.commands.send(command).await.map_err(|_| ClientError::Closed)?;
         Ok(Waiting { call, receiver })
     }
