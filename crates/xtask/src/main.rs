@@ -9,6 +9,7 @@ mod checks;
 mod command;
 mod demo;
 mod fuzz;
+mod image;
 mod pip;
 mod setup;
 mod tensorboard;
@@ -57,6 +58,10 @@ enum Task {
     },
     /// The stripped release binary, for CPU and CUDA
     Bundle,
+    /// The root of the container image in a folder; docker/Dockerfile runs it
+    ImageTree(image::Options),
+    /// The bill of materials of the release binary, as CycloneDX
+    Sbom,
 }
 
 fn main() -> ExitCode {
@@ -70,6 +75,8 @@ fn main() -> ExitCode {
         Task::Fuzz(options) => fuzz::run_targets(&options),
         Task::Tensorboard { runs } => tensorboard::check(&runs),
         Task::Bundle => bundle::run(),
+        Task::ImageTree(options) => image::tree(&options),
+        Task::Sbom => image::print_sbom(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -11,8 +11,12 @@ use crate::pip;
 /// The version that tch 0.24 is written for.
 pub const VERSION: &str = "2.11.0";
 /// The torch wheel and the two small libraries of CUDA that its CPU half is linked against.
-const WHEELS: [&str; 3] =
-    ["torch==2.11.0", "nvidia-cuda-runtime==13.0.96", "nvidia-cuda-cupti==13.0.85"];
+const WHEELS: &str = include_str!("../python/libtorch.txt");
+
+/// Each with its version, such as `torch==2.11.0`.
+pub fn wheels() -> impl Iterator<Item = &'static str> {
+    WHEELS.lines().filter(|line| !line.is_empty() && !line.starts_with('#'))
+}
 
 /// Puts libtorch where the build looks for it; does nothing when it is there.
 pub fn libtorch() -> Result<()> {
@@ -44,7 +48,8 @@ pub fn libtorch() -> Result<()> {
     let _ = fs::remove_file(ours.join("build-version"));
     let wheels = ours.join("wheels");
     let _ = fs::remove_dir_all(&wheels);
-    pip::download(&WHEELS, &wheels, &format!("libtorch {VERSION}: downloading"))?;
+    let names: Vec<_> = self::wheels().collect();
+    pip::download(&names, &wheels, &format!("libtorch {VERSION}: downloading"))?;
     eprintln!("libtorch {VERSION}: unpacking");
     let script = in_root("crates/xtask/python/unpack_libtorch.py");
     output(pip::python().arg(script).arg(&wheels).arg(&ours))?;
@@ -64,4 +69,16 @@ fn is_complete(prefix: &Path) -> bool {
     fs::read_to_string(prefix.join("build-version"))
         .is_ok_and(|v| v.trim().split('+').next() == Some(VERSION))
         && ["lib/libtorch_cpu.so", "include"].iter().all(|p| prefix.join(p).exists())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_wheels_are_of_the_version_that_the_build_expects() {
+        let names: Vec<_> = wheels().collect();
+        assert_eq!(names.len(), 3);
+        assert_eq!(names[0], format!("torch=={VERSION}"));
+    }
 }
