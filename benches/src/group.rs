@@ -220,6 +220,11 @@ impl Trunk {
         Ok(Trunk { model, what: what + ", layers 2..20", layers: 2..20, _random: None })
     }
 
+    /// These layers of a model.
+    pub fn at(model: PathBuf, layers: Range<usize>, what: &str) -> Trunk {
+        Trunk { model, what: what.into(), layers, _random: None }
+    }
+
     /// The first two thirds of a model of this size.
     pub fn random(size: ModelSize) -> anyhow::Result<Trunk> {
         let model = random_model(size, 1)?;

@@ -15,6 +15,8 @@ mod overlap;
 mod packing;
 #[path = "train_report.rs"]
 mod report;
+#[path = "train_rolls.rs"]
+mod rolls;
 #[path = "train_runs.rs"]
 mod runs;
 #[path = "train_sources.rs"]

@@ -2,7 +2,9 @@
 //! SDK, and ways to disturb both.
 
 pub mod child;
+pub mod follow;
 pub mod heard;
+pub mod http;
 pub mod process;
 pub mod proxy;
 pub mod raw;
@@ -72,6 +74,11 @@ impl TestServer {
     /// Where clients connect.
     pub fn address(&self) -> SocketAddr {
         self.server.local_addr()
+    }
+
+    /// Where browsers connect, if [`ServerConfig::http`] has a port.
+    pub fn http(&self) -> SocketAddr {
+        self.server.http_addr().expect("the test gave http.port")
     }
 
     /// The same as the SDK takes it.

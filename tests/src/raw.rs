@@ -126,7 +126,7 @@ pub fn bearing<T>(message: T, token: &str) -> tonic::Request<T> {
 
 /// A frame that acknowledges nothing.
 pub fn frame(sequence: u64, body: client_frame::Body) -> v1::ClientFrame {
-    v1::ClientFrame { sequence, acknowledged: 0, body: Some(body) }
+    v1::ClientFrame { sequence, body: Some(body), ..Default::default() }
 }
 
 /// A Forward of an SDK's input.
@@ -164,7 +164,7 @@ pub async fn check_protocol(stream: &mut RawStream, bad: Vec<BadFrame>, good: &v
     let mut expected = None;
     for BadFrame { what, body, code, names } in bad {
         let sequence = stream.next;
-        let error = stream.refused(v1::ClientFrame { sequence, acknowledged: 0, body }).await;
+        let error = stream.refused(v1::ClientFrame { sequence, body, ..Default::default() }).await;
         assert_eq!(error.code(), code, "{what}: {}", error.message);
         for name in names {
             assert!(error.message.contains(name), "{what}: {name:?} is not in {:?}", error.message);

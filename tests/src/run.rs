@@ -4,6 +4,7 @@ use offshoot_client::{
     ADAMW_DEFAULTS, AdamWConfig, Client, ClientError, ExportedAdapter, ForwardInput, HostTensor,
     LoraConfig, OpenSession, Session, WireDType,
 };
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::ops::Range;
 
 /// Numbers in [-1, 1) that depend on nothing but their arguments.
@@ -57,17 +58,33 @@ pub async fn train(
     hidden_size: usize,
     steps: Range<u64>,
 ) -> Result<Vec<Numbers>, ClientError> {
+    train_heard(session, hidden_size, steps, || ()).await
+}
+
+/// The same; `heard` is called for each answer of a microbatch, as it comes.
+pub async fn train_heard(
+    session: &Session,
+    hidden_size: usize,
+    steps: Range<u64>,
+    heard: impl Fn(),
+) -> Result<Vec<Numbers>, ClientError> {
     let mut all = Vec::new();
     for step in steps {
         let first = session.send_forward(input(3 * step, &[5, 2, 4], hidden_size)).await?;
         let second = session.send_forward(input(3 * step + 1, &[3, 6], hidden_size)).await?;
         let (output, microbatch, _) = first.await?;
+        heard();
         let first = microbatch.send_backward(loss_gradient(&output)).await?;
         let (output, microbatch, _) = second.await?;
+        heard();
         let second = microbatch.send_backward(loss_gradient(&output)).await?;
         let evaluated = session.send_evaluate(input(3 * step + 2, &[7], hidden_size)).await?;
-        let (first, second) = (first.await?, second.await?);
+        let first = first.await?;
+        heard();
+        let second = second.await?;
+        heard();
         let evaluated = evaluated.await?;
+        heard();
         let clip_factor = (0.5 / second.norm_squared.sqrt()).min(1.0);
         session.step(0.01, clip_factor).await?;
         all.push(Numbers {
@@ -85,6 +102,20 @@ pub struct Numbers {
     norm_squared: [u64; 2],
     input_gradients: [Option<HostTensor>; 2],
     evaluated: HostTensor,
+}
+
+impl Numbers {
+    /// Differs if a bit does.
+    pub fn digest(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        self.norm_squared.hash(&mut hasher);
+        let [first, second] = &self.input_gradients;
+        for tensor in [first.as_ref(), second.as_ref(), Some(&self.evaluated)].into_iter().flatten()
+        {
+            tensor.to_f32().iter().for_each(|value| value.to_bits().hash(&mut hasher));
+        }
+        hasher.finish()
+    }
 }
 
 /// Of a loss that is half the sum of squares of `output`.

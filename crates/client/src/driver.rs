@@ -9,6 +9,7 @@ use crate::entry::{Entry, Request};
 use crate::identity::Token;
 use crate::outage::{Outage, SILENCE, Waiting};
 use crate::pulse::{Pulse, Sign};
+use crate::trace::FrameSpan;
 use crate::types::SessionId;
 use crate::window::{Cause, Gone, Outcome, Window};
 use crate::wire::{self, Failed, Side, Wire};
@@ -21,6 +22,7 @@ use tokio::time::Instant;
 struct Reply {
     to: oneshot::Sender<Result<Answer, ClientError>>,
     since: Instant,
+    span: FrameSpan,
 }
 
 /// After so much waiting for a quota of tokens people are told about it.
@@ -31,6 +33,8 @@ const RATE_QUOTA: &str = "tokens_per_second";
 /// Why a stream ended.
 enum End {
     Broken(String),
+    /// The server said that it ends.
+    Drains(String),
     Fatal(ClientError),
     /// The session was dropped and everything is answered.
     Done,
@@ -101,15 +105,20 @@ impl Driver {
     async fn run(mut self, mut wire: Wire) {
         loop {
             let since = Instant::now();
-            let why = match self.pump(wire).await {
+            let (why, drains) = match self.pump(wire).await {
                 End::Done => return,
                 End::Fatal(error) => return self.end(error).await,
-                End::Broken(why) => why,
+                End::Broken(why) => (why, false),
+                End::Drains(why) => (why, true),
             };
             // A stream that breaks at once again is one outage with the one before.
             let long = since.elapsed() > self.client.options().retry.max_delay;
             if long && !self.pulse.is_silent() {
                 self.outage = None;
+            }
+            if drains {
+                let retry = self.client.options().retry;
+                self.outage.get_or_insert_with(|| Outage::new(retry)).soon();
             }
             (self.retry_at, self.put_off) = (None, None);
             for entry in self.window.disconnected() {
@@ -171,6 +180,10 @@ impl Driver {
                 }
                 Err(Failed::Refused(error)) => return Err(error),
                 Err(Failed::Broken(why)) => cause = why,
+                Err(Failed::Drains(why)) => {
+                    outage.soon();
+                    cause = why;
+                }
             }
             tracing::debug!(session = %self.id, cause, "cannot attach, will try again");
             outage.failed(&self.client, &cause);
@@ -200,6 +213,7 @@ impl Driver {
                 message: format!(
                     "the server stands at frame {last_applied}, which was not sent from here"
                 ),
+                request_id: None,
             }),
         }
     }
@@ -208,7 +222,10 @@ impl Driver {
     async fn pump(&mut self, mut wire: Wire) -> End {
         loop {
             self.discard_abandoned();
-            while let Some(frame) = self.window.take_unsent() {
+            while let Some(mut frame) = self.window.take_unsent() {
+                if let Some(reply) = self.window.last_sent() {
+                    reply.span.mark(&mut frame);
+                }
                 match wire.out.try_send(frame) {
                     Ok(()) => {}
                     // The stream is gone; its answers say why.
@@ -225,7 +242,7 @@ impl Driver {
                 return End::Done;
             }
             if self.window.may_leave() {
-                return End::Broken("the server drains".to_string());
+                return End::Drains("the server drains".to_string());
             }
             let listens = self.settling.is_none()
                 && self.window.has_room()
@@ -292,7 +309,8 @@ impl Driver {
     fn discard_abandoned(&mut self) {
         for microbatch in self.window.abandoned() {
             // Nobody waits for the answer.
-            let reply = Reply { to: oneshot::channel().0, since: Instant::now() };
+            let (to, since) = (oneshot::channel().0, Instant::now());
+            let reply = Reply { to, since, span: FrameSpan::none() };
             self.window.push(Request::Discard(v1::Discard { microbatch }), reply);
         }
     }
@@ -302,11 +320,14 @@ impl Driver {
         self.discard_abandoned();
         match command {
             Command::Look | Command::Reattach => {}
-            Command::Send { request, reply } => match self.unreported.take() {
+            Command::Send { request, span, reply: to } => match self.unreported.take() {
                 Some(earlier) => {
-                    let _ = reply.send(Err(aborted(request.call(), earlier)));
+                    let _ = to.send(Err(aborted(request.call(), earlier)));
                 }
-                None => self.window.push(*request, Reply { to: reply, since: Instant::now() }),
+                None => {
+                    span.of(&self.id);
+                    self.window.push(*request, Reply { to, since: Instant::now(), span });
+                }
             },
             Command::Settle { reply } => self.settling = Some(reply),
         }
@@ -343,6 +364,7 @@ impl Driver {
             Outcome::Answered(entry) => {
                 let microbatch = entry.microbatch();
                 let (round_trip, retries) = (entry.reply.since.elapsed(), entry.retries);
+                entry.reply.span.answered(retries);
                 // Nobody may be waiting, as after a step.
                 let answer = Answer { body, sequence, microbatch, round_trip, retries };
                 let _ = entry.reply.to.send(Ok(answer));
@@ -369,9 +391,11 @@ impl Driver {
                 let (call, code) = (entry.call(), error.code());
                 let after = Duration::from_millis(error.retry_after_millis.into());
                 let retry_after = (!after.is_zero()).then_some(after);
-                let message = error.message;
-                let quota = error.quota;
-                let refusal = ClientError::Refused { call, code, message, retry_after, quota };
+                let request_id = crate::error::named(error.request_id);
+                let (message, quota) = (error.message, error.quota);
+                let refusal =
+                    ClientError::Refused { call, code, message, retry_after, quota, request_id };
+                entry.reply.span.failed(&refusal);
                 self.refusal = Some(refusal.clone());
                 if entry.reply.to.send(Err(refusal)).is_err() {
                     self.unreported = self.refusal.clone();
@@ -429,6 +453,7 @@ impl Driver {
     fn abort(&mut self, entry: Entry<Reply>) {
         let earlier = self.refusal.clone().unwrap_or(ClientError::Closed);
         let error = aborted(entry.call(), earlier);
+        entry.reply.span.failed(&error);
         if entry.reply.to.send(Err(error)).is_ok() {
             self.unreported = None;
         }
@@ -460,6 +485,7 @@ impl From<Failed> for End {
     fn from(failed: Failed) -> Self {
         match failed {
             Failed::Broken(why) => End::Broken(why),
+            Failed::Drains(why) => End::Drains(why),
             Failed::Refused(error) => End::Fatal(error),
         }
     }

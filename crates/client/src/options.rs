@@ -77,10 +77,17 @@ impl Retry {
     }
 }
 
+/// A server that said that it ends has a successor soon: nobody should sleep long when that begins.
+const SOON_DELAY: Duration = Duration::from_millis(500);
+/// After so long it has not come soon.
+const SOON: Duration = Duration::from_secs(120);
+
 /// Counts the attempts of one outage.
 #[derive(Debug)]
 pub(crate) struct Backoff {
     retry: Retry,
+    /// The server said that it, or its successor, is back soon.
+    soon: bool,
     started: tokio::time::Instant,
     attempts: u32,
     /// The next delay is not shorter.
@@ -90,7 +97,7 @@ pub(crate) struct Backoff {
 impl Backoff {
     /// Of an outage that began then.
     pub(crate) fn since(retry: Retry, started: tokio::time::Instant) -> Self {
-        Backoff { retry, started, attempts: 0, least: Duration::ZERO }
+        Backoff { retry, soon: false, started, attempts: 0, least: Duration::ZERO }
     }
 
     /// It began then.
@@ -116,12 +123,25 @@ impl Backoff {
         self.least = delay;
     }
 
+    /// The server is expected back soon.
+    pub(crate) fn set_soon(&mut self) {
+        self.soon = true;
+    }
+
+    /// How it is tried now.
+    fn retry(&self, elapsed: Duration) -> Retry {
+        match self.soon && elapsed < SOON {
+            true => Retry { max_delay: self.retry.max_delay.min(SOON_DELAY), ..self.retry },
+            false => self.retry,
+        }
+    }
+
     /// Waits for the time of the next attempt: none before the first one. False if it is time to
     /// give up.
     pub(crate) async fn attempt(&mut self) -> bool {
         if let Some(failed) = self.attempts.checked_sub(1) {
             let elapsed = self.elapsed();
-            match self.retry.delay(failed, elapsed, rand::random()) {
+            match self.retry(elapsed).delay(failed, elapsed, rand::random()) {
                 // A last attempt at the end, even if the server asked to be left alone for longer.
                 Some(delay) => {
                     let left = self.retry.max_elapsed.saturating_sub(elapsed);
@@ -153,5 +173,20 @@ mod tests {
         let late = retry.delay(9, Duration::from_millis(1900), 0.0).unwrap();
         assert_eq!(late.as_millis(), 100);
         assert_eq!(retry.delay(9, Duration::from_secs(2), 0.0), None);
+    }
+
+    #[test]
+    fn a_server_that_is_back_soon_is_asked_often_for_a_while() {
+        let mut backoff = Backoff::since(Retry::DEFAULT, tokio::time::Instant::now());
+        let longest = |backoff: &Backoff, seconds| {
+            let elapsed = Duration::from_secs(seconds);
+            let retry = Retry { max_elapsed: Duration::MAX, ..backoff.retry(elapsed) };
+            retry.delay(30, elapsed, 0.0).unwrap()
+        };
+        assert_eq!(longest(&backoff, 1), Retry::DEFAULT.max_delay);
+        backoff.set_soon();
+        assert_eq!(longest(&backoff, 1), SOON_DELAY);
+        assert_eq!(longest(&backoff, 119), SOON_DELAY);
+        assert_eq!(longest(&backoff, 120), Retry::DEFAULT.max_delay);
     }
 }

@@ -115,6 +115,11 @@ impl Outage {
         }
     }
 
+    /// The server said that it, or the one behind it, is back soon.
+    pub(crate) fn soon(&mut self) {
+        self.backoff.set_soon();
+    }
+
     /// The server cannot be asked for more, and gives no sign of life.
     pub(crate) fn silent(&mut self, client: &Client) {
         self.failed(client, SILENCE);

@@ -34,6 +34,11 @@ pub(crate) fn pushback(status: &Status) -> Option<Duration> {
     })
 }
 
+/// The server itself says that it, or the one behind it, is there again soon.
+pub(crate) fn is_soon(status: &Status) -> bool {
+    status.code() == Code::Unavailable && pushback(status).is_some()
+}
+
 /// The tenant's quota that this is refused for.
 pub(crate) fn quota(status: &Status) -> Option<QuotaViolation> {
     let violation = status.get_details_quota_failure()?.violations.into_iter().next()?;
@@ -43,6 +48,11 @@ pub(crate) fn quota(status: &Status) -> Option<QuotaViolation> {
         limit: violation.quota_value.try_into().unwrap_or_default(),
         value: value.unwrap_or_default(),
     })
+}
+
+/// What the server's log calls this refusal.
+pub(crate) fn request_id(status: &Status) -> Option<String> {
+    crate::error::named(status.get_details_request_info()?.request_id)
 }
 
 /// A quota that waiting does not help against.

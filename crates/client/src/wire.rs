@@ -31,6 +31,8 @@ const RENEWED: &str = "the token was renewed";
 pub(crate) enum Failed {
     /// Worth another attempt.
     Broken(String),
+    /// The same: the server ends or begins, and said so.
+    Drains(String),
     /// The server said no.
     Refused(ClientError),
 }
@@ -62,6 +64,7 @@ async fn say_hello(
         sequence: 0,
         acknowledged: hello.last_answered,
         body: Some(client_frame::Body::Hello(hello)),
+        ..Default::default()
     };
     if out.try_send(frame).is_err() {
         return Err(Failed::Broken("the stream closed at once".to_string()));
@@ -88,6 +91,9 @@ async fn say_hello(
 /// A status that ended the stream.
 pub(crate) fn judge(side: &Side<'_>, status: &tonic::Status) -> Failed {
     let Side { client, id, sent } = *side;
+    if status::is_soon(status) {
+        return Failed::Drains(client.cause(status));
+    }
     if status::is_passing(status) && !status::is_final_quota(status) {
         return Failed::Broken(client.cause(status));
     }
@@ -95,12 +101,14 @@ pub(crate) fn judge(side: &Side<'_>, status: &tonic::Status) -> Failed {
         if client.renews_token(sent) {
             return Failed::Broken(RENEWED.to_string());
         }
-        return Failed::Refused(client.unauthenticated(status.message()));
+        let id = status::request_id(status);
+        return Failed::Refused(client.unauthenticated(status.message(), id));
     }
     let (session, message) = (id.clone(), status.message().to_string());
+    let request_id = status::request_id(status);
     Failed::Refused(match status::error_code(status.code()) {
-        v1::ErrorCode::TakenOver => ClientError::TakenOver { session, message },
-        code => ClientError::NotTakenBack { session, code, message },
+        v1::ErrorCode::TakenOver => ClientError::TakenOver { session, message, request_id },
+        code => ClientError::NotTakenBack { session, code, message, request_id },
     })
 }
 
@@ -112,14 +120,19 @@ pub(crate) fn judge_error(side: &Side<'_>, error: v1::FrameError) -> Failed {
         if client.renews_token(sent) {
             return Failed::Broken(RENEWED.to_string());
         }
-        return Failed::Refused(client.unauthenticated(&error.message));
+        let id = crate::error::named(error.request_id);
+        return Failed::Refused(client.unauthenticated(&error.message, id));
     }
-    if code == v1::ErrorCode::Draining || error.retry_after_millis > 0 {
+    if code == v1::ErrorCode::Draining {
+        return Failed::Drains(error.message);
+    }
+    if error.retry_after_millis > 0 {
         return Failed::Broken(error.message);
     }
     let (session, message) = (id.clone(), error.message);
+    let request_id = crate::error::named(error.request_id);
     Failed::Refused(match code {
-        v1::ErrorCode::TakenOver => ClientError::TakenOver { session, message },
-        _ => ClientError::NotTakenBack { session, code, message },
+        v1::ErrorCode::TakenOver => ClientError::TakenOver { session, message, request_id },
+        _ => ClientError::NotTakenBack { session, code, message, request_id },
     })
 }

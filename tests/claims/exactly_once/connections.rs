@@ -4,7 +4,7 @@ use super::{Follower, PATIENCE, Progress, quick, undisturbed, until};
 use offshoot_client::{Client, ClientOptions, Session};
 use offshoot_tests::TestServer;
 use offshoot_tests::proxy::Proxy;
-use offshoot_tests::run::{assert_same_adapter, train};
+use offshoot_tests::run::{Numbers, assert_same_adapter, train};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use std::ops::Range;
@@ -16,7 +16,7 @@ const RANK: u32 = 3;
 const N_STEPS: u64 = 12;
 
 /// Trains steps in the background, so that the connection can be disturbed meanwhile.
-fn begin(session: &Arc<Session>, h: usize, steps: Range<u64>) -> JoinHandle<Vec<super::Numbers>> {
+fn begin(session: &Arc<Session>, h: usize, steps: Range<u64>) -> JoinHandle<Vec<Numbers>> {
     let session = session.clone();
     tokio::spawn(async move { train(&session, h, steps).await.unwrap() })
 }

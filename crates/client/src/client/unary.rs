@@ -5,8 +5,9 @@ use super::{CONTROL_BYTES, Client, Rpc, Shared};
 use crate::options::Retry;
 use crate::outage::{Outage, SILENCE};
 use crate::pulse::{Pulse, Sign};
-use crate::{ClientError, status, tls_failure};
+use crate::{ClientError, status, tls_failure, trace};
 use tonic::{Code, Status};
+use tracing::Instrument;
 
 /// How a unary call is made.
 pub(super) struct Call {
@@ -45,14 +46,40 @@ impl Client {
     where
         F: Future<Output = Result<tonic::Response<A>, Status>>,
     {
-        let Call { name, repeat, retry, answer_bytes, waits_for_room, first } = call;
-        let rpc = self.rpc(answer_bytes);
+        let rpc = self.rpc(call.answer_bytes);
+        self.unary_of(call, request, |request| ask(rpc.clone(), request)).await
+    }
+
+    /// The same for a call of any service.
+    pub(super) async fn unary_of<Q: Clone, A, F>(
+        &self,
+        call: Call,
+        request: Q,
+        ask: impl Fn(tonic::Request<Q>) -> F,
+    ) -> Result<A, ClientError>
+    where
+        F: Future<Output = Result<tonic::Response<A>, Status>>,
+    {
+        let span = trace::call(call.name);
+        self.repeat(call, request, ask).instrument(span).await
+    }
+
+    async fn repeat<Q: Clone, A, F>(
+        &self,
+        call: Call,
+        request: Q,
+        ask: impl Fn(tonic::Request<Q>) -> F,
+    ) -> Result<A, ClientError>
+    where
+        F: Future<Output = Result<tonic::Response<A>, Status>>,
+    {
+        let Call { name, repeat, retry, answer_bytes: _, waits_for_room, first } = call;
         let mut outage = Outage::new(retry);
         let mut cause = String::new();
         let mut refused = None;
         while outage.attempt().await {
             let sent = self.token();
-            let asked = ask(rpc.clone(), self.request(request.clone()));
+            let asked = ask(self.request(request.clone()));
             let status = match self.watched(asked, retry, &mut outage).await {
                 Some(Ok(response)) => {
                     if !first {
@@ -68,6 +95,9 @@ impl Client {
             }
             let pushback = status::pushback(&status);
             outage.wait_at_least(pushback.unwrap_or_default());
+            if status::is_soon(&status) {
+                outage.soon();
+            }
             let waits = waits_for_room || status.code() != Code::ResourceExhausted;
             let undone = status::is_unsent(&status) || pushback.is_some();
             let passing = status::is_transport(&status) || status.code() == Code::Unavailable;
@@ -126,16 +156,23 @@ impl Client {
     /// What the server said no with.
     fn refused(&self, call: &'static str, status: &Status) -> ClientError {
         match status.code() {
-            Code::Unauthenticated => self.unauthenticated(status.message()),
+            Code::Unauthenticated => {
+                self.unauthenticated(status.message(), status::request_id(status))
+            }
             _ => ClientError::refused(call, status),
         }
     }
 
-    pub(crate) fn unauthenticated(&self, message: &str) -> ClientError {
+    pub(crate) fn unauthenticated(
+        &self,
+        message: &str,
+        request_id: Option<String>,
+    ) -> ClientError {
         ClientError::Unauthenticated {
             endpoint: self.shared.endpoint.clone(),
             message: message.to_string(),
             token_sent: self.token().is_some(),
+            request_id,
         }
     }
 

@@ -4,13 +4,10 @@ use super::slots::{Held, Live};
 use super::{Copied, Registry, blocking, gone, retire};
 use crate::error::Error;
 use crate::faults::Fault;
-use crate::session::{Cut, DrainWhenQuiet, Keep, Reason, SessionCut, SessionId};
-use crate::store::{Origin, SnapshotRecord};
-use std::sync::atomic::Ordering;
-use std::sync::{Arc, Weak};
+use crate::session::{Cut, Keep, Reason, SessionCut, SessionId};
+use crate::store::{Origin, SnapshotRecord, Why};
+use std::sync::Weak;
 use tokio::sync::mpsc;
-use tokio::task::JoinSet;
-use tokio::time::Instant;
 
 /// Parks sessions as their leases end.
 pub(super) async fn park_expired(registry: Weak<Registry>, mut expired: mpsc::Receiver<SessionId>) {
@@ -57,6 +54,7 @@ impl Registry {
         match self.write_cut(id, &live, reason).await {
             Ok(snapshot) => {
                 retire(held.put(None)).await;
+                self.meter_left(id, reason.left()).await;
                 Ok(snapshot)
             }
             // It was not ended, or not by this.
@@ -74,67 +72,24 @@ impl Registry {
         live: &Live,
         reason: Reason,
     ) -> Result<SnapshotRecord, Error> {
-        let origin = match reason {
-            Reason::Snapshot { .. } => Origin::Client,
-            Reason::Lease | Reason::Close | Reason::Drain | Reason::Removed => Origin::Server,
+        let why = match reason {
+            Reason::Snapshot { .. } => Why::Client,
+            Reason::Lease => Why::Lease,
+            Reason::Close => Why::Closed,
+            Reason::Drain => Why::Drain,
+            Reason::Removed => Why::Removed,
         };
         match live.actor.send(Cut { reason }).await.map_err(gone)?? {
             SessionCut::Copied { adapters, resume } => {
                 let (store, copied) = (self.store.clone(), Copied { adapters, resume });
                 // Behind what the server is writing by itself, which is of an earlier point.
                 let _in_turn = live.profile.writes.in_turn().await;
-                blocking(move || store.add_snapshot(id, copied.encode(origin))).await
+                blocking(move || store.add_snapshot(id, copied.encode(why))).await
             }
-            SessionCut::InStore => match origin {
+            SessionCut::InStore => match why.origin() {
                 Origin::Client => self.claim_head(id).await,
                 Origin::Server => self.head(id).await,
             },
-        }
-    }
-
-    /// Takes no new sessions from now on, and live ones only until they are parked.
-    pub fn begin_drain(&self) {
-        self.draining.store(true, Ordering::Relaxed);
-        self.residency.begin_drain();
-    }
-
-    /// Lets open microbatches finish until `quiet_by`, then makes every session durable and takes
-    /// it off the device. Returns how many could not be.
-    pub async fn drain(self: &Arc<Self>, quiet_by: Instant) -> usize {
-        self.begin_drain();
-        let mut n_failed = 0;
-        // Twice, for sessions that were just being opened.
-        for _ in 0..2 {
-            let mut all = JoinSet::new();
-            for id in self.slots.ids() {
-                let registry = self.clone();
-                all.spawn(async move { registry.drain_one(id, quiet_by).await });
-            }
-            let drained = all.join_all().await;
-            n_failed = drained.into_iter().filter(|durable| !durable).count();
-        }
-        n_failed
-    }
-
-    async fn drain_one(&self, id: SessionId, quiet_by: Instant) -> bool {
-        let Some(actor) = self.slots.actor(id) else { return true };
-        // Without the lock, so that a client that lost its stream can come back and finish.
-        if tokio::time::timeout_at(quiet_by, actor.send(DrainWhenQuiet)).await.is_err() {
-            tracing::warn!(session = %id, "drained with an open microbatch; its tape is dropped");
-        }
-        let mut held = self.slots.lock(id).await;
-        if held.live().is_none() {
-            return true;
-        }
-        match self.park(id, &mut held, Reason::Drain).await {
-            Ok(snapshot) => {
-                tracing::info!(session = %id, step = snapshot.step, "session parked");
-                true
-            }
-            Err(error) => {
-                tracing::error!(session = %id, %error, "session could not be made durable");
-                false
-            }
         }
     }
 }

@@ -19,6 +19,7 @@ impl Store {
     /// session has gone back to the newest snapshot that is. What an actor that has ended was still
     /// writing has landed, or does not any more.
     pub fn whole_head(&self, session: SessionId) -> Result<Record, Error> {
+        let _open = self.still_open()?;
         loop {
             let record = self.known(session)?;
             let head = record.head().ok_or_else(|| unknown(session))?;
@@ -81,7 +82,7 @@ impl Store {
                 }
             }
             record.set_aside(place, &cause, whole);
-            self.records.put(session, record)?;
+            self.put(session, record)?;
             self.release(&mut references, damaged.blobs())?;
         }
         Ok(Error::SnapshotDamaged { session, snapshot: id.into(), cause, whole })

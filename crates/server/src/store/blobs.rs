@@ -32,6 +32,12 @@ pub(super) enum Found {
     Other { hash: String, n_bytes: usize },
 }
 
+impl Damage {
+    pub fn is_missing(&self) -> bool {
+        self.found == Found::Nothing
+    }
+}
+
 impl fmt::Display for Damage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Damage { file, found } = self;
@@ -59,6 +65,12 @@ impl Blobs {
             );
         }
         Ok(Blobs { dir, damaged, n_written: AtomicU64::new(0) })
+    }
+
+    /// Of a store that is only read.
+    pub fn at(store: &Path) -> Blobs {
+        let (dir, damaged) = (store.join("blobs"), store.join("damaged"));
+        Blobs { dir, damaged, n_written: AtomicU64::new(0) }
     }
 
     pub fn dir(&self) -> &Path {

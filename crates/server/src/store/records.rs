@@ -9,7 +9,7 @@ use super::record::{BlobName, Record};
 use crate::error::{DISK_RETRY, Error};
 use crate::session::SessionId;
 use std::collections::{HashMap, HashSet};
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
@@ -90,6 +90,21 @@ impl Records {
         self.known().iter().map(|(&session, record)| (session, record.clone())).collect()
     }
 
+    /// Looks at some without a copy.
+    pub fn look_at(&self, sessions: &[SessionId], mut look: impl FnMut(SessionId, &Record)) {
+        let known = self.known();
+        for &session in sessions {
+            if let Some(record) = known.get(&session) {
+                look(session, record);
+            }
+        }
+    }
+
+    /// Looks at each with its session.
+    pub fn each_with_id(&self, mut look: impl FnMut(SessionId, &Record)) {
+        self.known().iter().for_each(|(&session, record)| look(session, record));
+    }
+
     /// Looks at each without a copy.
     pub fn each(&self, look: impl FnMut(&Record)) {
         self.known().values().for_each(look);
@@ -155,6 +170,11 @@ impl Records {
             }
             other => other,
         }
+    }
+
+    /// Gives up their lock. Nothing is written any more; what was read stays to be looked at.
+    pub fn close(&self) {
+        *self.disk() = None;
     }
 
     fn known(&self) -> RwLockReadGuard<'_, HashMap<SessionId, Record>> {
@@ -342,6 +362,15 @@ fn decode(key: &[u8], value: &[u8]) -> Result<(SessionId, Record), String> {
     let session = std::str::from_utf8(key).ok().and_then(SessionId::parse);
     let session = session.ok_or("it is under a name that is no session's")?;
     serde_json::from_slice(json).map(|record| (session, record)).map_err(|error| error.to_string())
+}
+
+/// Whether a process has them that holds no other lock: one of an older version.
+pub(super) fn are_in_use(dir: &Path) -> bool {
+    let Ok(db) = File::open(dir.join("records/db")) else { return false };
+    let is_locked = matches!(db.try_lock(), Err(TryLockError::WouldBlock));
+    // Closing it would leave the lock with a child that is just being forked.
+    let _ = db.unlock();
+    is_locked
 }
 
 /// A process that ended while sled wrote its index, killed or for want of room, leaves half of it. sled
