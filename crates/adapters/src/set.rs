@@ -137,6 +137,11 @@ impl AdapterSet {
         self.parameters.numel() as i64
     }
 
+    /// The sum of its ranks at all sites.
+    pub fn ranks(&self) -> u64 {
+        (self.sites.len() * self.spec.r) as u64
+    }
+
     /// Optimizer steps taken.
     pub fn n_steps(&self) -> u64 {
         self.n_steps

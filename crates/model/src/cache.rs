@@ -86,12 +86,6 @@ impl Part {
         let blocks = self.blocks.iter().map(|_| [tensor(), tensor()]).collect();
         KvCache { blocks, len: 0, capacity }
     }
-
-    /// Bytes of a cache with room for `capacity` tokens.
-    pub fn cache_bytes(&self, capacity: u64) -> u64 {
-        let per_token = 2 * (self.config.n_kv_heads * self.config.head_dim) as u64;
-        self.blocks.len() as u64 * per_token * capacity * self.kind().elt_size_in_bytes() as u64
-    }
 }
 
 /// The caches of one pass, by segment.

@@ -56,7 +56,7 @@ mod rows;
 mod tape;
 pub mod weights;
 
-pub use bytes::Work;
+pub use bytes::{Shapes, Work};
 pub use cache::KvCache;
 pub use config::{Activation, Family, ModelConfig, SplitPoints};
 pub use dropout::DropoutKey;

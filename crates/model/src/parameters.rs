@@ -1,7 +1,8 @@
 //! Which tensors a model has, without its weights.
 
-use crate::layout::Layout;
-use crate::{Family, ModelConfig};
+use crate::layout::{Layout, Modules};
+use crate::{Family, ModelConfig, PartSpec, compute_kind};
+use tch::{Device, Kind};
 
 /// A frozen tensor of a model.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,14 +42,7 @@ impl ModelConfig {
             let (d_in, d_out) = self.linear_size(names, module);
             let weight = if self.family.fan_in_fan_out() { [d_in, d_out] } else { [d_out, d_in] };
             add(all, format!("{}.weight", at(module)), &weight);
-            let has_bias = if names.qkv.contains(&module) {
-                self.qkv_bias
-            } else if module == names.o {
-                self.o_bias
-            } else {
-                self.mlp_bias
-            };
-            if has_bias {
+            if self.has_bias(names, module) {
                 add(all, format!("{}.bias", at(module)), &[d_out]);
             }
         }
@@ -57,6 +51,34 @@ impl ModelConfig {
             self.add_norm(all, &at("self_attn.k_norm"), self.head_dim);
         }
         self.add_norm(all, &at(names.post_attention_norm), self.hidden_size);
+    }
+
+    fn has_bias(&self, names: &Modules, module: &str) -> bool {
+        if names.qkv.contains(&module) {
+            self.qkv_bias
+        } else if module == names.o {
+            self.o_bias
+        } else {
+            self.mlp_bias
+        }
+    }
+
+    /// Bytes of a part's weights in `kind` there, as [`Part::weights_bytes`](crate::Part::weights_bytes)
+    /// counts them once they are loaded.
+    pub fn weights_bytes(&self, spec: &PartSpec, kind: Kind, device: Device) -> u64 {
+        let layout = Layout::of(self.family);
+        let size = |kind: Kind| kind.elt_size_in_bytes() as u64;
+        let of_linear = |module: &str| {
+            let (d_in, d_out) = self.linear_size(&layout.modules, module);
+            let bias = if self.has_bias(&layout.modules, module) { d_out as u64 } else { 0 };
+            (d_in * d_out) as u64 * size(kind) + bias * size(compute_kind(kind, device))
+        };
+        let of_layer: u64 = layout.linears().into_iter().map(of_linear).sum();
+        let rows = |n: i64| (n * self.hidden_size) as u64 * size(kind);
+        let positions = layout.position_embedding.map_or(0, |_| self.max_positions as i64);
+        let embed = if spec.embed { rows(self.vocab_size) + rows(positions) } else { 0 };
+        let head = if spec.head { rows(self.vocab_size) } else { 0 };
+        spec.layers.len() as u64 * of_layer + embed + head
     }
 
     fn add_norm(&self, all: &mut Vec<Parameter>, path: &str, size: i64) {
@@ -74,10 +96,9 @@ fn add(all: &mut Vec<Parameter>, name: String, shape: &[i64]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Part;
     use crate::weights::Checkpoint;
-    use crate::{Part, PartSpec};
     use std::path::Path;
-    use tch::{Device, Kind};
 
     /// Against what Transformers saved.
     #[test]
@@ -102,6 +123,14 @@ mod tests {
             for targets in [config.default_targets(), vec![config.lora_modules()[1].to_string()]] {
                 let sites = config.sites(0..config.n_layers, &targets).unwrap();
                 assert_eq!(sites, part.sites(&targets).unwrap(), "{family}");
+            }
+            for kind in [Kind::Float, Kind::BFloat16, Kind::Half] {
+                for (layers, ends) in [(1..3, false), (0..config.n_layers, true), (0..0, true)] {
+                    let spec = PartSpec { layers, embed: ends, head: ends };
+                    let predicted = config.weights_bytes(&spec, kind, Device::Cpu);
+                    let part = Part::load(&checkpoint, &config, spec, kind, Device::Cpu).unwrap();
+                    assert_eq!(predicted, part.weights_bytes(), "{family} {kind:?}");
+                }
             }
         }
     }

@@ -4,7 +4,7 @@ use crate::layout::Layout;
 use crate::linear::Linear;
 use crate::lora::LoraMode;
 use crate::weights::Checkpoint;
-use crate::{LossOutput, ModelConfig, ModelError, Norm, Rows, SplitPoints};
+use crate::{LossOutput, ModelConfig, ModelError, Norm, Rows, Shapes, SplitPoints};
 use offshoot_adapters::Site;
 use std::ops::Range;
 use tch::{Device, Kind, Tensor};
@@ -42,6 +42,7 @@ pub struct Part {
     kind: Kind,
     device: Device,
     pub(crate) lora_mode: LoraMode,
+    pub(crate) shapes: Shapes,
 }
 
 struct Embeddings {
@@ -114,9 +115,20 @@ impl Part {
         let embedding = embeddings.as_ref().map(|e| &e.tokens).or(loaded_embedding);
         let head = if spec.head { Some(loader.head(embedding)?) } else { None };
         let (config, layers) = (config.clone(), spec.layers);
-        let kind = compute_kind(kind, device);
-        let lora_mode = LoraMode::Auto;
-        Ok(Part { config, layout, layers, embeddings, blocks, head, kind, device, lora_mode })
+        let shapes = Shapes::new(&config, layers.clone(), kind, device);
+        let (kind, lora_mode) = (compute_kind(kind, device), LoraMode::Auto);
+        Ok(Part {
+            config,
+            layout,
+            layers,
+            embeddings,
+            blocks,
+            head,
+            kind,
+            device,
+            lora_mode,
+            shapes,
+        })
     }
 
     pub fn config(&self) -> &ModelConfig {

@@ -101,15 +101,32 @@ pub(super) fn fetch(name: &str, settings: &HubSettings) -> Result<PathBuf, Weigh
     }
 }
 
+/// The same for `config.json` alone: where it is in the cache.
+pub(super) fn fetch_config(name: &str, settings: &HubSettings) -> Result<PathBuf, WeightsError> {
+    let known = cached_config(name, settings);
+    if settings.offline {
+        return known;
+    }
+    match repo(name, settings).and_then(|repo| get(&repo, name, CONFIG, settings)) {
+        Err(error @ WeightsError::HubUnreachable { .. }) => known.map_err(|_| error),
+        result => result,
+    }
+}
+
+fn missing(name: &str, file: &str, settings: &HubSettings) -> WeightsError {
+    let (name, file, cache) = (name.into(), file.into(), settings.cache.clone());
+    WeightsError::NotCached { name, file, cache }
+}
+
+fn cached_config(name: &str, settings: &HubSettings) -> Result<PathBuf, WeightsError> {
+    let cache = Cache::new(settings.cache.clone()).repo(Repo::model(name.into()));
+    cache.get(CONFIG).ok_or_else(|| missing(name, CONFIG, settings))
+}
+
 /// The current snapshot in the cache, if it is whole.
 fn cached(name: &str, settings: &HubSettings) -> Result<PathBuf, WeightsError> {
-    let missing = |file: &str| WeightsError::NotCached {
-        name: name.into(),
-        file: file.into(),
-        cache: settings.cache.clone(),
-    };
-    let cache = Cache::new(settings.cache.clone()).repo(Repo::model(name.into()));
-    let config = cache.get(CONFIG).ok_or_else(|| missing(CONFIG))?;
+    let missing = |file: &str| missing(name, file, settings);
+    let config = cached_config(name, settings)?;
     let dir = config.parent().ok_or_else(|| missing(CONFIG))?;
     let weights = match dir.join(INDEX).exists() {
         true => read_index(&dir.join(INDEX))?.into_values().collect(),
@@ -121,7 +138,7 @@ fn cached(name: &str, settings: &HubSettings) -> Result<PathBuf, WeightsError> {
     }
 }
 
-fn download(name: &str, settings: &HubSettings) -> Result<PathBuf, WeightsError> {
+fn repo(name: &str, settings: &HubSettings) -> Result<ApiRepo, WeightsError> {
     let api = ApiBuilder::from_cache(Cache::new(settings.cache.clone()))
         .with_endpoint(settings.endpoint.clone())
         .with_token(settings.token.clone())
@@ -129,7 +146,11 @@ fn download(name: &str, settings: &HubSettings) -> Result<PathBuf, WeightsError>
         .with_retries(RETRIES)
         .build()
         .map_err(|error| failed(name, CONFIG, settings, error))?;
-    let repo = api.repo(Repo::model(name.into()));
+    Ok(api.repo(Repo::model(name.into())))
+}
+
+fn download(name: &str, settings: &HubSettings) -> Result<PathBuf, WeightsError> {
+    let repo = repo(name, settings)?;
     // The configuration is always asked for: its answer says which commit is the current one.
     let config = get(&repo, name, CONFIG, settings)?;
     let dir = config.parent().unwrap_or(Path::new(".")).to_path_buf();

@@ -16,6 +16,7 @@
 //! # Ok::<(), offshoot_model::weights::WeightsError>(())
 //! ```
 
+mod config_only;
 mod error;
 mod fingerprint;
 mod gguf;
@@ -27,6 +28,7 @@ mod names;
 mod read;
 mod safetensors;
 
+pub use config_only::{find_config, find_config_with};
 pub use error::WeightsError;
 pub use hub::HubSettings;
 

@@ -126,7 +126,7 @@ pub(super) fn read_index(index: &Path) -> Result<BTreeMap<String, String>, Weigh
     Ok(shards)
 }
 
-fn read_json(path: &Path) -> Result<Value, WeightsError> {
+pub(super) fn read_json(path: &Path) -> Result<Value, WeightsError> {
     let text = std::fs::read(path)
         .map_err(|source| WeightsError::Io { path: path.to_path_buf(), source })?;
     serde_json::from_slice(&text).map_err(|e| WeightsError::BadFile {

@@ -1,7 +1,9 @@
 //! A hub on loopback: what hf-hub asks of huggingface.co, for one directory of files.
 
 use crate::*;
-use offshoot_model::weights::{Checkpoint, HubSettings, WeightsError};
+use offshoot_model::weights::{
+    Checkpoint, HubSettings, WeightsError, find_config, find_config_with,
+};
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
@@ -167,6 +169,37 @@ fn hub_model_is_fetched_once_and_works_offline() {
     // No hub at all: what is cached is used.
     let gone = HubSettings { endpoint: closed_endpoint(), ..settings };
     assert_eq!(Checkpoint::find_with(NAME, &gone).unwrap().path(), checkpoint.path());
+}
+
+#[test]
+fn a_configuration_comes_without_the_weights() {
+    let (files, cache) = (model_files(), tempfile::tempdir().unwrap());
+    let hub = Hub::start(files.path().to_path_buf(), None);
+    let settings = hub.settings(cache.path());
+    assert_eq!(find_config_with(NAME, &settings).unwrap(), tiny_config());
+    let asked: Vec<String> = hub.take_seen().into_iter().map(|seen| seen.path).collect();
+    assert!(asked.iter().all(|path| path.ends_with("config.json")), "{asked:?}");
+    for settings in [
+        HubSettings { offline: true, ..settings.clone() },
+        HubSettings { endpoint: closed_endpoint(), ..settings.clone() },
+    ] {
+        assert_eq!(find_config_with(NAME, &settings).unwrap(), tiny_config());
+        let error = find_config_with("offshoot-test/other", &settings).unwrap_err().to_string();
+        assert!(error.contains("offshoot-test/other"), "{error}");
+    }
+
+    // A folder, or the file itself, needs no weights either; a GGUF file has it in its header.
+    let alone = tempfile::tempdir().unwrap();
+    let file = alone.path().join("config.json");
+    std::fs::write(&file, tiny_config().to_string()).unwrap();
+    for path in [alone.path(), &file] {
+        assert_eq!(find_config(path.to_str().unwrap()).unwrap(), tiny_config());
+    }
+    let gguf = fixture("llama.gguf");
+    let config = find_config(gguf.to_str().unwrap()).unwrap();
+    assert_eq!(&config, Checkpoint::open(&gguf).unwrap().config());
+    let error = find_config("/no/such/model").unwrap_err().to_string();
+    assert!(error.contains("/no/such/model"), "{error}");
 }
 
 #[test]
