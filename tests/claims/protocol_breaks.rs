@@ -325,7 +325,7 @@ async fn repeated_frame_changes_nothing() {
             let server_frame::Body::Forward(done) = answer else { panic!("a forward") };
             let backward = v1::Backward { microbatch: step + 1, grad: done.hidden };
             repeat(&mut rpc, &id, &mut stream, Body::Backward(backward), times).await;
-            let step = v1::Step { learning_rate: 0.01, clip_factor: 0.7 };
+            let step = v1::Step { learning_rate: 0.01, clip_factor: 0.7, shared_loss: None };
             repeat(&mut rpc, &id, &mut stream, Body::Step(step), times).await;
         }
         let export = v1::ExportAdapterRequest { session_id: id, ..Default::default() };

@@ -153,7 +153,7 @@ async fn a_discard_is_a_frame_like_others() {
     let backward = Body::Backward(v1::Backward { microbatch: 7, grad: done.hidden });
     let error = stream.refused(raw::frame(stream.next, backward)).await;
     assert_eq!(error.code(), ErrorCode::Microbatch, "{}", error.message);
-    let step = v1::Step { learning_rate: 0.1, clip_factor: 1.0 };
+    let step = v1::Step { learning_rate: 0.1, clip_factor: 1.0, shared_loss: None };
     stream.apply(Body::Step(step)).await;
     server.drain().await;
 }

@@ -65,7 +65,7 @@ fn bad_forwards(h: usize) -> Vec<BadFrame> {
 }
 
 fn step(learning_rate: f64, clip_factor: f64) -> Option<Body> {
-    Some(Body::Step(v1::Step { learning_rate, clip_factor }))
+    Some(Body::Step(v1::Step { learning_rate, clip_factor, shared_loss: None }))
 }
 
 fn hidden_of(forward: &mut v1::Forward) -> &mut v1::Tensor {
@@ -119,7 +119,7 @@ async fn bad_frames_are_refused_and_the_session_goes_on() {
     )
     .await;
     stream.apply(Body::Backward(v1::Backward { microbatch: 100, grad: done.hidden })).await;
-    stream.apply(Body::Step(v1::Step { learning_rate: 0.1, clip_factor: 1.0 })).await;
+    stream.apply(Body::Step(v1::Step { learning_rate: 0.1, clip_factor: 1.0, shared_loss: None })).await;
     server.drain().await;
 }
 
@@ -369,7 +369,7 @@ async fn a_flood_is_answered_in_order() {
 async fn the_first_frame_is_hello() {
     let server = TestServer::start().await;
     let mut rpc = raw::rpc(&server.endpoint()).await;
-    let step = v1::Step { learning_rate: 0.1, clip_factor: 1.0 };
+    let step = v1::Step { learning_rate: 0.1, clip_factor: 1.0, shared_loss: None };
     let hello = v1::Hello::default();
     for (first, names) in [
         (Some(frame(1, Body::Step(step))), ["Hello", "Step with sequence 1"]),

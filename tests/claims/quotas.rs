@@ -284,7 +284,7 @@ async fn tokens_per_second_are_an_average_with_a_time_to_come_back() {
     assert!(value > 10 && (1..=2001).contains(&retry), "{value} {retry}");
     // Backwards and steps are free.
     stream.apply(blue.backward(1, 40)).await;
-    let step = v1::Step { learning_rate: 0.1, clip_factor: 1.0 };
+    let step = v1::Step { learning_rate: 0.1, clip_factor: 1.0, shared_loss: None };
     stream.apply(Body::Step(step)).await;
     let mut red = Caller::of(&shared, "red").await;
     let other = red.open(2).await.unwrap();

@@ -29,7 +29,7 @@ pub(super) fn junk(n_bytes: usize) -> Vec<v1::NamedTensor> {
 }
 
 pub(super) fn frame(sequence: u64, body: Body) -> v1::ClientFrame {
-    v1::ClientFrame { sequence, acknowledged: 0, body: Some(body) }
+    v1::ClientFrame { sequence, body: Some(body), ..Default::default() }
 }
 
 pub(super) fn forward(hidden_size: usize, n_tokens: usize, microbatch: u64) -> v1::Forward {
@@ -53,6 +53,7 @@ pub(super) fn bad_bodies(h: usize, round: u64) -> Vec<Body> {
         HostTensor::from_f32(&values, vec![n, h], WireDType::F32).into_proto()
     };
     let good = || forward(h, n, round);
+    let step = || v1::Step { learning_rate: 1e-3, clip_factor: 1.0, shared_loss: None };
     let shaped = |shape: Vec<u32>| v1::Tensor { shape, ..with(0.5) };
     vec![
         Body::Forward(v1::Forward { hidden: Some(with(f32::NAN)), ..good() }),
@@ -67,7 +68,8 @@ pub(super) fn bad_bodies(h: usize, round: u64) -> Vec<Body> {
         Body::Forward(v1::Forward { mode: 77, ..good() }),
         Body::Backward(v1::Backward { microbatch: u64::MAX, grad: Some(with(f32::NEG_INFINITY)) }),
         Body::Backward(v1::Backward { microbatch: u64::MAX, grad: Some(with(0.5)) }),
-        Body::Step(v1::Step { learning_rate: f64::NAN, clip_factor: 1.0 }),
-        Body::Step(v1::Step { learning_rate: 1e-3, clip_factor: f64::INFINITY }),
+        Body::Step(v1::Step { learning_rate: f64::NAN, ..step() }),
+        Body::Step(v1::Step { clip_factor: f64::INFINITY, ..step() }),
+        Body::Step(v1::Step { shared_loss: Some(f64::NAN), ..step() }),
     ]
 }

@@ -42,16 +42,20 @@ pub struct ConnectionArgs {
 impl ConnectionArgs {
     /// Reads the token. What is not said is as in `usual`.
     pub fn options(&self, usual: ClientOptions) -> anyhow::Result<ClientOptions> {
+        Ok(ClientOptions { token: self.token()?, ..self.without_token(usual) })
+    }
+
+    /// The same without a token, for what needs none.
+    pub fn without_token(&self, usual: ClientOptions) -> ClientOptions {
         let max_elapsed = self.max_offline.unwrap_or(usual.retry.max_elapsed);
         let connect_patience = self.max_offline.unwrap_or(usual.connect_patience);
-        Ok(ClientOptions {
-            token: self.token()?,
+        ClientOptions {
             allow_insecure_token: self.allow_insecure_token,
             tls: self.tls(),
             connect_patience,
             retry: Retry { max_elapsed, ..usual.retry },
             ..usual
-        })
+        }
     }
 
     /// Whether TLS is asked for beside the address.

@@ -86,8 +86,10 @@ mod extend;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzzing;
+mod health;
 mod identity;
 mod loss;
+pub mod operations;
 mod options;
 mod outage;
 mod pending;
@@ -95,6 +97,7 @@ mod pulse;
 mod session;
 mod status;
 mod tls_failure;
+mod trace;
 mod types;
 mod window;
 mod wire;
@@ -102,6 +105,7 @@ mod wire;
 pub use client::Client;
 pub use error::ClientError;
 pub use extend::{ExtendInput, PendingDropCache, PendingExtend};
+pub use health::{Health, health};
 pub use identity::{TlsOptions, Token};
 pub use offshoot_proto::{HostTensor, Payload, Rounding, WireDType};
 pub use options::{ClientOptions, Retry};

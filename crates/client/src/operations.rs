@@ -3,6 +3,7 @@
 //! can be serialized.
 
 pub use offshoot_proto::v1::{
-    DeviceView, Metering, OverviewResponse as Overview, QuotaView, Refusal, Sample, ServerView,
-    SessionView, SnapshotView, TenantView, TokenView,
+    DescribeResponse as TrunkView, DeviceView, Metering, OverviewResponse as Overview, QuotaView,
+    Refusal, Sample, ServerView, SessionInfo as SessionSummary, SessionView, SnapshotView, TenantView,
+    TokenView,
 };

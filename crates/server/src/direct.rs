@@ -185,7 +185,7 @@ impl DirectEngine {
             seed,
             wire_dtype,
         };
-        let plan = Plan { settings, start: Start::Fresh, reserved };
+        let plan = Plan { settings, start: Start::Fresh, reserved, meter: Default::default() };
         let (session, _) = client.admit(plan).await?;
         Ok(DirectSession { session, sequence: 0, microbatch: 0, open: VecDeque::new() })
     }
@@ -239,7 +239,7 @@ impl DirectSession {
 
     /// Submits an optimizer step.
     pub fn step(&mut self, learning_rate: f64) -> Result<Pending<StepResult>, Error> {
-        let work = StepWork { learning_rate, clip_factor: 1.0 };
+        let work = StepWork { learning_rate, clip_factor: 1.0, shared_loss: None };
         let (reply, answer) = oneshot::channel();
         self.submit(FrameWork::Step { work, reply })?;
         Ok(Pending { answer })

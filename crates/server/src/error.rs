@@ -54,6 +54,11 @@ pub enum Error {
     )]
     StoreLocked { path: PathBuf },
     #[error(
+        "the store in {path} was in use by another process for {seconds} s (store.wait_seconds); did the \
+         server before this one not end? Its log says what it waits for"
+    )]
+    StoreWait { path: PathBuf, seconds: f64 },
+    #[error(
         "the store in {path} has format version {found}, this server reads version {expected}; use \
          the server version that wrote it, or another store directory"
     )]
@@ -103,6 +108,12 @@ pub enum Error {
     TenantsFile { path: PathBuf, cause: String },
     #[error("audit log {path}: {source}")]
     AuditLog { path: PathBuf, source: io::Error },
+    #[error(
+        "metering log {path}: {source}. Its folder has to be there, and writable for the server's user"
+    )]
+    MeteringLog { path: PathBuf, source: io::Error },
+    #[error("metrics cannot be collected: {cause}")]
+    Telemetry { cause: String },
     #[error(
         "this server wants a token that is valid (\"authorization: Bearer TOKEN\" in the call's metadata)"
     )]
@@ -263,6 +274,33 @@ pub enum Error {
     UnknownSession(String),
     #[error("session {session} has no snapshot \"{snapshot}\"; it has {known}")]
     UnknownSnapshot { session: SessionId, snapshot: String, known: String },
+    #[error(
+        "snapshot {snapshot} is the one that session {session} goes on from; take a newer one first, or \
+         delete the session"
+    )]
+    HeadSnapshot { session: SessionId, snapshot: String },
+    #[error(
+        "session {session} has an open microbatch and had one for {seconds} s, so that it stays on the \
+         device: its client may be gone in the middle of a step. Try again, or wait for its lease to end"
+    )]
+    StaysBusy { session: SessionId, seconds: u64 },
+    #[error("session {session} is pinned to the device; unpin it first")]
+    Pinned { session: SessionId },
+    #[error(
+        "session {session} is parked, and a pin lasts only while a session is live; its client has to come \
+         back first"
+    )]
+    PinParked { session: SessionId },
+    #[error(
+        "with this session pinned ones would take {value} bytes of the device, at most {limit} are {share}; \
+         unpin another, or let this one come and go by itself: nothing of it is lost by that"
+    )]
+    PinRoom { value: u64, limit: u64, share: &'static str },
+    #[error(
+        "no more sessions can be pinned now; let this one come and go by itself: nothing of it is lost by \
+         that"
+    )]
+    PinFull,
     #[error("another stream attached to this session; this one ends")]
     TakenOver,
     #[error("the server is draining and makes its sessions durable; reconnect and go on")]

@@ -21,20 +21,29 @@
 //! ```
 
 pub mod access;
+mod build_info;
 mod config;
 pub mod direct;
 mod engine;
 mod error;
 mod faults;
 mod finite;
+pub mod forecast;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzzing;
 mod grpc;
 mod host_memory;
+mod http;
 mod ledger;
+mod log_file;
+mod meter;
+mod metrics;
+mod operations;
+mod overview;
 mod pool;
 mod quota;
+mod refusals;
 mod registry;
 mod residency;
 mod scheduler;
@@ -43,16 +52,22 @@ mod session;
 mod store;
 mod supervisor;
 mod tls;
+mod trace;
 mod transport;
 
 pub use access::AccessConfig;
+pub use build_info::Build;
 pub use config::{
     ComputeDType, DrainConfig, LimitsConfig, ListenConfig, LoraBatching, Mistake, Mistakes,
-    ServerConfig, SessionConfig, StoreConfig, TlsConfig, TrunkConfig,
+    OtlpProtocol, ServerConfig, SessionConfig, StoreConfig, TelemetryConfig, TlsConfig, TrunkConfig,
 };
 pub use engine::TrunkInfo;
 pub use error::{Class, Error};
+pub use http::HttpConfig;
 #[cfg(feature = "faults")]
 pub use faults::{Fault, Faults};
-pub use server::{RunningServer, Server};
+pub use metrics::Metrics;
+pub use registry::Hurry;
+pub use server::{RunningServer, Server, Standby};
 pub use session::SessionId;
+pub use store::{StoreContent, backup as backup_store, check as check_store};

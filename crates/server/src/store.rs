@@ -12,27 +12,35 @@
 //! blobs/    HASH
 //! damaged/  HASH, SESSION.record
 //! reserve   room for the next start
+//! lock      whoever has it has the store
 //! ```
 
 mod aside;
+mod backup;
 mod blobs;
 mod failures;
+mod lock;
 mod record;
 mod records;
 mod reserve;
 
-pub use record::{BlobName, Kept, Origin, Record, SnapshotRecord};
+pub use backup::{StoreContent, backup, check, peek};
+pub use lock::StoreLock;
+pub use record::{BlobName, Kept, Origin, Record, SnapshotRecord, Why};
 
 use crate::error::Error;
-use crate::session::SessionId;
+use crate::meter::{Meter, Meters};
+use crate::session::{DRAIN_RETRY, SessionId};
 use blobs::{Blobs, is_full};
 use failures::Failures;
 use records::{DamagedRecord, Records};
 use reserve::{RESERVE_BYTES, Reserve};
 use std::collections::HashMap;
 use std::path::Path;
+use std::time::SystemTime;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard};
+use std::time::Instant;
 use tokio::sync::oneshot;
 
 /// A snapshot on its way to the disk.
@@ -40,7 +48,7 @@ use tokio::sync::oneshot;
 pub struct NewSnapshot {
     pub step: u64,
     pub sequence: u64,
-    pub origin: Origin,
+    pub why: Why,
     pub state: Vec<u8>,
     pub answers: Option<Vec<u8>>,
 }
@@ -60,11 +68,17 @@ pub struct Store {
     reserve: Reserve,
     failures: Failures,
     kept: Kept,
+    /// What live sessions use, which is saved with every record. None: nobody counts.
+    meters: OnceLock<Arc<Meters>>,
     /// How many snapshots name each blob, those included that are just being written. Held while
     /// records change and files are deleted, not while files are written: that takes long, and goes
     /// on for several sessions at once.
     references: Mutex<References>,
-    /// The last field, so that it is dropped after the records are closed.
+    /// Whoever changes the store holds it to read.
+    is_closed: RwLock<bool>,
+    /// Dropped after the records are closed.
+    lock: Mutex<Option<StoreLock>>,
+    /// The last field, for the same reason.
     closes: Mutex<Option<oneshot::Sender<()>>>,
 }
 
@@ -74,11 +88,27 @@ impl Store {
     /// Opens or creates the store, makes an older one new, sets damaged records aside, and deletes
     /// what an earlier process left half done.
     pub fn open(dir: &Path, kept: Kept) -> Result<Store, Error> {
+        Store::open_locked(StoreLock::take(dir)?, kept)
+    }
+
+    /// The same with a lock that was waited for.
+    pub fn open_locked(lock: StoreLock, kept: Kept) -> Result<Store, Error> {
+        let dir = &lock.dir().to_path_buf();
         let blobs = Blobs::open(dir)?;
         let reserve = Reserve::of(dir);
         let (records, damaged) = open_records(dir, &reserve)?;
-        let (references, closes, failures) = Default::default();
-        let store = Store { records, blobs, reserve, failures, kept, references, closes };
+        let store = Store {
+            records,
+            blobs,
+            reserve,
+            failures: Failures::default(),
+            kept,
+            meters: OnceLock::new(),
+            references: Mutex::default(),
+            is_closed: RwLock::default(),
+            lock: Mutex::new(Some(lock)),
+            closes: Mutex::default(),
+        };
         store.collect(&damaged)?;
         // Behind the files that are deleted.
         if let Err(error) = store.reserve.take() {
@@ -95,8 +125,26 @@ impl Store {
     /// any more may hold it a little longer than its owner does.
     pub fn closed(&self) -> oneshot::Receiver<()> {
         let (closes, closed) = oneshot::channel();
-        *self.closes.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(closes);
+        *self.closes.lock().unwrap_or_else(PoisonError::into_inner) = Some(closes);
         closed
+    }
+
+    /// Ends what is being written, and lets another server have the store at once, whoever still holds
+    /// this one. From now on nothing is changed; who tries is told that the server drains.
+    pub fn close(&self) {
+        *self.is_closed.write().unwrap_or_else(PoisonError::into_inner) = true;
+        self.records.close();
+        *self.lock.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *self.closes.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// To be held while something is changed.
+    fn still_open(&self) -> Result<RwLockReadGuard<'_, bool>, Error> {
+        let is_closed = self.is_closed.read().unwrap_or_else(PoisonError::into_inner);
+        match *is_closed {
+            true => Err(Error::Draining { retry_after: DRAIN_RETRY }),
+            false => Ok(is_closed),
+        }
     }
 
     /// Makes a new session durable, with its first snapshot.
@@ -138,6 +186,7 @@ impl Store {
 
     /// The client asked for a snapshot at the point where the session goes on: the head is it.
     pub fn claim_head(&self, session: SessionId) -> Result<SnapshotRecord, Error> {
+        let _open = self.still_open()?;
         let mut references = self.references();
         let record = self.known(session)?;
         self.noted(session, self.claim(&mut references, session, record))
@@ -146,14 +195,16 @@ impl Store {
     /// The client still has a use for these snapshots: they stay beside the last few that it asked
     /// for, and at most as many.
     pub fn keep(&self, session: SessionId, names: &[String]) -> Result<(), Error> {
+        let _open = self.still_open()?;
         let _guard = self.references();
         let mut record = self.known(session)?;
         let changed = record.keep(names, self.kept.of_client);
-        if changed { self.noted(session, self.records.put(session, record)) } else { Ok(()) }
+        if changed { self.noted(session, self.put(session, record)) } else { Ok(()) }
     }
 
     /// Sets where the session goes on, and which clients may: none that began before `epoch`.
     pub fn set_head(&self, session: SessionId, snapshot: &str, epoch: u64) -> Result<(), Error> {
+        let _open = self.still_open()?;
         let _guard = self.references();
         let mut record = self.known(session)?;
         if record.snapshot(snapshot).is_none() {
@@ -161,18 +212,44 @@ impl Store {
         }
         record.head = snapshot.into();
         record.epoch = record.epoch.max(epoch);
-        self.noted(session, self.records.put(session, record))
+        self.noted(session, self.put(session, record))
     }
 
     /// A client has begun: those before it cannot come back, also after a restart.
     pub fn set_epoch(&self, session: SessionId, epoch: u64) -> Result<(), Error> {
+        let _open = self.still_open()?;
         let _guard = self.references();
         let mut record = self.known(session)?;
         if record.epoch >= epoch {
             return Ok(());
         }
         record.epoch = epoch;
-        self.noted(session, self.records.put(session, record))
+        self.noted(session, self.put(session, record))
+    }
+
+    /// From now on what live sessions use is saved with their records.
+    pub fn follow(&self, meters: Arc<Meters>) {
+        let _ = self.meters.set(meters);
+    }
+
+    /// Saves what a live session has used so far.
+    pub fn save_meter(&self, session: SessionId) -> Result<(), Error> {
+        let _open = self.still_open()?;
+        let _guard = self.references();
+        let record = self.known(session)?;
+        self.noted(session, self.put(session, record))
+    }
+
+    /// Durable when it returns, with what the session has used so far.
+    fn put(&self, session: SessionId, mut record: Record) -> Result<(), Error> {
+        if let Some(meter) = self.meter(session) {
+            record.metering = meter.metered();
+        }
+        self.records.put(session, record)
+    }
+
+    fn meter(&self, session: SessionId) -> Option<Arc<Meter>> {
+        self.meters.get()?.get(session)
     }
 
     /// A session's record, if it is known.
@@ -193,10 +270,30 @@ impl Store {
         self.records.all()
     }
 
+    /// Looks at those of these sessions that are there and not damaged, without a copy.
+    pub fn look_at(&self, sessions: &[SessionId], look: impl FnMut(SessionId, &Record)) {
+        self.records.look_at(sessions, look);
+    }
+
+    /// Looks at all sessions but those whose records are damaged.
+    pub fn look_at_all(&self, look: impl FnMut(SessionId, &Record)) {
+        self.records.each_with_id(look);
+    }
+
     /// Those of these sessions that are there and not damaged.
     pub fn records_of(&self, sessions: &[SessionId]) -> Vec<(SessionId, Record)> {
         let known = |&session| Some((session, self.records.get(session)?));
         sessions.iter().filter_map(known).collect()
+    }
+
+    /// Deletes a snapshot that the session does not go on from, with its files.
+    pub fn delete_snapshot(&self, session: SessionId, snapshot: &str) -> Result<(), Error> {
+        let _open = self.still_open()?;
+        let mut references = self.references();
+        let mut record = self.known(session)?;
+        let deleted = record.delete(session, snapshot)?;
+        self.noted(session, self.put(session, record))?;
+        self.noted(session, self.release(&mut references, deleted.blobs()))
     }
 
     /// Reads a snapshot and checks it against its hashes. A damaged one is set aside; the error says
@@ -206,6 +303,7 @@ impl Store {
         session: SessionId,
         snapshot: &SnapshotRecord,
     ) -> Result<StoredSnapshot, Error> {
+        let _open = self.still_open()?;
         let mut contents = Vec::new();
         for name in snapshot.blobs() {
             match self.blobs.read(name)? {
@@ -220,6 +318,7 @@ impl Store {
 
     /// Deletes a session with all its snapshots.
     pub fn forget(&self, session: SessionId) -> Result<(), Error> {
+        let _open = self.still_open()?;
         let mut references = self.references();
         let Some(record) = self.record(session)? else { return Ok(()) };
         self.noted(session, self.records.remove(session))?;
@@ -237,7 +336,18 @@ impl Store {
         new: NewSnapshot,
         record: impl FnOnce() -> Result<Record, Error>,
     ) -> Result<SnapshotRecord, Error> {
-        self.noted(session, self.write(session, new, record))
+        let _open = self.still_open()?;
+        let begun = Instant::now();
+        let written = self.noted(session, self.write(session, new, record));
+        if let Some(series) = self.meter(session).as_deref().and_then(Meter::series) {
+            match &written {
+                Ok(snapshot) => series.snapshot(begun.elapsed(), Ok(snapshot.bytes)),
+                // Set back or forgotten meanwhile.
+                Err(Error::Ended | Error::UnknownSession(_)) => {}
+                Err(error) => series.snapshot(begun.elapsed(), Err(error)),
+            }
+        }
+        written
     }
 
     /// Writes the blobs, then the record: `record` is asked for while no other changes.
@@ -251,7 +361,9 @@ impl Store {
             id: String::new(),
             step: new.step,
             sequence: new.sequence,
-            origin: new.origin,
+            origin: new.why.origin(),
+            reason: new.why.name().into(),
+            taken_millis: millis_of(SystemTime::now()),
             state: BlobName::of(&new.state),
             answers: new.answers.as_deref().map(BlobName::of),
             bytes: (new.state.len() + new.answers.as_ref().map_or(0, Vec::len)) as u64,
@@ -293,7 +405,7 @@ impl Store {
         snapshot.id = format!("{}-step{}", record.n_snapshots + 1, snapshot.step);
         record.push(snapshot.clone());
         let dropped = record.drop_surplus(self.kept);
-        self.records.put(session, record)?;
+        self.put(session, record)?;
         name_blobs(references, snapshot.blobs());
         self.release(references, dropped.iter().flat_map(SnapshotRecord::blobs))?;
         Ok(snapshot)
@@ -307,7 +419,7 @@ impl Store {
     ) -> Result<SnapshotRecord, Error> {
         let head = record.claim_head().ok_or_else(|| unknown(session))?;
         let dropped = record.drop_surplus(self.kept);
-        self.records.put(session, record)?;
+        self.put(session, record)?;
         self.release(references, dropped.iter().flat_map(SnapshotRecord::blobs))?;
         Ok(head)
     }
@@ -383,9 +495,15 @@ fn unknown(session: SessionId) -> Error {
     Error::UnknownSession(session.to_string())
 }
 
+/// Unix milliseconds.
+pub fn millis_of(time: SystemTime) -> u64 {
+    let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
 fn is_same(head: &SnapshotRecord, new: &SnapshotRecord) -> bool {
     (head.sequence, head.step, &head.state) == (new.sequence, new.step, &new.state)
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

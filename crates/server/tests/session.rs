@@ -106,7 +106,7 @@ impl Stream {
 }
 
 fn frame(sequence: u64, body: Ask) -> v1::ClientFrame {
-    v1::ClientFrame { sequence, acknowledged: 0, body: Some(body) }
+    v1::ClientFrame { sequence, body: Some(body), ..Default::default() }
 }
 
 fn rows(n: usize, seed: u64) -> Option<v1::Tensor> {
@@ -132,7 +132,7 @@ fn backward(microbatch: u64, n: usize) -> Ask {
 }
 
 fn step() -> Ask {
-    Ask::Step(v1::Step { learning_rate: 1e-2, clip_factor: 1.0 })
+    Ask::Step(v1::Step { learning_rate: 1e-2, clip_factor: 1.0, shared_loss: None })
 }
 
 async fn export(rpc: &mut Rpc, session: &str) -> v1::ExportAdapterResponse {

@@ -148,6 +148,8 @@ pub struct OutputOptions {
     pub quiet: bool,
     /// Whether TensorBoard's event files are written, to the folder `tensorboard`.
     pub tensorboard: bool,
+    /// Whether the server is told each step's loss, for its operator's and the tenant's own eyes.
+    pub share_loss: bool,
     /// Newest checkpoints that stay, beside the best one.
     pub keep_last: usize,
     /// Which step's adapter is exported at the end.
@@ -258,6 +260,7 @@ impl OutputOptions {
             log_interval: 10,
             quiet: false,
             tensorboard: true,
+            share_loss: false,
             keep_last: 5,
             adapter: AdapterChoice::Last,
             resume: None,

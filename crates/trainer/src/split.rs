@@ -11,6 +11,7 @@ pub(crate) use decode::{Next, SplitCaches, embed, go_on};
 pub use flight::{Accumulated, MicrobatchResult, Microbatches};
 
 use crate::TrainError;
+use crate::trace;
 use crate::noise::{NoiseKey, Outgoing, PrivacyOptions};
 use devices::Elsewhere;
 use offshoot_adapters::{AdamW, AdapterSet, AdapterState, LoraSpec};
@@ -196,9 +197,23 @@ impl SplitModel {
         learning_rate: f64,
         clip_factor: f64,
     ) -> Result<PendingStep, TrainError> {
+        self.step_sharing(session, (learning_rate, clip_factor), None).await
+    }
+
+    /// The same; the server is told the loss, if one is given.
+    pub async fn step_sharing(
+        &mut self,
+        session: &Session,
+        (learning_rate, clip_factor): (f64, f64),
+        loss: Option<f64>,
+    ) -> Result<PendingStep, TrainError> {
         // Sent first: if that fails, no part has moved.
-        let pending = session.step(learning_rate, clip_factor).await?;
+        let pending = match loss {
+            Some(loss) => session.step_sharing_loss(learning_rate, clip_factor, loss).await?,
+            None => session.step(learning_rate, clip_factor).await?,
+        };
         self.in_step = false;
+        let _span = trace::optimizer().entered();
         let _guard = tch::no_grad_guard();
         for side in [&mut self.leader.bottom, &mut self.leader.top] {
             if let Some(adapter) = &mut side.adapter {

@@ -76,6 +76,7 @@ fn server_frames(seeds: &Seeds) -> std::io::Result<()> {
         message: "full".into(),
         retry_after_millis: 9,
         code: 4,
+        request_id: "3f2a91c0".into(),
         ..Default::default()
     };
     let attached = v1::Attached {
@@ -122,17 +123,23 @@ fn client_frames(seeds: &Seeds) -> std::io::Result<()> {
             ("forward", Body::Forward(forward)),
             ("backward", Body::Backward(v1::Backward { microbatch: 1, grad: hidden.clone() })),
             ("extend", Body::Extend(v1::Extend { cache: 1, start: 2, hidden })),
-            ("step", Body::Step(v1::Step { learning_rate: 1e-4, clip_factor: 0.5 })),
+            ("step", Body::Step(v1::Step { learning_rate: 1e-4, clip_factor: 0.5, shared_loss: None })),
             ("discard", Body::Discard(v1::Discard { microbatch: 1 })),
         ] {
-            let frame = v1::ClientFrame { sequence: 2, acknowledged: 1, body: Some(body) };
+            let frame = v1::ClientFrame {
+                sequence: 2,
+                acknowledged: 1,
+                body: Some(body),
+                traceparent: "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".into(),
+                tracestate: "vendor=1".into(),
+            };
             let bytes = [vec![i as u8], frame.encode_to_vec()].concat();
             seeds.write("client_frame", &format!("{name}-{}", dtype.name()), bytes)?;
         }
     }
     let session_id = "0123456789abcdef0123456789abcdef".into();
     let hello = Body::Hello(v1::Hello { session_id, ..Default::default() });
-    let frame = v1::ClientFrame { sequence: 0, acknowledged: 0, body: Some(hello) };
+    let frame = v1::ClientFrame { body: Some(hello), ..Default::default() };
     seeds.write("client_frame", "hello", [vec![0], frame.encode_to_vec()].concat())?;
     let initial =
         v1::NamedTensor { name: "a".into(), tensor: Some(tensor(&[2, 3], WireDType::F32)) };

@@ -34,9 +34,10 @@ impl Token {
     }
 }
 
-/// What a tenant may have; none is not written.
+/// What a tenant may have and do; none is not written.
 pub struct Numbers {
     pub weight: Option<u64>,
+    pub is_operator: bool,
     pub quotas: [(&'static str, Option<u64>); 7],
 }
 
@@ -75,6 +76,9 @@ impl Tenants {
         tenant["name"] = value(name);
         if let Some(weight) = numbers.weight {
             tenant["weight"] = number(weight)?;
+        }
+        if numbers.is_operator {
+            tenant["operator"] = value(true);
         }
         push(&mut tenant, &token)?;
         let mut quotas = Table::new();

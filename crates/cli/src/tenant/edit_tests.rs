@@ -45,13 +45,13 @@ fn at(seconds: u64) -> SystemTime {
 
 fn no_numbers() -> Numbers {
     let quotas = ["sessions", "b", "c", "d", "e", "f", "rank"].map(|key| (key, None));
-    Numbers { weight: None, quotas }
+    Numbers { weight: None, is_operator: false, quotas }
 }
 
 #[test]
 fn a_tenant_is_added_and_everything_else_stays() {
     let token = NewToken::generate();
-    let mut numbers = Numbers { weight: Some(2), ..no_numbers() };
+    let mut numbers = Numbers { weight: Some(2), is_operator: true, ..no_numbers() };
     numbers.quotas[6].1 = Some(16);
     let text = changed(|tenants| {
         tenants.add("green", &numbers, Token::new(&token, Some(at(4_102_444_800)))).unwrap();
@@ -61,7 +61,7 @@ fn a_tenant_is_added_and_everything_else_stays() {
     assert!(text.starts_with(FILE), "{text}");
     let added = &text[FILE.len()..];
     let expected = format!(
-        "\n[[tenants]]\nname = \"green\"\nweight = 2\n\n[[tenants.tokens]]\nid = {:?}\nsha256 = \"{}\"\n\
+        "\n[[tenants]]\nname = \"green\"\nweight = 2\noperator = true\n\n[[tenants.tokens]]\nid = {:?}\nsha256 = \"{}\"\n\
          expires = 2100-01-01T00:00:00Z\n\n[tenants.quotas]\nrank = 16\n",
         token.id,
         token.hash()

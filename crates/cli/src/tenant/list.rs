@@ -27,7 +27,8 @@ pub fn print(tenants: &[Tenant], as_json: bool) -> anyhow::Result<()> {
         });
         let shown: Vec<String> = shown.collect();
         let shown = if shown.is_empty() { "no quotas".into() } else { shown.join(", ") };
-        writeln!(out, "{:width$}  {:>6}  {tokens}; {shown}", tenant.name, tenant.weight)?;
+        let role = if tenant.is_operator { "operator; " } else { "" };
+        writeln!(out, "{:width$}  {:>6}  {role}{tokens}; {shown}", tenant.name, tenant.weight)?;
     }
     Ok(())
 }
@@ -54,7 +55,13 @@ fn row(tenant: &Tenant) -> Value {
         .map(|(key, quota, _)| (key.to_string(), json!(quota)))
         .into_iter()
         .collect();
-    json!({ "name": tenant.name, "weight": tenant.weight, "quotas": quotas, "tokens": tokens })
+    json!({
+        "name": tenant.name,
+        "weight": tenant.weight,
+        "is_operator": tenant.is_operator,
+        "quotas": quotas,
+        "tokens": tokens,
+    })
 }
 
 /// Name, value, and whether it is of bytes.

@@ -18,7 +18,7 @@ use std::time::{Duration, SystemTime};
 /// Say who may use a server: tenants, their tokens and quotas.
 ///
 /// Edits the tenants file of offshoot serve, comments and all; a running server takes the change within
-/// seconds. `add` and `rotate` print the new token on stdout, once: the file holds only its hash.
+/// seconds. What tenants use of a running server, offshoot tenants shows. `add` and `rotate` print the new token on stdout, once: the file holds only its hash.
 #[derive(Args)]
 #[command(after_help = EXAMPLES)]
 pub struct TenantArgs {
@@ -30,6 +30,7 @@ const EXAMPLES: &str = "\
 Examples:
   offshoot tenant add blue --tenants tenants.toml > blue.token
   offshoot tenant add red --weight 2 --sessions 8 --adapter-bytes 2GiB --expires 90d
+  offshoot tenant add ops --operator > ops.token
   offshoot tenant rotate blue --expires-old 24h
   offshoot tenant revoke blue --token t3f9x2ab
   offshoot tenant list
@@ -88,6 +89,10 @@ struct AddArgs {
     /// Highest LoRA rank.
     #[arg(long, value_name = "R")]
     rank: Option<u64>,
+    /// Let it see the whole server and manage everybody's sessions: list, evict, pin and delete them, but
+    /// not train, restore or export them.
+    #[arg(long)]
+    operator: bool,
     /// When the token ends: from now, such as 90d or 12h, or a day, such as 2027-06-30 [default: never].
     #[arg(long, value_name = "DURATION|DAY", value_parser = end)]
     expires: Option<SystemTime>,
@@ -135,7 +140,7 @@ struct RemoveArgs {
 
 #[derive(Args)]
 struct ListArgs {
-    /// Print JSON: with name, weight, quotas, and tokens with id, expires and is_expired.
+    /// Print JSON: with name, weight, is_operator, quotas, and tokens with id, expires and is_expired.
     #[arg(long)]
     json: bool,
     #[command(flatten)]
@@ -278,6 +283,7 @@ impl AddArgs {
         let size = |bytes: Option<ByteSize>| bytes.map(|bytes| bytes.as_u64());
         Numbers {
             weight: self.weight,
+            is_operator: self.operator,
             quotas: [
                 ("sessions", self.sessions),
                 ("stored_sessions", self.stored_sessions),

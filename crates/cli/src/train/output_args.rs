@@ -24,6 +24,10 @@ pub struct OutputArgs {
     /// Write no event files for TensorBoard; else they are in tensorboard/ in the output directory.
     #[arg(long)]
     no_tensorboard: bool,
+    /// Tell the server each step's training loss, so that its operator and your team see it in the
+    /// console and in offshoot top. Without it the server never learns of any loss.
+    #[arg(long)]
+    share_loss: bool,
     /// Steps between evaluations; also before the first step and after the last.
     #[arg(long, value_name = "STEPS", default_value_t = 100)]
     eval_interval: u64,
@@ -100,6 +104,7 @@ impl OutputArgs {
             log_interval: self.log_interval,
             quiet: self.quiet,
             tensorboard: !self.no_tensorboard,
+            share_loss: self.share_loss,
             keep_last: self.keep_last,
             adapter,
             resume: self.resume,

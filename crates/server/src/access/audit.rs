@@ -4,12 +4,11 @@
 //! A thread writes, so that a slow disk holds nobody up; a full one does not either: what could not
 //! be written is counted and said.
 
-mod file;
 mod refusals;
 
 use super::{Caller, Stranger};
 use crate::error::Error;
-use file::LogFile;
+use crate::log_file::LogFile;
 use refusals::{Refusals, Who};
 use serde::Serialize;
 use std::path::Path;
@@ -51,6 +50,12 @@ pub enum Action {
     Export,
     Close,
     Forget,
+    /// Off the device.
+    Evict,
+    /// To the device.
+    Pin,
+    Unpin,
+    DeleteSnapshot,
     RefusedAuthentication,
     TenantsReloaded,
     /// Lines that could not be written.
@@ -63,6 +68,8 @@ pub struct Subject {
     /// As the caller named it, if that is an id.
     pub session: Option<String>,
     pub snapshot: Option<String>,
+    /// Whose session it is, if an operator does it to another's.
+    pub owner: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -81,6 +88,9 @@ struct Line {
     session: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     snapshot: Option<String>,
+    /// Whose session it is, where that is not `tenant`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    owner: Option<String>,
     /// "ok", or the error's label.
     outcome: &'static str,
     /// Of events that share a line.
@@ -93,8 +103,8 @@ impl Line {
         let now = humantime::format_rfc3339_millis(SystemTime::now());
         let time = now.to_string();
         let (tenant, token) = (String::new(), String::new());
-        let (peer, session, snapshot, count) = (None, None, None, None);
-        Line { time, action, tenant, token, peer, session, snapshot, outcome, count }
+        let (peer, session, snapshot, owner, count) = Default::default();
+        Line { time, action, tenant, token, peer, session, snapshot, owner, outcome, count }
     }
 }
 
@@ -102,7 +112,7 @@ impl Audit {
     /// Opens the log, which must succeed the first time. None: nothing is noted.
     pub fn start(path: Option<&Path>) -> Result<Audit, Error> {
         let Some(path) = path else { return Ok(Audit(None)) };
-        let file = LogFile::open(path)?;
+        let file = LogFile::of_audit(path)?;
         let (lines, waiting) = mpsc::sync_channel(MAX_WAITING);
         let inner = Arc::new(Inner {
             lines,
@@ -133,6 +143,7 @@ impl Audit {
         (line.tenant, line.token) = (caller.tenant.name.clone(), caller.token_id.to_string());
         line.peer = caller.peer.map(|peer| peer.to_string());
         (line.session, line.snapshot) = (subject.session, subject.snapshot);
+        line.owner = subject.owner;
         inner.send(line);
     }
 

@@ -28,6 +28,8 @@ struct TenantText {
     name: Spanned<String>,
     weight: Option<Spanned<i64>>,
     #[serde(default)]
+    operator: bool,
+    #[serde(default)]
     tokens: Vec<TokenText>,
     #[serde(default)]
     quotas: QuotasText,
@@ -150,7 +152,8 @@ impl Check<'_> {
         let (tokens, lines) = tokens.collect::<Vec<_>>().into_iter().unzip();
         let places = Places { name, tokens: lines };
         let weight = weight.map_or(1, |weight| weight as u32);
-        (Tenant { name: text.name.into_inner(), weight, quotas, tokens }, places)
+        let (name, is_operator) = (text.name.into_inner(), text.operator);
+        (Tenant { name, weight, is_operator, quotas, tokens }, places)
     }
 
     fn token(&mut self, text: TokenText) -> (TokenEntry, usize) {
@@ -266,6 +269,7 @@ open_bytes = 1000
 
 [[tenants]]
 name = "red-2"
+operator = true
 "#,
             HASH.replace("ff", "FE")
         );
@@ -283,6 +287,7 @@ name = "red-2"
         let seconds = expires.duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
         assert_eq!((seconds, blue.tokens[1].expires), (1_798_675_200, None));
         assert_eq!((red.weight, red.quotas), (1, Quotas::default()));
+        assert_eq!((blue.is_operator, red.is_operator), (false, true));
         assert_eq!(parse_tenants("").unwrap(), vec![]);
     }
 
@@ -338,6 +343,7 @@ weight = 1001
             ("[[tenants]]\nname = \"a\"\nwieght = 1", 3, "wieght"),
             ("[[tenants]]\nname = \"a\"\n[tenants.quotas]\nadapter_bytes = \"much\"", 4, "much"),
             ("[[tenants]]\nname = 1", 2, "string"),
+            ("[[tenants]]\nname = \"a\"\noperator = \"yes\"", 3, "boolean"),
             ("[[tenants]]\nweight = 1", 1, "name"),
             ("[[tenants]", 1, "tenants"),
         ] {

@@ -1,6 +1,8 @@
 use super::audit::Audit;
 use super::{Access, Caller};
 use crate::error::Error;
+use crate::refusals::Refusals;
+use crate::trace;
 use http::{Request, Response};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -10,6 +12,7 @@ use tonic::body::Body;
 use tonic::codegen::{BoxFuture, Service};
 use tonic::server::NamedService;
 use tonic::transport::server::TcpConnectInfo;
+use tracing::Instrument;
 
 /// Around a service: only callers get in. A request without a valid token is answered before
 /// anything of its body is read; one with a token has its [`Caller`] in its extensions.
@@ -24,6 +27,7 @@ pub struct Gate<S> {
 pub struct Keeper {
     pub access: Arc<Access>,
     pub audit: Audit,
+    pub refusals: Arc<Refusals>,
 }
 
 impl Keeper {
@@ -32,7 +36,8 @@ impl Keeper {
         Gate { inner, keeper: self.clone() }
     }
 
-    fn admit<B>(&self, request: &Request<B>) -> Result<Caller, Error> {
+    /// Who makes this request.
+    pub fn admit<B>(&self, request: &Request<B>) -> Result<Caller, Error> {
         let peer = peer(request);
         let admitted = self.access.authenticate(request.headers(), peer);
         if admitted.is_err() {
@@ -67,12 +72,28 @@ where
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
         match self.keeper.admit(&request) {
             Ok(caller) => {
+                let path = request.uri().path();
+                let span = trace::called(path, request.headers(), &caller.tenant.name);
+                let (access, tenant) = (self.keeper.access.clone(), caller.tenant.clone());
                 request.extensions_mut().insert(caller);
-                Box::pin(self.inner.call(request))
+                let called = self.inner.call(request).instrument(span);
+                Box::pin(async move {
+                    let response = called.await?;
+                    // A refusal has its status in the headers, where other answers have none.
+                    if let Some(status) = Status::from_header_map(response.headers()) {
+                        access.patience().wait(&tenant.name, status.code()).await;
+                    }
+                    Ok(response)
+                })
             }
             Err(error) => {
-                let refusal = Status::from(error).into_http();
-                Box::pin(async { Ok(refusal) })
+                // Whoever it is, is no tenant.
+                let refusal = self.keeper.refusals.status("", None, error);
+                let access = self.keeper.access.clone();
+                Box::pin(async move {
+                    access.patience().wait("", refusal.code()).await;
+                    Ok(refusal.into_http())
+                })
             }
         }
     }

@@ -8,6 +8,7 @@
 mod audit;
 mod file;
 mod gate;
+mod patience;
 mod refused;
 mod settings;
 mod tenant;
@@ -23,6 +24,7 @@ pub use token::{NewToken, TokenHash};
 
 use crate::error::Error;
 use http::HeaderMap;
+use patience::Patience;
 use refused::Pending;
 use std::collections::HashMap;
 use std::io::ErrorKind;
@@ -54,6 +56,7 @@ pub struct Access {
     pending: Mutex<Pending>,
     /// Counts the states.
     changes: watch::Sender<u64>,
+    patience: Patience,
 }
 
 #[derive(Default)]
@@ -88,6 +91,26 @@ pub struct Caller {
     hash: Option<TokenHash>,
 }
 
+impl Caller {
+    /// Whether it may see and manage everybody's sessions; on an open server everybody may.
+    pub fn is_operator(&self) -> bool {
+        self.tenant.is_operator
+    }
+
+    /// Whether it may manage every tenant's sessions. Not on an open server, where those that were made
+    /// with a tenants file stay their tenants'.
+    pub fn manages_all(&self) -> bool {
+        self.is_operator() && !self.tenant.name.is_empty()
+    }
+
+    /// Somebody of this name.
+    #[cfg(test)]
+    pub fn of_test(name: &str, is_operator: bool) -> Caller {
+        let tenant = Tenant { name: name.into(), is_operator, ..Tenant::anybody() };
+        Caller { tenant: Arc::new(tenant), token_id: Arc::default(), peer: None, hash: None }
+    }
+}
+
 impl Access {
     /// Reads the tenants file, which must be whole the first time. None: everybody gets in.
     pub(crate) fn start(path: Option<PathBuf>, audit: Audit) -> Result<Arc<Access>, Error> {
@@ -106,11 +129,17 @@ impl Access {
             audit,
             pending: Mutex::default(),
             changes: watch::Sender::new(0),
+            patience: Patience::default(),
         });
         if access.path.is_some() {
             tokio::spawn(keep_up(Arc::downgrade(&access)));
         }
         Ok(access)
+    }
+
+    /// With whoever asks for what is refused, again and again.
+    pub(crate) fn patience(&self) -> &Patience {
+        &self.patience
     }
 
     /// Whether everybody gets in.
@@ -165,6 +194,13 @@ impl Access {
 
     fn pending(&self) -> MutexGuard<'_, Pending> {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// All tenants as they are now, by name.
+    pub fn tenants(&self) -> Vec<Arc<Tenant>> {
+        let mut all: Vec<_> = self.state().tenants.values().cloned().collect();
+        all.sort_by(|a, b| a.name.cmp(&b.name));
+        all
     }
 
     /// A tenant as it is now.

@@ -7,6 +7,8 @@ pub struct Tenant {
     pub name: String,
     /// Share of the device against other tenants, 1 to 1000.
     pub weight: u32,
+    /// Whether it may see and manage everybody's sessions, and everything of the server.
+    pub is_operator: bool,
     pub quotas: Quotas,
     pub(super) tokens: Vec<TokenEntry>,
 }
@@ -45,6 +47,7 @@ impl Tenant {
 
     /// Who calls a server without a tenants file.
     pub fn anybody() -> Tenant {
-        Tenant { name: String::new(), weight: 1, quotas: Quotas::default(), tokens: Vec::new() }
+        let (name, quotas, tokens) = Default::default();
+        Tenant { name, weight: 1, is_operator: true, quotas, tokens }
     }
 }

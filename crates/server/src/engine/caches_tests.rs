@@ -3,6 +3,7 @@
 use super::*;
 use crate::engine::caches::Asks;
 use crate::session::ExtendWork;
+use crate::trace::JobSpans;
 use std::ops::Range;
 
 impl Rig {
@@ -34,7 +35,7 @@ impl Rig {
 
     fn step(&mut self, lane: u64) {
         let (reply, stepped): (Reply<_>, _) = oneshot::channel();
-        let work = StepWork { learning_rate: 0.1, clip_factor: 1.0 };
+        let work = StepWork { learning_rate: 0.1, clip_factor: 1.0, shared_loss: None };
         self.submit(lane, FrameWork::Step { work, reply });
         self.turn();
         stepped.blocking_recv().unwrap().unwrap();
@@ -130,7 +131,7 @@ fn caches_grow_in_the_ledger_and_go_from_it() {
     rig.extended(1, 3, 0..2);
     assert_eq!(rig.cache_bytes(), part_bytes(&rig, 3 * 256));
     let (gone, _wait) = oneshot::channel();
-    let job = Job { command: Command::Release { gone }, span: tracing::Span::none() };
+    let job = Job { command: Command::Release { gone }, spans: JobSpans::none() };
     rig.scheduler.submit(LaneId(0), Kind::Control, 0, job).unwrap();
     rig.turn();
     assert_eq!(rig.cache_bytes(), part_bytes(&rig, 256));

@@ -1,13 +1,17 @@
+use super::clock::StepClock;
 use super::command::{Admitted, Exported, Plan, Settings, Start, StepResult};
 use super::wire;
 use crate::error::Error;
 use crate::ledger::Reservation;
+use crate::meter::Meter;
+use crate::metrics::Ran;
 use crate::quota::Account;
 use crate::session::StepWork;
 use offshoot_adapters::{AdamW, AdapterSet};
 use offshoot_model::Part;
 use offshoot_proto::{HostTensor, WireDType};
 use std::sync::Arc;
+use std::time::Instant;
 use tch::{Device, Tensor};
 
 /// What one session has on the device, its tapes apart.
@@ -18,6 +22,8 @@ pub(super) struct Slot {
     adamw: AdamW,
     pub seed: u64,
     pub wire_dtype: WireDType,
+    meter: Arc<Meter>,
+    clock: StepClock,
     /// The last frame that ran. Only the next one may run: what stands behind a refused frame in
     /// the queue is refused here.
     pub applied: u64,
@@ -29,7 +35,7 @@ pub(super) struct Slot {
 
 impl Slot {
     pub fn new(part: &Part, plan: Plan, account: Arc<Account>) -> Result<Slot, Error> {
-        let Plan { settings, start, reserved } = plan;
+        let Plan { settings, start, reserved, meter } = plan;
         let Settings { tenant: _, lora, adamw, seed, wire_dtype } = settings;
         let (sites, device) = (part.sites(&lora.target_modules)?, part.device());
         let (adapters, applied) = match start {
@@ -47,9 +53,19 @@ impl Slot {
                 (AdapterSet::from_state(lora, sites, state, device)?, applied)
             }
         };
-        let changing = false;
-        let _reserved = reserved;
-        Ok(Slot { account, adapters, adamw, seed, wire_dtype, applied, changing, _reserved })
+        let clock = StepClock::default();
+        Ok(Slot {
+            account,
+            adapters,
+            adamw,
+            seed,
+            wire_dtype,
+            meter,
+            clock,
+            applied,
+            changing: false,
+            _reserved: reserved,
+        })
     }
 
     pub fn admitted(&self) -> Admitted {
@@ -58,6 +74,17 @@ impl Slot {
             bytes: self.adapters.bytes(),
             step: self.adapters.n_steps(),
         }
+    }
+
+    /// A job of it came, began and has just ended, and counts as this.
+    pub fn ran(&mut self, came: Instant, began: Instant, ran: Ran) {
+        self.clock.ran(came, began, began + ran.execute);
+        self.meter.ran(ran);
+    }
+
+    /// A Step was applied just now, with the loss that its client shares.
+    pub fn stepped(&mut self, shared_loss: Option<f64>) {
+        self.meter.stepped(self.clock.step(Instant::now()), shared_loss);
     }
 
     /// Whether its adapter is whole.
@@ -74,7 +101,7 @@ impl Slot {
 
     /// Refused if the adapter would not be finite after it; then it is as it was.
     pub fn step(&mut self, work: &StepWork) -> Result<StepResult, Error> {
-        let StepWork { learning_rate, clip_factor } = *work;
+        let StepWork { learning_rate, clip_factor, shared_loss: _ } = *work;
         // Whatever fails up to here, as for want of memory, changes nothing.
         let stepped = self.adapters.next_if_finite(&self.adamw, learning_rate, clip_factor);
         let stepped = stepped.ok_or(Error::Overflow { what: "adapter after this Step" })?;

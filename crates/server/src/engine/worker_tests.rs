@@ -6,6 +6,7 @@ use crate::ledger::BytesKind;
 use crate::quota::Accounts;
 use crate::scheduler::{OwnerId, Share};
 use crate::session::{BackwardWork, ForwardWork, Mode, StepWork};
+use crate::trace::JobSpans;
 use offshoot_adapters::{AdamW, AdapterState, LoraSpec};
 use offshoot_model::weights::Checkpoint;
 use offshoot_model::{LoraMode, ModelConfig, PartSpec, TapeSize, Work};
@@ -88,6 +89,7 @@ impl Rig {
             },
             start: Start::State { state: std::sync::Arc::new(state), applied: 0 },
             reserved: self.worker.ledger.count(BytesKind::Adapters, 16 * n as u64),
+            meter: Default::default(),
         };
         let lane = LaneId(lane);
         self.scheduler.open(lane, Share { owner: OwnerId(lane.0), weight: 1 });
@@ -109,7 +111,7 @@ impl Rig {
         *sequence += 1;
         let command = Command::Frame { sequence: *sequence, work };
         let (kind, n_tokens) = (command.kind(), command.n_tokens());
-        let job = Job { command, span: tracing::Span::none() };
+        let job = Job { command, spans: JobSpans::none() };
         self.scheduler.submit(LaneId(lane), kind, n_tokens, job).unwrap();
     }
 
@@ -388,7 +390,7 @@ fn a_step_of_one_session_leaves_the_others_alone() {
     let (grads, _) = ([0, 1].map(|lane| rig.backward(lane, 6)), rig.turn());
     drop((outputs, grads));
     let (reply, stepped): (Reply<_>, _) = oneshot::channel();
-    let work = StepWork { learning_rate: 0.1, clip_factor: 1.0 };
+    let work = StepWork { learning_rate: 0.1, clip_factor: 1.0, shared_loss: None };
     rig.submit(0, FrameWork::Step { work, reply });
     rig.turn();
     assert_eq!(stepped.blocking_recv().unwrap().unwrap().step, 1);

@@ -19,6 +19,8 @@ impl Error {
             | LargeRequests { .. } => {
                 Some(Full { retry_after: self.retry_after().unwrap_or_default() })
             }
+            // What one tenant may pin is of his own share.
+            PinRoom { share, .. } if *share == crate::residency::PINS_OF_ALL => Some(PinFull),
             // Its text may have the shapes of a batch.
             Panic { job, .. } => Some(Panic { job, panic: "the server's log says why".into() }),
             _ => None,

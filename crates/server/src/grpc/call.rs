@@ -4,15 +4,16 @@
 use crate::access::{Action, Audit, Caller, Subject};
 use crate::error::Error;
 use crate::session::SessionId;
-use tonic::{Extensions, Status};
+use tonic::Extensions;
+use tracing::{Instrument, Span};
 
 /// Who makes a call. The gate put it there; without a gate nobody gets in.
-pub(super) fn caller(extensions: &Extensions) -> Result<Caller, Error> {
+pub(crate) fn caller(extensions: &Extensions) -> Result<Caller, Error> {
     extensions.get().cloned().ok_or(Error::Unauthenticated)
 }
 
 /// What somebody wants done.
-pub(super) struct Deed {
+pub(crate) struct Deed {
     pub caller: Caller,
     pub audit: Audit,
     pub action: Action,
@@ -21,22 +22,21 @@ pub(super) struct Deed {
 
 impl Subject {
     /// A session as a caller names it; what is no id is not written down.
-    pub(super) fn named(session: &str) -> Subject {
+    pub(crate) fn named(session: &str) -> Subject {
         let session = SessionId::parse(session).map(|id| id.to_string());
-        Subject { session, snapshot: None }
+        Subject { session, ..Subject::default() }
     }
 }
 
 impl Deed {
     /// Does it, even if the caller hangs up: nothing is left half done, and nothing unnoted.
     /// `complete` adds what only the outcome tells.
-    pub(super) async fn run<T: Send + 'static>(
+    pub(crate) async fn run<T: Send + 'static>(
         self,
         call: impl Future<Output = Result<T, Error>> + Send + 'static,
         complete: impl FnOnce(&T, &mut Subject) + Send + 'static,
-    ) -> Result<T, Status> {
+    ) -> Result<T, Error> {
         let Deed { caller, audit, action, mut subject } = self;
-        let tenant = caller.tenant.name.clone();
         let run = async move {
             let result = call.await;
             if let Ok(done) = &result {
@@ -46,7 +46,6 @@ impl Deed {
             result
         };
         let gone = |_| Error::Gone { part: "call" };
-        let result = tokio::spawn(run).await.map_err(gone).flatten();
-        result.map_err(|error| error.told_to(&tenant).into())
+        tokio::spawn(run.instrument(Span::current())).await.map_err(gone).flatten()
     }
 }

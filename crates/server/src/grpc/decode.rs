@@ -68,7 +68,7 @@ pub fn tensor_bytes(frame: &v1::ClientFrame) -> usize {
 
 /// Any other frame of a stream.
 pub fn frame(frame: v1::ClientFrame, rules: &FrameRules) -> Result<Frame, Error> {
-    let v1::ClientFrame { sequence, acknowledged, body } = frame;
+    let v1::ClientFrame { sequence, acknowledged, body, .. } = frame;
     if sequence == 0 {
         return Err(Error::Hello { found: format!("{} with sequence 0", body_name(&body)) });
     }
@@ -164,7 +164,7 @@ fn rows(
 }
 
 fn step(step: v1::Step) -> Result<StepWork, Error> {
-    let v1::Step { learning_rate, clip_factor } = step;
+    let v1::Step { learning_rate, clip_factor, shared_loss } = step;
     let wrong = |field, found: f64, expected: &str| {
         Err(Error::Setting { field, found: found.to_string(), expected: expected.into() })
     };
@@ -174,7 +174,10 @@ fn step(step: v1::Step) -> Result<StepWork, Error> {
     if !(0.0..=1.0).contains(&clip_factor) {
         return wrong("clip_factor", clip_factor, "at least 0, at most 1 (1: nothing is clipped)");
     }
-    Ok(StepWork { learning_rate, clip_factor })
+    if let Some(loss) = shared_loss.filter(|loss| !loss.is_finite()) {
+        return wrong("shared_loss", loss, "a finite number, or none");
+    }
+    Ok(StepWork { learning_rate, clip_factor, shared_loss })
 }
 
 /// blake3 of a body, field by field, so that the tensor's bytes are not encoded again.
@@ -208,6 +211,10 @@ fn digest(body: &Body) -> Digest {
         }
         Body::Step(step) => {
             numbers(&mut hasher, [3, step.learning_rate.to_bits(), step.clip_factor.to_bits()]);
+            // Without it the digest is that of a step of a client that knows nothing of it.
+            if let Some(loss) = step.shared_loss {
+                numbers(&mut hasher, [loss.to_bits()]);
+            }
         }
         Body::Discard(discard) => numbers(&mut hasher, [4, discard.microbatch]),
         Body::Extend(extend) => {

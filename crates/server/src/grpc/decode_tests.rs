@@ -22,7 +22,7 @@ fn fine() -> v1::Forward {
 
 fn check(forward: v1::Forward) -> Result<Frame, Error> {
     let body = Some(Body::Forward(forward));
-    frame(v1::ClientFrame { sequence: 1, acknowledged: 0, body }, &RULES)
+    frame(v1::ClientFrame { sequence: 1, body, ..Default::default() }, &RULES)
 }
 
 fn label(forward: v1::Forward) -> &'static str {
@@ -58,7 +58,7 @@ fn a_forward_is_checked_in_every_part() {
 fn an_extend_is_checked_in_every_part() {
     let extend = |start, hidden| {
         let body = Some(Body::Extend(v1::Extend { cache: 3, start, hidden }));
-        frame(v1::ClientFrame { sequence: 1, acknowledged: 0, body }, &RULES)
+        frame(v1::ClientFrame { sequence: 1, body, ..Default::default() }, &RULES)
     };
     let rows = |n: usize| tensor(&vec![1.0; 2 * n], &[n, 2]);
     let label = |start, hidden| extend(start, hidden).unwrap_err().label();
@@ -86,10 +86,11 @@ fn an_error_says_what_to_do() {
 
 #[test]
 fn steps_are_bounded() {
-    let check = |learning_rate, clip_factor| {
-        let body = Some(Body::Step(v1::Step { learning_rate, clip_factor }));
-        frame(v1::ClientFrame { sequence: 1, acknowledged: 0, body }, &RULES).map(|_| ())
+    let checked = |learning_rate, clip_factor, shared_loss| {
+        let body = Some(Body::Step(v1::Step { learning_rate, clip_factor, shared_loss }));
+        frame(v1::ClientFrame { sequence: 1, body, ..Default::default() }, &RULES)
     };
+    let check = |learning_rate, clip_factor| checked(learning_rate, clip_factor, None).map(|_| ());
     check(1e-4, 1.0).unwrap();
     check(0.0, 0.0).unwrap();
     for (learning_rate, clip_factor) in
@@ -97,6 +98,12 @@ fn steps_are_bounded() {
     {
         assert_eq!(check(learning_rate, clip_factor).unwrap_err().label(), "setting");
     }
+    // What is shared for people's eyes is part of the frame all the same: a replay is the same frame.
+    let shared = |loss| checked(1e-4, 1.0, loss).unwrap().head.digest;
+    assert_eq!(shared(Some(2.5)), shared(Some(2.5)));
+    assert!(shared(Some(2.5)) != shared(Some(2.25)) && shared(Some(0.0)) != shared(None));
+    let error = checked(1e-4, 1.0, Some(f64::NAN)).unwrap_err().to_string();
+    assert!(error.starts_with("shared_loss is NaN, expected a finite number"), "{error}");
 }
 
 #[test]
@@ -123,7 +130,7 @@ fn the_first_frame_is_hello() {
     let id = SessionId::new();
     let good =
         v1::Hello { session_id: id.to_string(), last_answered: 3, epoch: 7, ..Default::default() };
-    let frame = |sequence, body| Some(v1::ClientFrame { sequence, acknowledged: 0, body });
+    let frame = |sequence, body| Some(v1::ClientFrame { sequence, body, ..Default::default() });
     let greeting = Greeting { last_answered: 3, epoch: 7, ..Greeting::default() };
     assert_eq!(
         hello(frame(0, Some(Body::Hello(good.clone())))).unwrap(),
@@ -142,7 +149,7 @@ fn any_change_of_a_scale_or_an_outlier_changes_the_digest() {
         let rules = FrameRules { hidden_size: 70, wire_dtype, ..RULES };
         let backward = v1::Backward { microbatch: 1, grad: Some(tensor) };
         let body = Some(Body::Backward(backward));
-        let frame = frame(v1::ClientFrame { sequence: 1, acknowledged: 0, body }, &rules);
+        let frame = frame(v1::ClientFrame { sequence: 1, body, ..Default::default() }, &rules);
         frame.unwrap().head.digest
     };
     let f16 = HostTensor::from_f32(&values, vec![4, 70], WireDType::F16).into_proto();

@@ -2,6 +2,7 @@
 
 use crate::access::Tenant;
 use crate::engine::EngineClient;
+use crate::host_memory;
 use crate::ledger::Usage;
 use crate::residency::{Residency, Tier};
 use crate::session::SessionView;
@@ -13,7 +14,7 @@ pub(super) fn of_all(engine: &EngineClient, residency: &Residency) -> v1::Memory
     let Usage { budget, now, peak, peak_total } = engine.ledger().usage();
     let host = residency.host().usage();
     v1::MemoryReport {
-        resident_bytes: resident_bytes(),
+        resident_bytes: host_memory::resident_bytes(),
         weights_bytes: now.weights,
         adapter_bytes: now.adapters,
         tape_bytes: now.tapes,
@@ -63,13 +64,4 @@ pub(super) fn of_one(
         budget_bytes: budget.map_or(0, |(adapters, open)| adapters.saturating_add(open)),
         ..Default::default()
     }
-}
-
-/// Resident set of this process; 0 where /proc is not there.
-fn resident_bytes() -> u64 {
-    // Not statm: that counts pages, and their size cannot be asked for without unsafe code.
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let kilobytes = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    let number = kilobytes.and_then(|text| text.trim().trim_end_matches(" kB").parse::<u64>().ok());
-    number.unwrap_or(0) * 1024
 }

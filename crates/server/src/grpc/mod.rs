@@ -4,24 +4,24 @@ mod call;
 pub(crate) mod decode;
 mod memory;
 mod stream;
+mod unary;
+pub(crate) mod views;
 
-use crate::access::{Action, Audit, Caller, Subject};
-use crate::engine::{EngineClient, Exported, TrunkInfo};
+use crate::access::{Audit, Caller};
+use crate::engine::EngineClient;
 use crate::error::Error;
-use crate::registry::{Listed, OwnSession, Registry, Restored, snapshot_info};
-use crate::residency::Tier;
+use crate::registry::Registry;
 use crate::session::SessionId;
-use crate::store::SnapshotRecord;
-use call::{Deed, caller};
-use offshoot_adapters::LoraSpec;
+use crate::trace;
+pub(crate) use call::{Deed, caller};
+use offshoot_proto::WireDType;
 use offshoot_proto::outgoing::Outgoing;
 use offshoot_proto::v1::{self, trunk_service_server::TrunkService};
-use offshoot_proto::{HostTensor, WireDType};
 use std::sync::Arc;
 use stream::StreamContext;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Extensions, Request, Response, Status, Streaming};
 
 /// Around a message's tensor.
 const MARGIN_BYTES: usize = 64 * 1024;
@@ -45,8 +45,28 @@ impl TrunkGrpc {
         TrunkGrpc { registry, engine, limits, audit }
     }
 
-    fn deed(&self, caller: Caller, action: Action, subject: Subject) -> Deed {
-        Deed { caller, audit: self.audit.clone(), action, subject }
+    fn caller(&self, extensions: &Extensions) -> Result<Caller, Status> {
+        caller(extensions).map_err(|error| self.registry.refusals().status("", None, error))
+    }
+
+    /// Answers a call; a refusal of it gets its id, and is about this session if one is named.
+    async fn answer<Q, A, F>(
+        &self,
+        request: Request<Q>,
+        session: Option<SessionId>,
+        answer: impl FnOnce(Caller, Q) -> F + Send,
+    ) -> Result<Response<A>, Status>
+    where
+        Q: Send,
+        F: Future<Output = Result<A, Error>> + Send,
+    {
+        let caller = self.caller(request.extensions())?;
+        let tenant = caller.tenant.name.clone();
+        let answered = answer(caller, request.into_inner()).await;
+        answered.map(Response::new).map_err(|error| {
+            trace::failed(&tracing::Span::current(), &error);
+            self.registry.refusals().status(&tenant, session, error)
+        })
     }
 
     /// Bytes of the largest frame of a stream.
@@ -74,48 +94,23 @@ impl TrunkService for TrunkGrpc {
         &self,
         request: Request<v1::DescribeRequest>,
     ) -> Result<Response<v1::DescribeResponse>, Status> {
-        let Caller { tenant, .. } = caller(request.extensions())?;
-        let memory = if self.registry.access().is_open() {
-            memory::of_all(&self.engine, self.registry.residency())
-        } else {
-            memory::of_one(&self.engine, &tenant, &self.registry.views(&tenant.name).await)
-        };
-        let limits = self.registry.limits_for(&tenant);
-        Ok(Response::new(describe(self.engine.trunk(), limits, memory)))
+        let about = None;
+        self.answer(request, about, |caller, asked| self.describe_to(caller, asked)).await
     }
 
     async fn open_session(
         &self,
         request: Request<v1::OpenSessionRequest>,
     ) -> Result<Response<v1::OpenSessionResponse>, Status> {
-        let caller = caller(request.extensions())?;
-        let tenant = caller.tenant.clone();
-        let (trunk, name) = (self.engine.trunk(), tenant.name.as_str().into());
-        let request = request.into_inner();
-        if let Some(lora) = &request.lora {
-            self.engine.accounts().of(&tenant.name).check_rank(lora.r).map_err(Error::from)?;
-        }
-        let opening = decode::opening(request, trunk, &self.limits, name)?;
-        let registry = self.registry.clone();
-        let open = async move { registry.open(opening).await };
-        let deed = self.deed(caller, Action::Open, Subject::default());
-        let named = |(id, _): &(SessionId, _), subject: &mut Subject| {
-            subject.session = Some(id.to_string());
-        };
-        let (id, admitted) = deed.run(open, named).await?;
-        Ok(Response::new(v1::OpenSessionResponse {
-            session_id: id.to_string(),
-            limits: Some(self.registry.limits_for(&tenant)),
-            adapter_parameters: admitted.n_parameters,
-            adapter_bytes: admitted.bytes,
-        }))
+        let about = None;
+        self.answer(request, about, |caller, asked| self.open(caller, asked)).await
     }
 
     async fn train(
         &self,
         request: Request<Streaming<v1::ClientFrame>>,
     ) -> Result<Response<Self::TrainStream>, Status> {
-        let caller = caller(request.extensions())?;
+        let caller = self.caller(request.extensions())?;
         let room = self.limits.max_frames_in_flight as usize + stream::EXTRA_ANSWERS;
         let (answers, out) = mpsc::channel(room);
         let context = StreamContext {
@@ -123,6 +118,7 @@ impl TrunkService for TrunkGrpc {
             account: self.engine.accounts().of(&caller.tenant.name),
             caller,
             audit: self.audit.clone(),
+            refusals: self.registry.refusals().clone(),
             hidden_size: self.engine.trunk().hidden_size,
             max_tokens: self.limits.max_tokens_per_microbatch as usize,
             max_cache_tokens: self.limits.max_cache_tokens as usize,
@@ -138,167 +134,39 @@ impl TrunkService for TrunkGrpc {
         &self,
         request: Request<v1::SnapshotRequest>,
     ) -> Result<Response<v1::SnapshotResponse>, Status> {
-        let caller = caller(request.extensions())?;
-        let v1::SnapshotRequest { session_id, after_sequence, keep } = request.into_inner();
-        let own = self.registry.owners().check(&caller.tenant.name, &session_id);
-        let registry = self.registry.clone();
-        let snapshot = async move { registry.snapshot(own?, after_sequence, keep).await };
-        let deed = self.deed(caller, Action::Snapshot, Subject::named(&session_id));
-        let named = |taken: &SnapshotRecord, subject: &mut Subject| {
-            subject.snapshot = Some(taken.id.clone());
-        };
-        let snapshot = deed.run(snapshot, named).await?;
-        Ok(Response::new(v1::SnapshotResponse { snapshot: Some(snapshot_info(&snapshot)) }))
+        let about = SessionId::parse(&request.get_ref().session_id);
+        self.answer(request, about, |caller, asked| self.take_snapshot(caller, asked)).await
     }
 
     async fn restore(
         &self,
         request: Request<v1::RestoreRequest>,
     ) -> Result<Response<v1::RestoreResponse>, Status> {
-        let caller = caller(request.extensions())?;
-        let tenant = caller.tenant.clone();
-        let v1::RestoreRequest { session_id, snapshot_id } = request.into_inner();
-        let own = self.registry.owners().check(&tenant.name, &session_id);
-        let registry = self.registry.clone();
-        let restore = async move {
-            let own = own?;
-            Ok((own, registry.restore(own, &snapshot_id).await?))
-        };
-        let deed = self.deed(caller, Action::Restore, Subject::named(&session_id));
-        let named = |(_, done): &(OwnSession, Restored), subject: &mut Subject| {
-            subject.snapshot = Some(done.snapshot.id.clone());
-        };
-        let (own, restored) = deed.run(restore, named).await?;
-        let Restored { snapshot, n_parameters, adapter_bytes, settings } = restored;
-        let session = v1::OpenSessionResponse {
-            session_id: own.id().to_string(),
-            limits: Some(self.registry.limits_for(&tenant)),
-            adapter_parameters: n_parameters,
-            adapter_bytes,
-        };
-        Ok(Response::new(v1::RestoreResponse {
-            snapshot: Some(snapshot_info(&snapshot)),
-            session: Some(session),
-            lora: Some(lora_config(settings.lora)),
-            wire_dtype: settings.wire_dtype.to_proto() as i32,
-        }))
+        let about = SessionId::parse(&request.get_ref().session_id);
+        self.answer(request, about, |caller, asked| self.set_back(caller, asked)).await
     }
 
     async fn export_adapter(
         &self,
         request: Request<v1::ExportAdapterRequest>,
     ) -> Result<Response<v1::ExportAdapterResponse>, Status> {
-        let caller = caller(request.extensions())?;
-        let v1::ExportAdapterRequest { session_id, include_gradients } = request.into_inner();
-        let own = self.registry.owners().check(&caller.tenant.name, &session_id);
-        let registry = self.registry.clone();
-        let export = async move { registry.export(own?, include_gradients).await };
-        let deed = self.deed(caller, Action::Export, Subject::named(&session_id));
-        let (lora, Exported { tensors, gradients, step }) = deed.run(export, |_, _| {}).await?;
-        Ok(Response::new(v1::ExportAdapterResponse {
-            lora: Some(lora_config(lora)),
-            tensors: tensors.into_iter().map(named_tensor).collect(),
-            step,
-            gradients: gradients.into_iter().map(named_tensor).collect(),
-        }))
+        let about = SessionId::parse(&request.get_ref().session_id);
+        self.answer(request, about, |caller, asked| self.export(caller, asked)).await
     }
 
     async fn list_sessions(
         &self,
         request: Request<v1::ListSessionsRequest>,
     ) -> Result<Response<v1::ListSessionsResponse>, Status> {
-        let Caller { tenant, .. } = caller(request.extensions())?;
-        let trunk = self.engine.trunk();
-        let info = |listed| session_info(listed, trunk);
-        let sessions = self.registry.list(&tenant.name).await?.into_iter().map(info).collect();
-        Ok(Response::new(v1::ListSessionsResponse { sessions }))
+        let about = None;
+        self.answer(request, about, |caller, asked| self.list(caller, asked)).await
     }
 
     async fn close_session(
         &self,
         request: Request<v1::CloseSessionRequest>,
     ) -> Result<Response<v1::CloseSessionResponse>, Status> {
-        let caller = caller(request.extensions())?;
-        let v1::CloseSessionRequest { session_id, forget } = request.into_inner();
-        let own = self.registry.owners().check(&caller.tenant.name, &session_id);
-        let registry = self.registry.clone();
-        let close = async move { registry.close(own?, forget).await };
-        let action = if forget { Action::Forget } else { Action::Close };
-        let deed = self.deed(caller, action, Subject::named(&session_id));
-        let named = |taken: &Option<SnapshotRecord>, subject: &mut Subject| {
-            subject.snapshot = taken.as_ref().map(|taken| taken.id.clone());
-        };
-        let snapshot = deed.run(close, named).await?;
-        let snapshot = snapshot.as_ref().map(snapshot_info);
-        Ok(Response::new(v1::CloseSessionResponse { snapshot }))
-    }
-}
-
-fn describe(
-    trunk: &TrunkInfo,
-    limits: v1::Limits,
-    memory: v1::MemoryReport,
-) -> v1::DescribeResponse {
-    v1::DescribeResponse {
-        model_name: trunk.model_name.clone(),
-        model_type: trunk.model_type.clone(),
-        fingerprint: trunk.fingerprint.clone(),
-        n_layers: trunk.n_layers as u32,
-        split_point_1: trunk.layers.start as u32,
-        split_point_2: trunk.layers.end as u32,
-        hidden_size: trunk.hidden_size as u32,
-        compute_dtype: trunk.compute_dtype.name().into(),
-        device: trunk.device.clone(),
-        wire_dtypes: WireDType::ALL.iter().map(|dtype| dtype.to_proto() as i32).collect(),
-        limits: Some(limits),
-        server_version: env!("CARGO_PKG_VERSION").into(),
-        lora_modules: trunk.lora_modules.clone(),
-        default_target_modules: trunk.default_targets.clone(),
-        memory: Some(memory),
-    }
-}
-
-fn lora_config(spec: LoraSpec) -> v1::LoraConfig {
-    let LoraSpec { r, lora_alpha, lora_dropout, use_rslora, target_modules } = spec;
-    v1::LoraConfig { r: r as u32, lora_alpha, lora_dropout, use_rslora, target_modules }
-}
-
-fn named_tensor((name, tensor): (String, HostTensor)) -> v1::NamedTensor {
-    v1::NamedTensor { name, tensor: Some(tensor.into_proto()) }
-}
-
-fn session_info(listed: Listed, trunk: &TrunkInfo) -> v1::SessionInfo {
-    let Listed { id, record, live } = listed;
-    let state = match &live {
-        Some(live) if live.is_attached => v1::SessionState::Attached,
-        Some(_) => v1::SessionState::Detached,
-        None => v1::SessionState::Parked,
-    };
-    let residency = match live.as_ref().map(|live| live.tier) {
-        Some(Tier::Device) => v1::Residency::Device,
-        Some(Tier::Host) => v1::Residency::Host,
-        Some(Tier::Disk) | None => v1::Residency::Disk,
-    };
-    let (step, last_applied) = match (&live, record.head()) {
-        (Some(live), _) => (live.step, live.applied),
-        (None, Some(head)) => (head.step, head.sequence),
-        (None, None) => (0, 0),
-    };
-    v1::SessionInfo {
-        session_id: id.to_string(),
-        state: state as i32,
-        step,
-        last_applied,
-        adapter_bytes: match residency {
-            v1::Residency::Device | v1::Residency::Host => trunk.adapter_bytes(&record.lora),
-            v1::Residency::Disk | v1::Residency::Unspecified => 0,
-        },
-        residency: residency as i32,
-        tape_bytes: live.as_ref().map_or(0, |live| live.tape_bytes),
-        cache_bytes: live.as_ref().map_or(0, |live| live.cache_bytes),
-        wire_error: live.as_ref().map(|live| live.wire_loss.to_proto()),
-        snapshots: record.snapshots.iter().map(snapshot_info).collect(),
-        lora: Some(lora_config(record.lora)),
-        name: record.name,
+        let about = SessionId::parse(&request.get_ref().session_id);
+        self.answer(request, about, |caller, asked| self.close(caller, asked)).await
     }
 }

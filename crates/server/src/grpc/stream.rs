@@ -2,9 +2,12 @@ use super::decode::{self, FrameRules};
 use crate::access::{Action, Audit, Caller, Subject};
 use crate::error::Error;
 use crate::quota::Account;
+use crate::refusals::Refusals;
 use crate::registry::{AttachedStream, Registry, StreamEnd};
 use crate::session::{Detach, Frame, Frames, Revoke};
+use crate::trace::{self, Whose};
 use offshoot_proto::v1::{ClientFrame, ServerFrame};
+use prost::Message;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
@@ -26,6 +29,7 @@ pub struct StreamContext {
     pub account: Arc<Account>,
     pub caller: Caller,
     pub audit: Audit,
+    pub refusals: Arc<Refusals>,
     pub hidden_size: usize,
     pub max_tokens: usize,
     pub max_cache_tokens: usize,
@@ -37,10 +41,12 @@ pub async fn run(context: StreamContext, mut frames: Streaming<ClientFrame>, ans
     let attached = match attach(&context, &mut frames, &answers, ends).await {
         Ok(attached) => attached,
         Err(error) => {
-            tracing::debug!(error = error.label(), "Hello refused");
+            let tenant = &context.caller.tenant.name;
+            let patience = context.registry.access().patience();
+            patience.wait(tenant, error.class().grpc_code()).await;
             // The client may be gone.
-            let error = error.told_to(&context.caller.tenant.name);
-            let _ = answers.send(Ok(error.to_frame(0))).await;
+            let refusal = context.refusals.frame(tenant, None, &error, 0);
+            let _ = answers.send(Ok(refusal)).await;
             return;
         }
     };
@@ -114,12 +120,15 @@ async fn read(
         // Not before there is room for its answer.
         let Ok(permit) = answers.clone().reserve_owned().await else { return };
         let sequence = frame.sequence;
+        attached.meter.received(frame.encoded_len());
+        let whose = Whose { session: attached.session, tenant: account.name() };
+        let span = trace::frame(&frame, whose);
         let frame = check(frame, *rules).await.and_then(|frame| {
             // As the tenants file has it now. A Backward always runs.
             account.check_tokens(frame.work.n_forward_tokens())?;
             Ok(frame)
         });
-        let frames = Frames { stream: attached.number, sequence, frame, permit };
+        let frames = Frames { stream: attached.number, sequence, frame, permit, span };
         if attached.actor.send(frames).await.is_err() {
             return;
         }

@@ -1,11 +1,14 @@
-//! What there is to see of sessions, which stay as they are: exports, lists and views.
+//! What there is to see of sessions, which stay as they are: exports, lists and views. Lists ask no
+//! actor.
 
 use super::{OwnSession, Registry, blocking, gone};
 use crate::engine::{Exported, export_state};
 use crate::error::Error;
-use crate::session::{Export, ExportOf, Info, SessionId, SessionView};
+use crate::session::{Export, ExportOf, SessionId, SessionView};
+use crate::residency::Profile;
 use crate::store::Record;
 use offshoot_adapters::LoraSpec;
+use std::sync::Arc;
 
 /// A session in a list.
 pub struct Listed {
@@ -51,25 +54,31 @@ impl Registry {
         let own: Vec<_> = self.owners.sessions(tenant).into_iter().map(OwnSession::id).collect();
         let store = self.store.clone();
         let records = blocking(move || Ok(store.records_of(&own))).await?;
-        let mut listed = Vec::with_capacity(records.len());
-        for (id, record) in records {
-            let live = match self.slots.actor(id) {
-                Some(actor) => actor.send(Info).await.ok(),
-                None => None,
-            };
-            listed.push(Listed { id, record, live });
-        }
-        Ok(listed)
+        let listed = records.into_iter().map(|(id, record)| {
+            let live = self.slots.live(id).map(|live| live.profile.glance.view());
+            Listed { id, record, live }
+        });
+        Ok(listed.collect())
     }
 
     /// A tenant's live sessions at a glance.
-    pub async fn views(&self, tenant: &str) -> Vec<SessionView> {
-        let mut views = Vec::new();
-        for own in self.owners.sessions(tenant) {
-            if let Some(actor) = self.slots.actor(own.id()) {
-                views.extend(actor.send(Info).await);
-            }
-        }
-        views
+    pub fn views(&self, tenant: &str) -> Vec<SessionView> {
+        let all = self.owners.sessions(tenant).into_iter();
+        all.filter_map(|own| Some(self.slots.live(own.id())?.profile.glance.view())).collect()
+    }
+
+    /// The live sessions of all tenants.
+    pub fn all_live(&self) -> Vec<Arc<Profile>> {
+        self.slots.all_live()
+    }
+
+    /// Looks at what is stored of these sessions, without a copy. Damaged records are passed over.
+    pub fn look_at(&self, sessions: &[SessionId], look: impl FnMut(SessionId, &Record)) {
+        self.store.look_at(sessions, look);
+    }
+
+    /// Looks at what is stored of all sessions.
+    pub fn look_at_all(&self, look: impl FnMut(SessionId, &Record)) {
+        self.store.look_at_all(look);
     }
 }

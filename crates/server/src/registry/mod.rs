@@ -7,7 +7,9 @@
 //! Frames do not come this way: a stream holds its actor's address.
 
 mod look;
+mod drain;
 mod loss;
+mod manage;
 mod open;
 mod owners;
 mod parking;
@@ -18,7 +20,8 @@ mod snapshot;
 
 pub use look::Listed;
 pub use open::Opening;
-pub use owners::{OwnSession, Owners};
+pub use drain::Hurry;
+pub use owners::{ManagedSession, OwnSession, Owners};
 pub use restore::Restored;
 pub use slots::Slots;
 pub use snapshot::{Copied, fits, to_proto as snapshot_info};
@@ -26,11 +29,13 @@ pub use snapshot::{Copied, fits, to_proto as snapshot_info};
 use crate::access::{Access, Tenant};
 use crate::engine::{EngineClient, Settings};
 use crate::error::Error;
+use crate::meter::{Left, Meter, Metered, Meters};
 use crate::pool::ActorPool;
 use crate::quota::Amount;
-use crate::residency::{Activity, Alive, Away, Home, Profile, Residency, Writes};
+use crate::refusals::Refusals;
+use crate::residency::{Activity, Alive, Away, Home, Pinned, Profile, Residency, Writes};
 use crate::session::{
-    Attach, DRAIN_RETRY, Greeting, Permit, Reason, Resume, Retire, SessionActor, SessionId,
+    Attach, DRAIN_RETRY, Glance, Greeting, Permit, Reason, Resume, Retire, SessionActor, SessionId,
     SessionSeed, SnapshotEvery, StreamEnds,
 };
 use crate::store::{Record, SnapshotRecord, Store};
@@ -48,8 +53,10 @@ pub struct Registry {
     owners: Owners,
     slots: Arc<Slots>,
     residency: Arc<Residency>,
+    refusals: Arc<Refusals>,
     engine: EngineClient,
     store: Arc<Store>,
+    meters: Arc<Meters>,
     pool: ActorPool,
     limits: v1::Limits,
     lease: Duration,
@@ -65,8 +72,10 @@ pub struct Parts {
     pub owners: Owners,
     pub engine: EngineClient,
     pub store: Arc<Store>,
+    pub meters: Arc<Meters>,
     pub slots: Arc<Slots>,
     pub residency: Arc<Residency>,
+    pub refusals: Arc<Refusals>,
     pub pool: ActorPool,
     pub limits: v1::Limits,
     pub lease: Duration,
@@ -87,9 +96,11 @@ struct Beginning {
 /// A stream that is attached.
 pub struct AttachedStream {
     pub actor: Addr<SessionActor>,
+    pub session: SessionId,
     /// Among the streams of the session.
     pub number: u64,
     pub wire_dtype: WireDType,
+    pub meter: Arc<Meter>,
 }
 
 /// A stream that wants to be.
@@ -110,8 +121,10 @@ impl Registry {
             owners: parts.owners,
             slots: parts.slots,
             residency: parts.residency,
+            refusals: parts.refusals,
             engine: parts.engine,
             store: parts.store,
+            meters: parts.meters,
             pool: parts.pool,
             limits: parts.limits,
             lease: parts.lease,
@@ -157,6 +170,11 @@ impl Registry {
         &self.owners
     }
 
+    /// What was refused.
+    pub fn refusals(&self) -> &Arc<Refusals> {
+        &self.refusals
+    }
+
     /// Where the adapters are.
     pub fn residency(&self) -> &Residency {
         &self.residency
@@ -185,7 +203,8 @@ impl Registry {
         }
         hello.send(Ok(attached.hello));
         let (number, wire_dtype) = (attached.number, live.profile.settings.wire_dtype);
-        Ok(AttachedStream { actor: live.actor, number, wire_dtype })
+        let meter = live.profile.meter.clone();
+        Ok(AttachedStream { actor: live.actor, session: id, number, wire_dtype, meter })
     }
 
     /// Makes a session durable as it is after frame `after`. Of older snapshots, those named in
@@ -219,23 +238,18 @@ impl Registry {
         session: OwnSession,
         forget: bool,
     ) -> Result<Option<SnapshotRecord>, Error> {
+        if forget {
+            return self.forget(session.into()).await.map(|()| None);
+        }
         let id = session.id();
         let mut held = self.slots.lock(id).await;
         let head = self.head(id).await?;
-        if !forget {
-            let snapshot = match held.live() {
-                Some(_) => self.park(id, &mut held, Reason::Close).await?,
-                None => head,
-            };
-            tracing::info!(session = %id, step = snapshot.step, "session closed");
-            return Ok(Some(snapshot));
-        }
-        end(held.put(None)).await;
-        let store = self.store.clone();
-        blocking(move || store.forget(id)).await?;
-        self.owners.remove(id);
-        tracing::info!(session = %id, "session forgotten");
-        Ok(None)
+        let snapshot = match held.live() {
+            Some(_) => self.park(id, &mut held, Reason::Close).await?,
+            None => head,
+        };
+        tracing::info!(session = %id, step = snapshot.step, "session closed");
+        Ok(Some(snapshot))
     }
 
     /// The live session, made from its record if need be.
@@ -246,12 +260,25 @@ impl Registry {
         let alive = self.seat(&record.tenant)?;
         let head = record.head().ok_or_else(|| Error::UnknownSession(id.to_string()))?;
         fits(id, record, head, self.engine.trunk())?;
-        let profile = profile(id, snapshot::settings(record)?);
+        let profile = self.profile(id, snapshot::settings(record)?, record.metering);
         let (home, resume) = (Home::Away(Away::Disk), snapshot::standing(head));
         let live = self.spawn(Beginning { alive, profile, home, resume, epoch: record.epoch });
         tracing::info!(session = %id, step = head.step, "session revived");
         held.put(Some(live.clone()));
         Ok(live)
+    }
+
+    /// Its meter goes on, from what is in the record if it was not live.
+    fn profile(&self, id: SessionId, settings: Settings, before: Metered) -> Arc<Profile> {
+        Arc::new(Profile {
+            id,
+            meter: self.meters.of(id, &settings.tenant, before),
+            settings,
+            activity: Activity::default(),
+            glance: Glance::default(),
+            pinned: Pinned::default(),
+            writes: Writes::default(),
+        })
     }
 
     fn spawn(&self, beginning: Beginning) -> Live {
@@ -261,10 +288,12 @@ impl Registry {
         let limits = tenant.map_or(self.limits, |tenant| self.limits_for(&tenant));
         let (residency, known) = (self.residency.clone(), profile.clone());
         let snapshots = self.snapshots;
+        profile.glance.begin(&home, &resume);
         let seed = SessionSeed {
             alive,
             profile,
             residency,
+            refusals: self.refusals.clone(),
             home,
             resume,
             epoch,
@@ -339,14 +368,31 @@ impl Registry {
         self.engine.check()
     }
 
+    /// A tenant's live sessions.
+    pub fn live(&self, tenant: &str) -> usize {
+        self.engine.accounts().of(tenant).amount(Amount::Sessions) as usize
+    }
+
+    /// A session is not live any more: what it used is written down. Under its lock. A failure keeps
+    /// nobody from leaving.
+    async fn meter_left(&self, id: SessionId, why: Left) {
+        let tenant = self.owners.of(id).unwrap_or_default();
+        let (meters, store) = (self.meters.clone(), self.store.clone());
+        let saved = blocking(move || {
+            let told = meters.tell_left(id, &tenant, why);
+            let saved = if told { store.save_meter(id) } else { Ok(()) };
+            meters.forget(id);
+            saved
+        });
+        if let Err(error) = saved.await {
+            tracing::warn!(session = %id, %error, "what is in the metering log may come there again");
+        }
+    }
+
     /// Whether the server is about to end.
     pub fn is_draining(&self) -> bool {
         self.draining.load(Ordering::Relaxed)
     }
-}
-
-fn profile(id: SessionId, settings: Settings) -> Arc<Profile> {
-    Arc::new(Profile { id, settings, activity: Activity::default(), writes: Writes::default() })
 }
 
 /// Ends an actor whose session is set back or deleted; what was being written of it has landed.
@@ -373,5 +419,7 @@ fn gone(_: actix::MailboxError) -> Error {
 pub async fn blocking<T: Send + 'static>(
     run: impl FnOnce() -> Result<T, Error> + Send + 'static,
 ) -> Result<T, Error> {
+    let span = tracing::Span::current();
+    let run = move || span.in_scope(run);
     tokio::task::spawn_blocking(run).await.map_err(|_| Error::Gone { part: "store" })?
 }

@@ -1,12 +1,14 @@
 //! How a session begins.
 
-use super::{Beginning, Copied, Registry, blocking, profile};
+use super::{Beginning, Copied, Registry, blocking};
 use crate::engine::{Admitted, Plan, Settings, Start};
 use crate::error::Error;
+use crate::meter::Metered;
 use crate::residency::Home;
 use crate::session::{Resume, SessionId};
-use crate::store::{Origin, Record};
+use crate::store::{Record, Why, millis_of};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 /// A new session, checked.
 #[derive(Debug)]
@@ -28,16 +30,19 @@ impl Registry {
         let id = SessionId::new();
         let mut held = self.slots.lock(id).await;
         let reserved = self.residency.reserve(&settings).await?;
-        let plan = Plan { reserved, settings: settings.clone(), start };
+        let meter = self.meters.begin(&settings.tenant);
+        let counted = meter.clone();
+        let plan = Plan { reserved, settings: settings.clone(), start, meter: counted };
         let (session, admitted) = self.engine.admit(plan).await?;
         let adapters = Arc::new(session.state().await?);
         let first = Copied { adapters, resume: Resume::default() };
-        let (store, record) = (self.store.clone(), self.new_record(name, &settings));
+        let (store, record) = (self.store.clone(), self.new_record(name, &settings, meter.metered()));
         let name = record.name.clone();
-        blocking(move || store.create(id, record, first.encode(Origin::Server))).await?;
+        blocking(move || store.create(id, record, first.encode(Why::Opened))).await?;
         self.owners.insert(id, settings.tenant.clone());
         drop(opening);
-        let profile = profile(id, settings);
+        self.meters.enter(id, meter);
+        let profile = self.profile(id, settings, Metered::default());
         let home = Home::Device(self.residency.settle_in(&profile, (session, admitted)));
         let resume = Resume::default();
         held.put(Some(self.spawn(Beginning { alive, profile, home, resume, epoch: 0 })));
@@ -45,7 +50,7 @@ impl Registry {
         Ok((id, admitted))
     }
 
-    fn new_record(&self, name: String, settings: &Settings) -> Record {
+    fn new_record(&self, name: String, settings: &Settings, metering: Metered) -> Record {
         let trunk = self.engine.trunk();
         Record {
             tenant: settings.tenant.to_string(),
@@ -63,6 +68,8 @@ impl Registry {
             kept: Vec::new(),
             epoch: 0,
             damaged: Vec::new(),
+            metering,
+            opened_millis: millis_of(SystemTime::now()),
         }
     }
 }

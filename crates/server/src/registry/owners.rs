@@ -1,7 +1,9 @@
+use crate::access::Caller;
 use crate::error::Error;
 use crate::session::SessionId;
 use crate::store::Store;
 use dashmap::DashMap;
+use std::collections::HashMap;
 use std::sync::Arc;
 
 /// Whose each session is, those in the store included. The one place that decides whether a caller
@@ -13,10 +15,28 @@ pub struct Owners(DashMap<SessionId, Arc<str>>);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct OwnSession(SessionId);
 
+/// A session that its caller may list, move and delete: his own, or anybody's for an operator. Only
+/// [`Owners::check_managed`] makes it. What reads or trains an adapter takes an [`OwnSession`] instead.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ManagedSession(SessionId);
+
 impl OwnSession {
     /// The id.
     pub fn id(self) -> SessionId {
         self.0
+    }
+}
+
+impl ManagedSession {
+    /// The id.
+    pub fn id(self) -> SessionId {
+        self.0
+    }
+}
+
+impl From<OwnSession> for ManagedSession {
+    fn from(own: OwnSession) -> ManagedSession {
+        ManagedSession(own.0)
     }
 }
 
@@ -42,6 +62,33 @@ impl Owners {
         } else {
             Err(Error::UnknownSession(id.to_string()))
         }
+    }
+
+    /// The session that a caller means by this text, if it is his own or he is an operator.
+    pub fn check_managed(&self, caller: &Caller, text: &str) -> Result<ManagedSession, Error> {
+        match SessionId::parse(text).filter(|_| caller.manages_all()) {
+            // Of one that is not there, or whose record is damaged, the store knows more.
+            Some(id) => Ok(ManagedSession(id)),
+            None => self.check(&caller.tenant.name, text).map(ManagedSession::from),
+        }
+    }
+
+    /// All sessions that a caller may manage.
+    pub fn managed(&self, caller: &Caller) -> Vec<ManagedSession> {
+        if caller.manages_all() {
+            return self.0.iter().map(|entry| ManagedSession(*entry.key())).collect();
+        }
+        let own = self.sessions(&caller.tenant.name);
+        own.into_iter().map(ManagedSession::from).collect()
+    }
+
+    /// How many sessions each tenant has, those in the store included.
+    pub fn counts(&self) -> HashMap<Arc<str>, usize> {
+        let mut counts = HashMap::new();
+        for entry in self.0.iter() {
+            *counts.entry(entry.value().clone()).or_default() += 1;
+        }
+        counts
     }
 
     /// Whose a session is, if it is known.
@@ -102,5 +149,37 @@ mod tests {
         assert_eq!(owners.count_others(|tenant| tenant == "blue"), 2);
         owners.remove(own);
         assert!(check("blue", own).is_err());
+    }
+
+    #[test]
+    fn an_operator_manages_all_and_owns_his_own_only() {
+        let owners = Owners(DashMap::new());
+        let [of_blue, of_ops, nobodys, forged] = [(); 4].map(|()| SessionId::new());
+        owners.insert(of_blue, "blue".into());
+        owners.insert(of_ops, "ops".into());
+        owners.insert(nobodys, Arc::default());
+        let caller = |name: &str, is_operator| Caller::of_test(name, is_operator);
+        let (ops, blue, open) = (caller("ops", true), caller("blue", false), caller("", true));
+        let managed = |caller: &Caller| {
+            let mut ids: Vec<_> = owners.managed(caller).iter().map(|s| s.id()).collect();
+            ids.sort();
+            ids
+        };
+        let mut all = vec![of_blue, of_ops, nobodys];
+        all.sort();
+        assert_eq!(managed(&ops), all);
+        assert_eq!((managed(&blue), managed(&open)), (vec![of_blue], vec![nobodys]));
+        let text = forged.to_string();
+        for id in [of_blue, of_ops, nobodys] {
+            let may = |caller: &Caller| owners.check_managed(caller, &id.to_string()).is_ok();
+            assert_eq!([may(&ops), may(&blue), may(&open)], [true, id == of_blue, id == nobodys]);
+        }
+        // To train, restore or export is for its owner alone.
+        assert!(owners.check("ops", &of_blue.to_string()).is_err());
+        let told = |caller: &Caller, text: &str| owners.check_managed(caller, text).unwrap_err();
+        let hidden = told(&blue, &of_ops.to_string()).to_string();
+        assert_eq!(hidden.replace(&of_ops.to_string(), &text), told(&blue, &text).to_string());
+        assert!(told(&ops, "no id").to_string().contains("no id"));
+        assert_eq!(owners.counts().get("blue"), Some(&1));
     }
 }

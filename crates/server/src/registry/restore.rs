@@ -1,6 +1,6 @@
 //! Setting a session back to one of its snapshots.
 
-use super::{Beginning, OwnSession, Registry, blocking, profile, retire, snapshot};
+use super::{Beginning, OwnSession, Registry, blocking, retire, snapshot};
 use crate::engine::Settings;
 use crate::error::Error;
 use crate::quota::Amount;
@@ -58,7 +58,8 @@ impl Registry {
             snapshot,
         };
         let standing = snapshot::standing(&restored.snapshot);
-        let (profile, home) = (profile(id, settings), Home::Away(Away::Disk));
+        let profile = self.profile(id, settings, record.metering);
+        let home = Home::Away(Away::Disk);
         let resume = standing;
         held.put(Some(self.spawn(Beginning { alive, profile, home, resume, epoch })));
         tracing::info!(session = %id, snapshot = restored.snapshot.id, "session restored");

@@ -51,10 +51,20 @@ impl Slots {
         Some(Held { slots: self, id, slot: Some(slot), guard })
     }
 
-    /// The actor of a live session, whoever has its slot.
-    pub fn actor(&self, id: SessionId) -> Option<Addr<SessionActor>> {
+    /// A live session, whoever has its slot.
+    pub fn live(&self, id: SessionId) -> Option<Live> {
         let slot = self.0.get(&id)?.clone();
-        slot.live().map(|live| live.actor)
+        slot.live()
+    }
+
+    /// Its actor.
+    pub fn actor(&self, id: SessionId) -> Option<Addr<SessionActor>> {
+        self.live(id).map(|live| live.actor)
+    }
+
+    /// All that are live now.
+    pub fn all_live(&self) -> Vec<Arc<Profile>> {
+        self.0.iter().filter_map(|entry| Some(entry.value().live()?.profile)).collect()
     }
 
     /// All that are in there now.

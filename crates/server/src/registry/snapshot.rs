@@ -1,7 +1,7 @@
 use crate::engine::{Settings, TrunkInfo};
 use crate::error::Error;
 use crate::session::{Recorded, Resume, SessionId};
-use crate::store::{NewSnapshot, Origin, Record, SnapshotRecord, StoredSnapshot};
+use crate::store::{NewSnapshot, Record, SnapshotRecord, StoredSnapshot, Why};
 use offshoot_adapters::AdapterState;
 use offshoot_proto::v1::{ServerFrame, SnapshotInfo};
 use offshoot_proto::{WireDType, v1};
@@ -16,12 +16,12 @@ pub struct Copied {
 
 impl Copied {
     /// For the store. Takes as long as copying the tensors once.
-    pub fn encode(self, origin: Origin) -> NewSnapshot {
+    pub fn encode(self, why: Why) -> NewSnapshot {
         let Copied { adapters, resume } = self;
         NewSnapshot {
             step: resume.step,
             sequence: resume.applied,
-            origin,
+            why,
             state: adapters.to_safetensors(),
             answers: (!resume.answers.is_empty()).then(|| encode_answers(&resume.answers)),
         }
@@ -118,7 +118,7 @@ pub fn to_proto(snapshot: &SnapshotRecord) -> SnapshotInfo {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::Kept;
+    use crate::store::{Kept, Origin};
     use offshoot_proto::v1::{StepDone, server_frame::Body};
 
     fn record() -> Record {
@@ -138,6 +138,8 @@ mod tests {
             kept: Vec::new(),
             epoch: 0,
             damaged: Vec::new(),
+            metering: Default::default(),
+            opened_millis: 0,
         }
     }
 
@@ -160,7 +162,7 @@ mod tests {
             n_steps: 2,
         });
         let new = Copied { adapters: adapters.clone(), resume: resume.clone() };
-        let new = new.encode(Origin::Server);
+        let new = new.encode(Why::Opened);
         let dir = tempfile::tempdir().unwrap();
         let store =
             crate::store::Store::open(dir.path(), Kept { of_client: 2, of_server: 1 }).unwrap();
@@ -194,6 +196,8 @@ mod tests {
             step: 0,
             sequence: 0,
             origin: Origin::Server,
+            reason: String::new(),
+            taken_millis: 0,
             state: Default::default(),
             answers: None,
             bytes: 0,

@@ -56,7 +56,8 @@ impl Activity {
         self.cache_bytes.store(bytes, Ordering::Relaxed);
     }
 
-    fn used(&self) -> Option<Duration> {
+    /// When the last frame came, on the clock of the list.
+    pub fn used(&self) -> Option<Duration> {
         let micros = self.used_micros.load(Ordering::Relaxed);
         (micros > 0).then(|| Duration::from_micros(micros))
     }
@@ -99,6 +100,12 @@ impl List {
     /// How many are in this memory.
     pub fn count(&self, tier: Tier) -> usize {
         self.entries().values().filter(|entry| entry.tier == tier).count()
+    }
+
+    /// Whose each is, and in which memory.
+    pub fn tenants(&self) -> Vec<(Arc<str>, Tier)> {
+        let of = |entry: &Entry| (entry.profile.settings.tenant.clone(), entry.tier);
+        self.entries().values().map(of).collect()
     }
 
     /// All as they look now.
@@ -145,7 +152,8 @@ impl Entry {
         };
         // What was before this stay does not count in it.
         let used = activity.used().filter(|&used| used >= since);
-        Resident { id, tier, bytes, busy: activity.is_busy(), leaving, since, used, rests_until }
+        let (busy, pinned) = (activity.is_busy(), profile.pinned.is_pinned());
+        Resident { id, tier, bytes, busy, pinned, leaving, since, used, rests_until }
     }
 }
 

@@ -11,12 +11,14 @@
 //! in, `list` knows who is in memory, and this file moves the bytes.
 
 mod list;
+mod pins;
 mod policy;
 mod room;
 mod tenants;
 mod writes;
 
 pub use list::{Activity, Listed};
+pub use pins::{PINS_OF_ALL, Pinned, WeightShare};
 pub use policy::{Ages, Tier};
 pub use writes::{Writes, Writing};
 
@@ -24,11 +26,13 @@ use crate::engine::{Admitted, EngineClient, EngineSession, Plan, Settings, Start
 use crate::error::Error;
 use crate::faults::Faults;
 use crate::ledger::{BytesKind, Ledger, Reservation};
+use crate::meter::Meter;
 use crate::quota::Held;
 use crate::registry::{Copied, Slots, blocking, fits};
-use crate::session::{Recorded, Resume, SessionId};
-use crate::store::{Origin, Store};
+use crate::session::{Glance, Recorded, Resume, SessionId};
+use crate::store::{Store, Why};
 use list::List;
+use pins::Pins;
 use offshoot_adapters::AdapterState;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -51,6 +55,7 @@ pub struct Residency {
     /// A resident has become quiet.
     quiet: Arc<Notify>,
     list: Arc<List>,
+    pins: Arc<Pins>,
     slots: Arc<Slots>,
     draining: Arc<AtomicBool>,
     n_live: Arc<AtomicUsize>,
@@ -90,6 +95,9 @@ pub struct Profile {
     pub id: SessionId,
     pub settings: Settings,
     pub activity: Activity,
+    pub glance: Glance,
+    pub meter: Arc<Meter>,
+    pub pinned: Pinned,
     pub writes: Writes,
 }
 
@@ -128,6 +136,26 @@ pub enum Home {
     Away(Away),
 }
 
+impl Home {
+    /// In which memory it is.
+    pub fn tier(&self) -> Tier {
+        match self {
+            Home::Device(_) => Tier::Device,
+            Home::Away(Away::Host(_)) => Tier::Host,
+            Home::Away(Away::Disk) => Tier::Disk,
+        }
+    }
+
+    /// What it takes of that memory; 0 on disk.
+    pub fn adapter_bytes(&self) -> u64 {
+        match self {
+            Home::Device(on) => on.admitted.bytes,
+            Home::Away(Away::Host(on)) => on.bytes(),
+            Home::Away(Away::Disk) => 0,
+        }
+    }
+}
+
 /// A session that is on the device again.
 pub struct Back {
     pub on: OnDevice,
@@ -151,6 +179,7 @@ impl Residency {
             n_waiting: Arc::default(),
             quiet: Arc::default(),
             list: Arc::default(),
+            pins: Arc::default(),
             slots: parts.slots.clone(),
             draining: Arc::default(),
             n_live: Arc::default(),
@@ -184,6 +213,11 @@ impl Residency {
     /// Sessions that wait for room on the device.
     pub fn n_waiting(&self) -> usize {
         self.n_waiting.load(Ordering::Relaxed)
+    }
+
+    /// The sessions that are in a memory: whose they are, and in which.
+    pub fn in_memory(&self) -> Vec<(Arc<str>, Tier)> {
+        self.list.tenants()
     }
 
     /// How many sessions are in this memory.
@@ -244,6 +278,11 @@ impl Residency {
         self.list.used(&profile.activity);
     }
 
+    /// How long ago a session's last frame came. None: none came since it is live.
+    pub fn unused_for(&self, profile: &Profile) -> Option<Duration> {
+        Some(self.list.now().saturating_sub(profile.activity.used()?))
+    }
+
     /// Brings a session that stands after frame `applied` back to the device, or leaves it where it
     /// is. Runs to its end even if nobody waits for it any more.
     pub async fn bring(
@@ -279,7 +318,8 @@ impl Residency {
             }
         };
         let start = Start::State { state, applied };
-        let plan = Plan { settings: profile.settings.clone(), start, reserved };
+        let meter = profile.meter.clone();
+        let plan = Plan { settings: profile.settings.clone(), start, reserved, meter };
         let on = self.settle_in(profile, self.engine.admit(plan).await?);
         tracing::debug!(session = %profile.id, bytes = on.admitted.bytes, "session is back");
         Ok(Back { on, answers })
@@ -334,7 +374,7 @@ impl Residency {
         if !self.is_durable(profile.id, resume.applied).await? {
             let (store, id) = (self.store.clone(), profile.id);
             let copied = Copied { adapters, resume };
-            blocking(move || store.add_snapshot(id, copied.encode(Origin::Server))).await?;
+            blocking(move || store.add_snapshot(id, copied.encode(Why::Left))).await?;
         }
         Ok(Lowered::Disk)
     }

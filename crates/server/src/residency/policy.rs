@@ -20,6 +20,8 @@ pub struct Resident {
     pub bytes: u64,
     /// It has frames under way or open microbatches: it cannot leave.
     pub busy: bool,
+    /// Somebody wants it to stay on the device, whatever happens.
+    pub pinned: bool,
     /// It is leaving already.
     pub leaving: bool,
     /// Since when it is there.
@@ -56,7 +58,8 @@ pub fn make_room(all: &[Resident], tier: Tier, missing: u64, now: Duration, ages
     let leaving: u64 = of_tier().filter(|r| r.leaving).map(|r| r.bytes).sum();
     let mut missing = missing.saturating_sub(leaving);
     let mut choice = Choice { leave: Vec::new(), again: None };
-    let mut quiet: Vec<&Resident> = of_tier().filter(|r| !r.busy && !r.leaving).collect();
+    let may_leave = |r: &&Resident| !r.busy && !r.leaving && !r.stays();
+    let mut quiet: Vec<&Resident> = of_tier().filter(may_leave).collect();
     quiet.sort_by_key(|resident| last_use(resident));
     for resident in quiet {
         if missing == 0 {
@@ -89,14 +92,21 @@ pub fn idle(all: &[Resident], now: Duration, ages: Ages) -> Choice {
         let ends = last_use(resident).saturating_add(patience).max(resident.rests_until);
         if ends > now {
             choice.look_again(ends);
-        } else if resident.busy {
-            // Its client may be gone with a microbatch open: the lease will end that.
+        } else if resident.busy || resident.stays() {
+            // Its client may be gone with a microbatch open: the lease will end that. A pin may end
+            // without a word.
             choice.look_again(now.saturating_add(ages.idle));
         } else {
             choice.leave.push(resident.id);
         }
     }
     choice
+}
+
+impl Resident {
+    fn stays(&self) -> bool {
+        self.pinned && self.tier == Tier::Device
+    }
 }
 
 fn last_use(resident: &Resident) -> Duration {
@@ -125,6 +135,7 @@ mod tests {
             tier: Tier::Device,
             bytes: 10,
             busy: false,
+            pinned: false,
             leaving: false,
             since: at(since),
             used: used.map(at),
@@ -158,6 +169,19 @@ mod tests {
         assert_eq!(room(&[other], 1, 20).leave, []);
         let host = make_room(&[other], Tier::Host, 1, at(20), AGES);
         assert_eq!(host.leave, [other.id]);
+    }
+
+    #[test]
+    fn the_pinned_leave_neither_for_others_nor_for_idleness() {
+        let mut all = [resident(0, Some(1)), resident(0, Some(2))];
+        all[0].pinned = true;
+        assert_eq!(room(&all, 1000, 20).leave, [all[1].id]);
+        let choice = idle(&all[..1], at(61), AGES);
+        assert_eq!(choice, Choice { leave: vec![], again: Some(at(121)) });
+        // It is to the device that they are pinned.
+        let host = [Resident { tier: Tier::Host, pinned: true, ..resident(0, None) }];
+        assert_eq!(make_room(&host, Tier::Host, 1, at(20), AGES).leave, [host[0].id]);
+        assert_eq!(idle(&host, at(600), AGES).leave, [host[0].id]);
     }
 
     #[test]

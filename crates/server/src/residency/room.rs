@@ -29,6 +29,8 @@ const FAILED_PAUSE: Duration = Duration::from_secs(5);
 const TICK: Duration = Duration::from_secs(2);
 /// Less freed memory than this stays with the process, whose next tensors want it.
 const LEAST_SLACK: u64 = 32 << 20;
+/// How long, at least, freed memory was not wanted again before it goes back to the system.
+const SLACK_AGE: Duration = Duration::from_secs(10);
 
 /// Somebody wants room.
 pub(super) struct Request {
@@ -71,6 +73,8 @@ struct Room {
     queue: VecDeque<Request>,
     /// What the engine needs for its work, until it fits.
     work: u64,
+    /// When freed memory was last looked for, on the list's clock.
+    slack_seen: Duration,
     /// What a session that goes to disk would have needed of the host's memory, until it fits.
     host_need: u64,
     leaving: JoinSet<(SessionId, Result<(), Error>)>,
@@ -94,6 +98,7 @@ pub(super) fn keep(
         queue: VecDeque::new(),
         work: 0,
         host_need: 0,
+        slack_seen: Duration::ZERO,
         leaving: JoinSet::new(),
         draining: residency.draining.clone(),
         engine: residency.engine.clone(),
@@ -160,7 +165,7 @@ impl Room {
         for &id in choices.iter().flat_map(|choice| &choice.leave) {
             self.ask_to_leave(id);
         }
-        self.return_freed_memory();
+        self.return_freed_memory(now);
         // Not once for each of many sessions that become idle one after the other.
         let idle = |again: Duration| again.max(now + (ages.idle / 20).min(TICK));
         let [device, host, idle] = [choices[0].again, choices[1].again, choices[2].again.map(idle)];
@@ -171,8 +176,13 @@ impl Room {
         again.into_iter().chain(deadline).min().unwrap_or_else(far)
     }
 
-    /// The allocator keeps what is freed; what nobody will want soon goes back to the system.
-    fn return_freed_memory(&self) {
+    /// The allocator keeps what is freed; what nobody has wanted for a while goes back to the system. Once:
+    /// memory that is given back and wanted again begins with page faults, in every step.
+    fn return_freed_memory(&mut self, now: Duration) {
+        if now < self.slack_seen + SLACK_AGE {
+            return;
+        }
+        self.slack_seen = now;
         let bytes = self.ledger.take_slack(LEAST_SLACK);
         if bytes > 0 {
             tracing::debug!(bytes, "freed memory goes back to the system");

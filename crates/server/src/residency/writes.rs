@@ -4,11 +4,12 @@
 use super::{Profile, Residency};
 use crate::error::Error;
 use crate::registry::{Copied, blocking};
-use crate::store::{Origin, SnapshotRecord};
+use crate::store::{SnapshotRecord, Why};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tokio::sync::{OwnedMutexGuard, OwnedSemaphorePermit};
+use tracing::Instrument;
 
 /// Copies of all sessions that the server takes by itself and holds at a time.
 pub(super) const MAX_COPIES: usize = 4;
@@ -81,7 +82,7 @@ impl Residency {
     /// snapshot.
     pub fn write_behind(self: Arc<Self>, profile: Arc<Profile>, copied: Copied, writing: Writing) {
         let runtime = self.runtime.clone();
-        runtime.spawn(async move {
+        let write = async move {
             let begun = Instant::now();
             match self.write_own(&profile, copied).await {
                 Ok(SnapshotRecord { id, step, bytes, .. }) => {
@@ -97,11 +98,12 @@ impl Residency {
                 }
             }
             drop(writing);
-        });
+        };
+        runtime.spawn(write.instrument(tracing::Span::current()));
     }
 
     async fn write_own(&self, profile: &Profile, copied: Copied) -> Result<SnapshotRecord, Error> {
         let (store, id, ended) = (self.store.clone(), profile.id, profile.writes.ended.clone());
-        blocking(move || store.add_snapshot_unless(&ended, id, copied.encode(Origin::Server))).await
+        blocking(move || store.add_snapshot_unless(&ended, id, copied.encode(Why::Training))).await
     }
 }

@@ -1,8 +1,9 @@
 use super::cadence::{Cadence, SnapshotEvery};
+use super::evict::Hold;
 use super::frame::{Effect, Frame, SessionId, Work};
 use super::home::{Backlog, Place, Requested, Waiting};
 use super::loss::WireLoss;
-use super::messages::{DrainWhenQuiet, Frames, Info, Reason, SessionCut, SessionView};
+use super::messages::{DrainWhenQuiet, Frames, Reason, SessionCut};
 use super::newest::Newest;
 use super::outbox::{Answer, CutAsked, CutState, CutTo, Next, Outbox, Pending, Permit};
 use super::state::{Admission, DRAIN_RETRY, FrameLimits, Resume, SessionState, Ticket};
@@ -10,18 +11,21 @@ use super::streams::{Lease, Stream};
 use crate::engine::FrameWork;
 use crate::error::Error;
 use crate::faults::Fault;
+use crate::refusals::Refusals;
 use crate::registry::Copied;
 use crate::residency::{Alive, Home, Profile, Residency, Writing};
+use crate::trace::{self, Repeated};
 use actix::{
-    Actor, ActorFutureExt, AsyncContext, Context, Handler, MessageResult, ResponseFuture,
-    WrapFuture,
+    Actor, ActorFutureExt, AsyncContext, Context, Handler, ResponseFuture, WrapFuture,
 };
 use offshoot_proto::v1::{self, ServerFrame};
+use prost::Message;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
+use tracing::Span;
 
 /// One client's session while it is live. Messages come one at a time; what takes long happens
 /// elsewhere and comes back as a future of this actor.
@@ -31,11 +35,12 @@ pub struct SessionActor {
     pub(super) profile: Arc<Profile>,
     pub(super) state: SessionState,
     pub(super) residency: Arc<Residency>,
+    refusals: Arc<Refusals>,
     pub(super) place: Place,
     pub(super) backlog: Backlog,
     pub(super) limits: v1::Limits,
     pub(super) outbox: Outbox,
-    wire_loss: WireLoss,
+    pub(super) wire_loss: WireLoss,
     pub(super) stream: Option<Stream>,
     pub(super) newest: Newest,
     pub(super) n_streams: u64,
@@ -47,6 +52,8 @@ pub struct SessionActor {
     pub(super) cadence: Cadence,
     /// Who waits for [`SessionState::is_quiet`].
     quiet: Vec<oneshot::Sender<()>>,
+    /// It is to leave the device.
+    pub(super) hold: Hold,
 }
 
 /// What a session actor is made from.
@@ -54,6 +61,7 @@ pub struct SessionSeed {
     pub alive: Alive,
     pub profile: Arc<Profile>,
     pub residency: Arc<Residency>,
+    pub refusals: Arc<Refusals>,
     pub home: Home,
     /// Without recorded answers, if the home is the disk.
     pub resume: Resume,
@@ -80,6 +88,7 @@ impl SessionActor {
             profile: seed.profile,
             state: SessionState::new(limits, seed.resume),
             residency: seed.residency,
+            refusals: seed.refusals,
             place: Place::At(seed.home),
             backlog: Backlog::default(),
             limits: seed.limits,
@@ -93,51 +102,68 @@ impl SessionActor {
             ending: None,
             cadence: Cadence::new(seed.snapshots, Instant::now()),
             quiet: Vec::new(),
+            hold: Hold::default(),
         }
     }
 
-    fn take_in(&mut self, frame: Frame, permit: Permit, ctx: &mut Context<Self>) {
+    fn take_in(&mut self, frame: Frame, permit: Permit, span: Span, ctx: &mut Context<Self>) {
         let sequence = frame.head.sequence;
         let admission = match &self.ending {
             Some(reason) => Err(reason.farewell()),
             None => self.state.admit(&frame.head),
         };
         match admission {
-            Ok(Admission::Run(ticket)) => self.run(ticket, frame, permit, ctx),
-            Ok(Admission::Joined(ticket)) => self.outbox.redirect(ticket, permit),
-            Ok(Admission::Answered(answer)) => self.answer(permit, *answer),
-            Err(error) => self.refuse(permit, sequence, &error),
+            Ok(Admission::Run(ticket)) => self.run(ticket, frame, (permit, span), ctx),
+            Ok(Admission::Joined(ticket)) => {
+                trace::repeated(&span, Repeated::Joined);
+                self.outbox.redirect(ticket, permit);
+            }
+            Ok(Admission::Answered(answer)) => {
+                trace::repeated(&span, Repeated::Answered);
+                self.outbox.push_ready(permit, *answer);
+            }
+            Err(error) => self.refuse(permit, sequence, &error, &span),
         }
     }
 
     pub(super) fn take_frames(&mut self, message: Frames, ctx: &mut Context<Self>) {
-        let Frames { sequence, frame, permit, .. } = message;
+        let Frames { sequence, frame, permit, span, .. } = message;
         self.residency.used(&self.profile);
         match frame {
-            Ok(frame) => self.take_in(frame, permit, ctx),
-            Err(error) => self.refuse(permit, sequence, &error),
+            Ok(frame) => self.take_in(frame, permit, span, ctx),
+            Err(error) => self.refuse(permit, sequence, &error, &span),
         }
     }
 
-    pub(super) fn refuse(&mut self, permit: Permit, sequence: u64, error: &Error) {
-        tracing::debug!(session = %self.profile.id, sequence, error = error.label(), "frame refused");
-        let hidden = error.hidden_from(&self.profile.settings.tenant);
-        self.answer(permit, hidden.as_ref().unwrap_or(error).to_frame(sequence));
-    }
-
-    fn answer(&mut self, permit: Permit, answer: ServerFrame) {
+    pub(super) fn refuse(&mut self, permit: Permit, sequence: u64, error: &Error, span: &Span) {
+        let answer = self.refusal(sequence, error, span);
         self.outbox.push_ready(permit, answer);
     }
 
-    fn run(&mut self, ticket: Ticket, frame: Frame, permit: Permit, ctx: &mut Context<Self>) {
+    /// The answer to a frame that is refused.
+    pub(super) fn refusal(&self, sequence: u64, error: &Error, span: &Span) -> ServerFrame {
+        let (tenant, session) = (&self.profile.settings.tenant, Some(self.profile.id));
+        let answer = self.refusals.frame(tenant, session, error, sequence);
+        trace::refused(span, error, &answer);
+        answer
+    }
+
+    fn run(
+        &mut self,
+        ticket: Ticket,
+        frame: Frame,
+        (permit, span): (Permit, Span),
+        ctx: &mut Context<Self>,
+    ) {
         let (sequence, is_step) = (frame.head.sequence, frame.head.effect == Effect::Step);
-        let span = tracing::debug_span!("frame", session = %self.profile.id, sequence);
         let (work, answer) = with_reply(frame.work);
         let on = self.place.on_device().ok_or(Error::Gone { part: "adapter" });
         let submitted = on.and_then(|on| span.in_scope(|| on.engine.submit(sequence, work)));
-        let copy = if is_step && submitted.is_ok() { self.copy_if_due() } else { None };
+        let copies = is_step && submitted.is_ok();
+        let copy = if copies { span.in_scope(|| self.copy_if_due()) } else { None };
         let (permit, copied) = (Some(permit), copy.is_some());
-        self.outbox.push(Pending::Frame { ticket, sequence, permit, answer: None, copied });
+        let asked_by = if copied { span.clone() } else { Span::none() };
+        self.outbox.push(Pending::Frame { ticket, sequence, permit, answer: None, copied, span });
         if let Err(error) = submitted {
             // In its turn, as if the engine had refused it.
             self.outbox.answered(ticket, Answer::Refused(error));
@@ -149,8 +175,8 @@ impl SessionActor {
         });
         ctx.spawn(finish);
         if let Some((writing, requested)) = copy {
-            let asked = CutAsked { after: sequence, ends: false, to: CutTo::Store(writing) };
-            self.await_cut(asked, Err(requested), ctx);
+            let to = CutTo::Store(writing, asked_by);
+            self.await_cut(CutAsked { after: sequence, ends: false, to }, Err(requested), ctx);
         }
     }
 
@@ -171,21 +197,29 @@ impl SessionActor {
     pub(super) fn pump(&mut self) {
         while let Some(next) = self.outbox.next() {
             match next {
-                Next::Ready { permit, answer } => drop(permit.send(Ok(*answer))),
-                Next::Frame { ticket, sequence, permit, answer, copied } => {
+                Next::Ready { permit, answer } => self.send(permit, *answer),
+                Next::Frame { ticket, sequence, permit, answer, copied, span } => {
                     self.wire_loss.count(&answer);
-                    let (settled, answer) =
-                        answer.settle(sequence, copied, &self.profile.settings.tenant);
+                    if let Answer::Step(Ok(stepped)) = &answer {
+                        trace::stepped(&span, stepped.step);
+                    }
+                    let refuse = |error: &Error| self.refusal(sequence, error, &span);
+                    let (settled, answer) = answer.settle(sequence, copied, refuse);
                     self.state.settle(ticket, settled);
+                    self.show();
                     if let Some(permit) = permit {
-                        permit.send(Ok(answer));
+                        self.send(permit, answer);
                     }
                 }
                 Next::Cut { asked, state } => self.finish_cut(asked, state),
             }
         }
+        self.show();
         self.profile.activity.set_cache_bytes(self.state.cache_bytes());
-        let is_quiet = self.state.is_quiet() && self.backlog.is_empty();
+        let is_quiet = self.state.is_quiet() && (self.backlog.is_empty() || self.hold.on);
+        if self.state.is_quiet() {
+            self.tell_still();
+        }
         if self.profile.activity.set_busy(!is_quiet) && is_quiet {
             self.residency.became_quiet();
         }
@@ -195,6 +229,11 @@ impl SessionActor {
                 let _ = waiting.send(());
             }
         }
+    }
+
+    fn send(&self, permit: Permit, answer: ServerFrame) {
+        self.profile.meter.sent(answer.encoded_len());
+        permit.send(Ok(answer));
     }
 
     fn finish_cut(&mut self, asked: CutAsked, state: Result<CutState, Error>) {
@@ -220,12 +259,13 @@ impl SessionActor {
                 // The caller may have given up.
                 let _ = reply.send(cut);
             }
-            (CutTo::Store(writing), Ok(SessionCut::Copied { adapters, resume })) => {
+            (CutTo::Store(writing, asked_by), Ok(SessionCut::Copied { adapters, resume })) => {
                 let (residency, profile) = (self.residency.clone(), self.profile.clone());
-                residency.write_behind(profile, Copied { adapters, resume }, writing);
+                let copied = Copied { adapters, resume };
+                asked_by.in_scope(|| residency.write_behind(profile, copied, writing));
             }
-            (CutTo::Store(_), Ok(SessionCut::InStore)) => {}
-            (CutTo::Store(_), Err(error)) => {
+            (CutTo::Store(..), Ok(SessionCut::InStore)) => {}
+            (CutTo::Store(..), Err(error)) => {
                 tracing::debug!(session = %self.profile.id, %error, "no snapshot of this Step");
                 self.cadence.missed();
             }
@@ -316,7 +356,7 @@ impl Handler<Frames> for SessionActor {
         }
         if self.state.is_draining() && self.place.on_device().is_none() {
             let draining = Error::Draining { retry_after: DRAIN_RETRY };
-            self.refuse(message.permit, message.sequence, &draining);
+            self.refuse(message.permit, message.sequence, &draining, &message.span);
             return self.pump();
         }
         self.residency.faults().pass(Fault::Actor);
@@ -330,6 +370,7 @@ impl Handler<DrainWhenQuiet> for SessionActor {
 
     fn handle(&mut self, _: DrainWhenQuiet, _: &mut Context<Self>) -> Self::Result {
         self.state.drain();
+        self.hold.on = false;
         if self.place.on_device().is_none() {
             // They would wait for room, and leave again at once.
             self.refuse_backlog(&Error::Draining { retry_after: DRAIN_RETRY });
@@ -339,24 +380,5 @@ impl Handler<DrainWhenQuiet> for SessionActor {
         self.pump();
         // An actor that ends meanwhile is quiet, too.
         Box::pin(async { drop(waiting.await) })
-    }
-}
-
-impl Handler<Info> for SessionActor {
-    type Result = MessageResult<Info>;
-
-    fn handle(&mut self, _: Info, _: &mut Context<Self>) -> Self::Result {
-        MessageResult(SessionView {
-            is_attached: self.stream.is_some(),
-            step: self.state.step(),
-            applied: self.state.applied(),
-            tier: self.place.tier(),
-            adapter_bytes: self.place.adapter_bytes(),
-            n_microbatches: self.state.open().len() as u32,
-            n_caches: self.state.n_caches() as u32,
-            tape_bytes: self.state.open().values().sum(),
-            cache_bytes: self.state.cache_bytes(),
-            wire_loss: self.wire_loss,
-        })
     }
 }

@@ -130,11 +130,13 @@ pub struct ExtendWork {
     pub hidden: HostTensor,
 }
 
-/// A checked Step: both are finite and not negative.
+/// A checked Step: all are finite, rate and factor not negative.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct StepWork {
     pub learning_rate: f64,
     pub clip_factor: f64,
+    /// What the client chose to tell of its loss. Nothing is computed with it.
+    pub shared_loss: Option<f64>,
 }
 
 impl Work {

@@ -67,19 +67,17 @@ impl Backlog {
 impl Place {
     pub fn tier(&self) -> Tier {
         match self {
-            Place::At(Home::Device(_)) => Tier::Device,
-            Place::At(Home::Away(Away::Host(_))) => Tier::Host,
+            Place::At(home) => home.tier(),
             // Whichever way it goes, it is not on the device for certain.
-            Place::At(Home::Away(Away::Disk)) | Place::Moving => Tier::Disk,
+            Place::Moving => Tier::Disk,
         }
     }
 
     /// What the adapter takes of the memory that it is in; 0 on disk.
     pub fn adapter_bytes(&self) -> u64 {
         match self {
-            Place::At(Home::Device(on)) => on.admitted.bytes,
-            Place::At(Home::Away(Away::Host(on))) => on.bytes(),
-            Place::At(Home::Away(Away::Disk)) | Place::Moving => 0,
+            Place::At(home) => home.adapter_bytes(),
+            Place::Moving => 0,
         }
     }
 
@@ -101,6 +99,9 @@ impl SessionActor {
                     self.come_back(ctx);
                     break;
                 }
+                (Place::At(Home::Device(_)), Waiting::Frames(message)) if self.holds(message) => {
+                    break;
+                }
                 _ => {}
             }
             match self.backlog.0.pop_front() {
@@ -113,7 +114,7 @@ impl SessionActor {
         self.pump();
     }
 
-    fn come_back(&mut self, ctx: &mut Context<Self>) {
+    pub(super) fn come_back(&mut self, ctx: &mut Context<Self>) {
         let away = match std::mem::replace(&mut self.place, Place::Moving) {
             Place::At(Home::Away(away)) => away,
             other => return self.place = other,
@@ -150,8 +151,8 @@ impl SessionActor {
     }
 
     pub(super) fn refuse_backlog(&mut self, error: &Error) {
-        for Frames { sequence, permit, .. } in self.backlog.take_frames() {
-            self.refuse(permit, sequence, error);
+        for Frames { sequence, permit, span, .. } in self.backlog.take_frames() {
+            self.refuse(permit, sequence, error, &span);
         }
     }
 
@@ -233,8 +234,9 @@ impl SessionActor {
 
     fn may_leave(&self) -> bool {
         let has_where_to = !matches!(self.place, Place::Moving | Place::At(Home::Away(Away::Disk)));
-        let nothing_waits = self.backlog.is_empty() && self.outbox.is_empty();
-        has_where_to && nothing_waits && self.ending.is_none() && self.state.is_quiet()
+        let nothing_waits = (self.backlog.is_empty() || self.hold.on) && self.outbox.is_empty();
+        let stays = self.place.on_device().is_some() && self.profile.pinned.is_pinned();
+        has_where_to && !stays && nothing_waits && self.ending.is_none() && self.state.is_quiet()
     }
 }
 
@@ -249,6 +251,7 @@ impl Handler<Leave> for SessionActor {
             Place::At(home) => home,
             Place::Moving => unreachable!("what moves may not leave"),
         };
+        self.show();
         let resume = self.state.resume();
         let lower = self.residency.clone().lower(self.profile.clone(), home, resume);
         Box::pin(lower.into_actor(self).map(|lowered, actor, ctx| {
@@ -265,6 +268,7 @@ impl Handler<Leave> for SessionActor {
             }
             tracing::debug!(session = %actor.profile.id, stays = result.is_err(), "session left");
             actor.place = Place::At(home);
+            actor.hold.on = false;
             actor.serve_backlog(ctx);
             result
         }))
@@ -276,6 +280,8 @@ impl Handler<Cut> for SessionActor {
 
     fn handle(&mut self, cut: Cut, ctx: &mut Context<Self>) -> Self::Result {
         let (reply, done) = oneshot::channel();
+        // It may stand behind frames that wait for the session to leave.
+        self.hold.on = false;
         self.backlog.push(Waiting::Cut(cut, reply));
         self.serve_backlog(ctx);
         Box::pin(async { done.await.unwrap_or(Err(Error::Gone { part: "session" })) })
@@ -287,6 +293,7 @@ impl Handler<Export> for SessionActor {
 
     fn handle(&mut self, export: Export, ctx: &mut Context<Self>) -> Self::Result {
         let (reply, done) = oneshot::channel();
+        self.hold.on = false;
         self.backlog.push(Waiting::Export(export, reply));
         self.serve_backlog(ctx);
         Box::pin(async { done.await.unwrap_or(Err(Error::Gone { part: "session" })) })

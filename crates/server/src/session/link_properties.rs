@@ -8,6 +8,7 @@ use super::frame::{Effect, Head};
 use super::state::{Admission, FrameLimits, Resume, SessionState, Settled, Ticket};
 use super::state_properties::cases;
 use crate::error::Error;
+use crate::refusals::RequestId;
 use offshoot_client::fuzzing::{Done, NOBODY, Side};
 use offshoot_proto::v1::{self, ClientFrame, ServerFrame, client_frame, server_frame::Body};
 use proptest::collection::vec;
@@ -155,7 +156,7 @@ impl World {
                 self.client.backward(place - 2, microbatch, place);
             }
             _ => {
-                let step = v1::Step { learning_rate: place as f64, clip_factor: 1.0 };
+                let step = v1::Step { learning_rate: place as f64, clip_factor: 1.0, shared_loss: None };
                 self.client.step(step, place);
             }
         }
@@ -183,7 +184,7 @@ impl World {
             }
             Ok(Admission::Joined(ticket)) => Slot::Awaits(ticket),
             Ok(Admission::Answered(answer)) => Slot::Ready(answer),
-            Err(error) => Slot::Ready(Box::new(error.to_frame(sequence))),
+            Err(error) => Slot::Ready(Box::new(error.to_frame(sequence, RequestId::default()))),
         });
         self.flush();
     }
@@ -212,7 +213,7 @@ impl World {
         let answer = match refusal {
             Some(error) => {
                 self.state.settle(ticket, Settled::Refused { lost });
-                error.to_frame(sequence)
+                error.to_frame(sequence, RequestId::default())
             }
             None => {
                 let answer = self.engine.apply(&frame);
@@ -412,7 +413,8 @@ fn head(frame: &ClientFrame) -> Head {
         other => unreachable!("{other:?} is not in the program"),
     };
     // Of the body alone: a frame that comes again acknowledges more.
-    let body = ClientFrame { sequence: frame.sequence, acknowledged: 0, body: frame.body.clone() };
+    let (sequence, body) = (frame.sequence, frame.body.clone());
+    let body = ClientFrame { sequence, body, ..Default::default() };
     let digest = *blake3::hash(&body.encode_to_vec()).as_bytes();
     Head { sequence: frame.sequence, acknowledged: frame.acknowledged, digest, effect }
 }

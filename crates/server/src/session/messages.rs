@@ -1,12 +1,11 @@
 //! What can be said to a [`SessionActor`](super::SessionActor).
 
 use super::frame::Frame;
-use super::loss::WireLoss;
 use super::outbox::{Permit, StreamEnds};
 use super::state::{DRAIN_RETRY, Resume};
 use crate::engine::Exported;
 use crate::error::Error;
-use crate::residency::Tier;
+use crate::meter::Left;
 use actix::Message;
 use offshoot_adapters::AdapterState;
 use offshoot_proto::v1::{self, ServerFrame};
@@ -57,6 +56,8 @@ pub struct Frames {
     pub sequence: u64,
     pub frame: Result<Frame, Error>,
     pub permit: Permit,
+    /// Until its answer is sent.
+    pub span: tracing::Span,
 }
 
 /// A stream has ended.
@@ -94,6 +95,16 @@ impl Reason {
     /// Whether the session ends with it.
     pub(super) fn ends(self) -> bool {
         !matches!(self, Reason::Snapshot { .. })
+    }
+
+    /// Why the session is not live any more, if it ends for this.
+    pub(crate) fn left(self) -> Left {
+        match self {
+            Reason::Snapshot { .. } => Left::Running,
+            Reason::Lease | Reason::Removed => Left::Parked,
+            Reason::Close => Left::Closed,
+            Reason::Drain => Left::Drained,
+        }
     }
 
     /// What the stream hears if the session ends for this.
@@ -165,25 +176,4 @@ pub enum ExportOf {
     Host(Arc<AdapterState>),
     /// The store's head holds it.
     InStore,
-}
-
-/// What a list shows of a session.
-#[derive(Message)]
-#[rtype(result = "SessionView")]
-pub struct Info;
-
-/// A live session at a glance.
-#[derive(Debug, Clone)]
-pub struct SessionView {
-    pub is_attached: bool,
-    pub step: u64,
-    pub applied: u64,
-    pub tier: Tier,
-    /// Of the adapter, in the memory where it is; 0 on disk.
-    pub adapter_bytes: u64,
-    pub n_microbatches: u32,
-    pub tape_bytes: u64,
-    pub n_caches: u32,
-    pub cache_bytes: u64,
-    pub wire_loss: WireLoss,
 }

@@ -3,7 +3,9 @@
 
 mod actor;
 mod cadence;
+mod evict;
 mod frame;
+mod glance;
 mod home;
 #[cfg(test)]
 mod link_properties;
@@ -20,13 +22,15 @@ mod streams;
 
 pub use actor::{SessionActor, SessionSeed};
 pub use cadence::SnapshotEvery;
+pub use evict::{ComeBack, GoOn, HoldBack};
 pub use frame::{
     BackwardWork, Digest, ExtendWork, ForwardWork, Frame, Head, Mode, SessionId, StepWork, Work,
 };
 pub use messages::{
-    Attach, Cut, Detach, DrainWhenQuiet, Export, ExportOf, Frames, Greeting, Info, Keep, Leave,
-    Lost, Reason, Retire, Revoke, SessionCut, SessionView,
+    Attach, Cut, Detach, DrainWhenQuiet, Export, ExportOf, Frames, Greeting, Keep, Leave, Lost,
+    Reason, Retire, Revoke, SessionCut,
 };
+pub use glance::{Glance, SessionView};
 pub use newest::epoch_now;
 pub use outbox::{Permit, StreamEnds};
 pub(crate) use state::DRAIN_RETRY;

@@ -9,6 +9,7 @@ use offshoot_proto::v1::{self, ServerFrame, server_frame::Body};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
+use tracing::Span;
 
 /// Room for one answer on a stream, reserved before its frame is taken in. So no answer ever waits
 /// for a slow reader, and a client that does not read is not read from.
@@ -34,23 +35,20 @@ pub enum Answer {
 }
 
 impl Answer {
-    /// For the state, and for the client if the frame was refused. `copied`: a snapshot right behind
-    /// this Step is on its way to the store.
+    /// For the state, and for the client. `copied`: a snapshot right behind this Step is on its way to the
+    /// store. `refuse` makes the answer to a frame that is refused.
     pub(super) fn settle(
         self,
         sequence: u64,
         copied: bool,
-        tenant: &str,
+        refuse: impl Fn(&Error) -> ServerFrame,
     ) -> (Settled, ServerFrame) {
         let applied = |body, bytes, step| {
             let answer = ServerFrame { sequence, body: Some(body) };
             let settled = Settled::Applied { answer: Box::new(answer.clone()), bytes, step };
             (settled, answer)
         };
-        let refused = |error: Error, lost| {
-            tracing::debug!(sequence, error = error.label(), "frame refused");
-            (Settled::Refused { lost }, error.told_to(tenant).to_frame(sequence))
-        };
+        let refused = |error: Error, lost| (Settled::Refused { lost }, refuse(&error));
         match self {
             Answer::Forward(Ok(ForwardResult { hidden, tape_bytes, cache_bytes, times })) => {
                 let (hidden, timing) = (Some(hidden.into_proto()), Some(timing(times)));
@@ -109,6 +107,8 @@ pub(super) enum Pending {
         answer: Option<Answer>,
         /// A copy right behind it is on its way to the store.
         copied: bool,
+        /// Ends when the answer is sent.
+        span: Span,
     },
     /// A copy of the session between two frames.
     Cut { id: u64, asked: CutAsked, state: Option<Result<CutState, Error>> },
@@ -143,14 +143,21 @@ pub(super) struct CutAsked {
 /// Where a copy goes.
 pub(super) enum CutTo {
     Caller(oneshot::Sender<Result<super::SessionCut, Error>>),
-    /// To the store, by itself.
-    Store(Writing),
+    /// To the store, by itself; as part of the Step that it stands behind.
+    Store(Writing, Span),
 }
 
 /// What comes next out of the outbox.
 pub(super) enum Next {
     Ready { permit: Permit, answer: Box<ServerFrame> },
-    Frame { ticket: Ticket, sequence: u64, permit: Option<Permit>, answer: Answer, copied: bool },
+    Frame {
+        ticket: Ticket,
+        sequence: u64,
+        permit: Option<Permit>,
+        answer: Answer,
+        copied: bool,
+        span: Span,
+    },
     Cut { asked: CutAsked, state: Result<CutState, Error> },
 }
 
@@ -236,8 +243,9 @@ impl Outbox {
         }
         match self.0.pop_front()? {
             Pending::Ready { permit, answer } => Some(Next::Ready { permit, answer }),
-            Pending::Frame { ticket, sequence, permit, answer, copied } => {
-                Some(Next::Frame { ticket, sequence, permit, answer: answer?, copied })
+            Pending::Frame { ticket, sequence, permit, answer, copied, span } => {
+                let answer = answer?;
+                Some(Next::Frame { ticket, sequence, permit, answer, copied, span })
             }
             Pending::Cut { asked, state, .. } => Some(Next::Cut { asked, state: state? }),
         }
@@ -248,6 +256,7 @@ impl Outbox {
 mod tests {
     use super::super::frame::{Effect, Head};
     use super::super::state::{Admission, FrameLimits, Resume, SessionState};
+    use crate::refusals::RequestId;
     use super::*;
 
     #[test]
@@ -258,13 +267,13 @@ mod tests {
         let tickets = [1, 2, 3].map(|sequence| {
             let head = Head { sequence, acknowledged: 0, digest: [0; 32], effect: Effect::Nothing };
             let Ok(Admission::Run(ticket)) = state.admit(&head) else { panic!("it is in order") };
-            let (permit, answer, copied) = (None, None, false);
-            outbox.push(Pending::Frame { ticket, sequence, permit, answer, copied });
+            let (permit, answer, copied, span) = (None, None, false, Span::none());
+            outbox.push(Pending::Frame { ticket, sequence, permit, answer, copied, span });
             ticket
         });
         let (stream, mut answers) = mpsc::channel(9);
         let permit = || stream.clone().try_reserve_owned().unwrap();
-        let refusal = |sequence| Error::TakenOver.to_frame(sequence);
+        let refusal = |sequence| Error::TakenOver.to_frame(sequence, RequestId::default());
 
         // Frame 1 is settled meanwhile. The new stream sends 1 and 2 again, and something wrong.
         outbox.answered(tickets[0], Answer::Step(Err(Error::TakenOver)));

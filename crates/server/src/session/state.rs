@@ -13,8 +13,8 @@ use offshoot_proto::v1::ServerFrame;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-/// How long clients should stay away from a draining server.
-pub(crate) const DRAIN_RETRY: Duration = Duration::from_secs(2);
+/// How long clients should stay away from a draining server: the one behind it may be there soon.
+pub(crate) const DRAIN_RETRY: Duration = Duration::from_millis(500);
 
 /// How far a client may run ahead.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -236,6 +236,11 @@ impl SessionState {
     /// microbatch. Accumulated gradients are in the snapshot, so their Step may come later.
     pub fn is_quiet(&self) -> bool {
         self.is_settled() && self.open.is_empty()
+    }
+
+    /// Whether a microbatch is open when all that is in flight has been applied.
+    pub fn expects_open(&self) -> bool {
+        !self.expected_open().is_empty()
     }
 
     /// Whether no frame is in flight.

@@ -5,6 +5,7 @@ use super::frame::SessionId;
 use super::messages::{Attach, Attached, Detach, Keep, Lost, Retire, Revoke};
 use super::outbox::{Permit, StreamEnds};
 use crate::error::Error;
+use crate::metrics::CountedStream;
 use actix::{ActorContext, AsyncContext, Context, Handler, SpawnHandle, WrapFuture};
 use offshoot_proto::v1::{self, ServerFrame, server_frame::Body};
 use std::time::Duration;
@@ -16,6 +17,7 @@ pub(super) struct Stream {
     /// Room for the last word.
     farewell: Permit,
     _ends: StreamEnds,
+    _counted: Option<CountedStream>,
 }
 
 /// How long a session lives without one.
@@ -37,7 +39,8 @@ impl SessionActor {
     /// Ends the stream, if there is one, with a last word.
     pub(super) fn end_stream(&mut self, error: &Error) {
         if let Some(stream) = self.stream.take() {
-            stream.farewell.send(Ok(error.to_frame(0)));
+            let last = self.refusal(0, error, &tracing::Span::none());
+            stream.farewell.send(Ok(last));
         }
         self.outbox.detach();
         self.backlog.detach();
@@ -97,7 +100,10 @@ impl Handler<Attach> for SessionActor {
         self.n_streams += 1;
         let number = self.n_streams;
         let hello = self.attached(attach.durable, attach.snapshots);
-        self.stream = Some(Stream { number, farewell: attach.farewell, _ends: attach.ends });
+        let _counted = self.profile.meter.series().map(|series| series.stream());
+        let (farewell, _ends) = (attach.farewell, attach.ends);
+        self.stream = Some(Stream { number, farewell, _ends, _counted });
+        self.show();
         Ok(Attached { number, hello, epoch: self.newest.epoch })
     }
 }

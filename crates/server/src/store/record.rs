@@ -1,6 +1,7 @@
 //! A session's record: what it is, which snapshots it has and which of them are kept.
 
 use crate::error::Error;
+use crate::meter::Metered;
 use crate::session::SessionId;
 use offshoot_adapters::{AdamW, LoraSpec};
 use serde::{Deserialize, Serialize};
@@ -36,6 +37,12 @@ pub struct Record {
     /// The last few snapshots that were found damaged.
     #[serde(default)]
     pub damaged: Vec<DamagedSnapshot>,
+    /// What it used, until this record was written.
+    #[serde(default)]
+    pub metering: Metered,
+    /// When the session was opened: Unix milliseconds; 0 if an older version did it.
+    #[serde(default)]
+    pub opened_millis: u64,
 }
 
 /// A snapshot that the session cannot go on from any more.
@@ -65,6 +72,13 @@ pub struct SnapshotRecord {
     pub answers: Option<BlobName>,
     /// Of both blobs.
     pub bytes: u64,
+    /// [`Why::name`]; empty if an older version took it. A text, so that an older version reads what a
+    /// newer one knows.
+    #[serde(default)]
+    pub reason: String,
+    /// Unix milliseconds; 0 if an older version took it.
+    #[serde(default)]
+    pub taken_millis: u64,
 }
 
 /// How many snapshots of a session stay.
@@ -86,6 +100,52 @@ pub enum Origin {
     Server,
 }
 
+/// What a snapshot was taken for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Why {
+    /// The client asked.
+    Client,
+    /// The session began.
+    Opened,
+    /// It has trained for a while.
+    Training,
+    /// It left the device: idle, for another's sake, or sent away.
+    Left,
+    /// Its client was gone for too long.
+    Lease,
+    /// Its client was done.
+    Closed,
+    /// The server ended.
+    Drain,
+    /// Its tenant was taken out of the tenants file.
+    Removed,
+}
+
+impl Why {
+    /// Whose wish that is.
+    pub fn origin(self) -> Origin {
+        match self {
+            Why::Client => Origin::Client,
+            Why::Opened | Why::Training | Why::Left | Why::Lease => Origin::Server,
+            Why::Closed | Why::Drain | Why::Removed => Origin::Server,
+        }
+    }
+
+    /// In records and lists.
+    pub fn name(self) -> &'static str {
+        match self {
+            Why::Client => "client",
+            Why::Opened => "opened",
+            Why::Training => "training",
+            Why::Left => "left",
+            Why::Lease => "lease",
+            Why::Closed => "closed",
+            Why::Drain => "drain",
+            Why::Removed => "removed",
+        }
+    }
+}
+
 /// Hex blake3 of a blob's content.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -95,6 +155,11 @@ impl BlobName {
     /// The name that only this content has.
     pub(super) fn of(content: &[u8]) -> BlobName {
         BlobName(blake3::hash(content).to_hex().to_string())
+    }
+
+    /// The file's name.
+    pub(super) fn as_str(&self) -> &str {
+        &self.0
     }
 
     /// Whether it can be a blob's: a file that is not whole has another.
@@ -162,7 +227,8 @@ impl Record {
     /// those asked for, whoever wanted it first.
     pub(super) fn claim_head(&mut self) -> Option<SnapshotRecord> {
         let place = self.snapshots.iter().position(|snapshot| snapshot.id == self.head)?;
-        let head = SnapshotRecord { origin: Origin::Client, ..self.snapshots.remove(place) };
+        let (origin, reason) = (Origin::Client, Why::Client.name().into());
+        let head = SnapshotRecord { origin, reason, ..self.snapshots.remove(place) };
         self.snapshots.push(head.clone());
         Some(head)
     }
@@ -179,6 +245,17 @@ impl Record {
         let changed = kept != self.kept;
         self.kept = kept;
         changed
+    }
+
+    /// Takes out one snapshot, unless the session goes on from it.
+    pub(super) fn delete(&mut self, session: SessionId, id: &str) -> Result<SnapshotRecord, Error> {
+        let place = self.snapshots.iter().position(|snapshot| snapshot.id == id);
+        let place = place.ok_or_else(|| self.no_such(session, id))?;
+        if self.head == id {
+            return Err(Error::HeadSnapshot { session, snapshot: id.into() });
+        }
+        self.kept.retain(|kept| kept != id);
+        Ok(self.snapshots.remove(place))
     }
 
     /// Takes out all but the head, the last few snapshots that the client asked for, those that it
@@ -207,6 +284,16 @@ impl Record {
 }
 
 impl SnapshotRecord {
+    /// Why it was taken, for people.
+    pub fn reason(&self) -> &str {
+        match (self.reason.as_str(), self.origin) {
+            ("", Origin::Client) => Why::Client.name(),
+            // Of an older version's, more is not known.
+            ("", Origin::Server) => "server",
+            (reason, _) => reason,
+        }
+    }
+
     pub(super) fn blobs(&self) -> impl Iterator<Item = &BlobName> {
         std::iter::once(&self.state).chain(&self.answers)
     }

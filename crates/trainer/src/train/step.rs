@@ -4,6 +4,7 @@ use crate::data::Batch;
 use crate::report::{Event, StepEvent};
 use crate::setup::Prepared;
 use crate::split::{Microbatches, clip_factor};
+use crate::trace;
 use std::time::Instant;
 
 impl Run {
@@ -18,6 +19,7 @@ impl Run {
         let weight: f64 = batches.iter().map(|batch| losses.train.weight(batch)).sum();
         let tokens: usize = batches.iter().map(Batch::n_tokens).sum();
         let scale = 1.0 / weight;
+        trace::step_has(batches.len(), tokens);
 
         // The numbers name the dropout masks: the same in a replayed step.
         let first_number = self.step << 16;
@@ -35,7 +37,10 @@ impl Run {
         let Prepared { split, schedule, .. } = &mut self.prepared;
         let learning_rate = schedule.learning_rate(self.step);
         let clip = clip_factor(grad_norm, self.options.optimizer.max_grad_norm);
-        self.keeper.pending = Some(split.step(&self.session, learning_rate, clip).await?);
+        // A loss that is no number says nothing to anybody.
+        let shared = Some(loss).filter(|loss| self.options.output.share_loss && loss.is_finite());
+        let step = split.step_sharing(&self.session, (learning_rate, clip), shared);
+        self.keeper.pending = Some(step.await?);
 
         self.step += 1;
         self.eval_loss = None;

@@ -29,7 +29,7 @@ async fn a_line_says_who_did_what_and_what_came_of_it() {
     fs::write(&path, "{\"action\":\"before\"}\n").unwrap();
     let audit = Audit::start(Some(&path)).unwrap();
     let caller = caller(&crate::access::Access::start(None, Audit::default()).unwrap());
-    let subject = |n| Subject { session: Some("s".into()), snapshot: n };
+    let subject = |n| Subject { session: Some("s".into()), snapshot: n, owner: None };
     audit.did(&caller, Action::Export, subject(None), &Ok(()));
     let failed: Result<(), _> = Err(Error::UnknownSession("s".into()));
     audit.did(&caller, Action::Restore, subject(Some("1-step0".into())), &failed);
@@ -69,7 +69,7 @@ async fn a_line_says_who_did_what_and_what_came_of_it() {
 #[tokio::test]
 async fn a_log_that_was_moved_away_is_begun_again_and_a_failing_one_stops_nobody() {
     let (dir, path) = log();
-    let mut file = LogFile::open(&path).unwrap();
+    let mut file = LogFile::of_audit(&path).unwrap();
     assert!(file.write_line(b"1".to_vec()));
     fs::rename(&path, dir.path().join("old")).unwrap();
     assert!(file.write_line(b"2".to_vec()));

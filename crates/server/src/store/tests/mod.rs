@@ -1,6 +1,7 @@
 //! What the store promises, by topic: which snapshots are kept, what damage does, and how it opens.
 
 mod damage;
+mod handover;
 mod opening;
 mod snapshots;
 
@@ -9,7 +10,7 @@ use offshoot_adapters::{AdamW, LoraSpec};
 use std::collections::BTreeSet;
 use std::fs;
 
-fn record() -> Record {
+pub(crate) fn record() -> Record {
     Record {
         tenant: String::new(),
         name: "team".into(),
@@ -26,15 +27,17 @@ fn record() -> Record {
         kept: Vec::new(),
         epoch: 0,
         damaged: Vec::new(),
+        metering: Default::default(),
+        opened_millis: 0,
     }
 }
 
 /// One that a client asked for.
-fn snapshot(step: u64) -> NewSnapshot {
+pub(crate) fn snapshot(step: u64) -> NewSnapshot {
     NewSnapshot {
         step,
         sequence: 3 * step,
-        origin: Origin::Client,
+        why: Why::Client,
         state: vec![step as u8; 1000],
         answers: Some(vec![step as u8; 10]),
     }
@@ -42,7 +45,7 @@ fn snapshot(step: u64) -> NewSnapshot {
 
 /// One that the server took by itself.
 fn own(step: u64) -> NewSnapshot {
-    NewSnapshot { origin: Origin::Server, ..snapshot(step) }
+    NewSnapshot { why: Why::Opened, ..snapshot(step) }
 }
 
 fn open(dir: &tempfile::TempDir, of_client: usize) -> Result<Store, Error> {

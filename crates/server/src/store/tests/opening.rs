@@ -85,6 +85,8 @@ fn a_store_of_a_thousand_sessions_opens_with_all_of_them_and_without_what_is_lef
                 state,
                 answers: None,
                 bytes,
+                reason: String::new(),
+                taken_millis: 0,
             });
         }
         store.records.put_unflushed(*session, &known);

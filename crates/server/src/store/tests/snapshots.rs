@@ -209,3 +209,30 @@ fn a_client_that_was_taken_over_from_stays_so_after_a_restart() {
     let store = open(&dir, 3).unwrap();
     assert_eq!(store.whole_head(session).unwrap().epoch, 7);
 }
+
+#[test]
+fn one_snapshot_is_deleted_with_its_files_but_never_the_one_that_the_session_goes_on_from() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir, 3).unwrap();
+    let session = SessionId::new();
+    store.create(session, record(), own(0)).unwrap();
+    let [first, second, head] = [1, 2, 3].map(|step| {
+        let taken = store.add_snapshot(session, snapshot(step)).unwrap();
+        assert_eq!((taken.reason(), own(step).why.origin()), ("client", Origin::Server));
+        assert!(taken.taken_millis > 1_700_000_000_000);
+        taken.id
+    });
+    store.keep(session, std::slice::from_ref(&first)).unwrap();
+    let told = |id: &str| store.delete_snapshot(session, id).unwrap_err();
+    assert!(matches!(told(&head), Error::HeadSnapshot { .. }));
+    assert!(matches!(told("9-step9"), Error::UnknownSnapshot { .. }));
+    store.delete_snapshot(session, &first).unwrap();
+    assert!(matches!(told(&first), Error::UnknownSnapshot { .. }));
+    let left = store.record(session).unwrap().unwrap();
+    assert_eq!((left.head.as_str(), left.kept.len()), (head.as_str(), 0));
+    assert_eq!(files(&store), named(&store));
+    drop(store);
+    let store = open(&dir, 3).unwrap();
+    assert!(!kept(&store, session).contains(&1) && kept(&store, session).contains(&2));
+    assert!(store.read(session, left.snapshot(&second).unwrap()).is_ok());
+}
