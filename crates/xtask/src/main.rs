@@ -5,6 +5,7 @@
 
 mod audit;
 mod bundle;
+mod chart;
 mod checks;
 mod command;
 mod demo;
@@ -13,6 +14,7 @@ mod image;
 mod pip;
 mod setup;
 mod tensorboard;
+mod tools;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -36,10 +38,15 @@ enum Task {
     Demo(demo::Options),
     /// Run all tests, with everything that they need
     Test {
+        /// Fail if a tool of the platform tests cannot be had, as with CI=true
+        #[arg(long)]
+        all_tools: bool,
         /// Passed to the test runner, such as the part of a test's name
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Fetch what the platform tests run beside the product (does nothing when it is there)
+    Tools(tools::Options),
     /// Formatting, lints, docs and the borders between the crates
     Check,
     /// Licences, bans and sources of all packages, by deny.toml
@@ -56,6 +63,8 @@ enum Task {
         #[arg(value_name = "RUN", required = true)]
         runs: Vec<PathBuf>,
     },
+    /// Lint, render and check the Helm chart with every set of values in charts/offshoot/ci
+    Chart(chart::Options),
     /// The stripped release binary, for CPU and CUDA
     Bundle,
     /// The root of the container image in a folder; docker/Dockerfile runs it
@@ -69,11 +78,13 @@ fn main() -> ExitCode {
         Task::Setup => setup::libtorch(),
         Task::Fetch => demo::fetch(),
         Task::Demo(options) => demo::run(options),
-        Task::Test { args } => checks::test(&args),
+        Task::Test { all_tools, args } => checks::test(&args, all_tools),
+        Task::Tools(options) => tools::run_all(&options),
         Task::Check => checks::check(),
         Task::Audit { advisories } => audit::run_all(advisories),
         Task::Fuzz(options) => fuzz::run_targets(&options),
         Task::Tensorboard { runs } => tensorboard::check(&runs),
+        Task::Chart(options) => chart::check(&options),
         Task::Bundle => bundle::run(),
         Task::ImageTree(options) => image::tree(&options),
         Task::Sbom => image::print_sbom(),
