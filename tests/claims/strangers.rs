@@ -5,6 +5,8 @@
 mod access;
 #[path = "hostile.rs"]
 mod hostile;
+#[path = "http.rs"]
+mod http;
 #[path = "isolation.rs"]
 mod isolation;
 #[path = "strangers/pki.rs"]

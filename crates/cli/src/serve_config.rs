@@ -11,9 +11,13 @@ use std::path::{Path, PathBuf};
 ///
 /// Loads the layers [SPLIT_POINT_1, SPLIT_POINT_2) once, frozen, and trains one LoRA adapter with
 /// its optimizer for each client session. Prints one line `ready grpc=HOST:PORT` on stdout when
-/// clients can connect. SIGTERM or Ctrl-C ends it after open work is finished and every session is
-/// saved; sessions go on after a restart with the same --store-dir. SIGHUP reads the tenants file again and
-/// begins the audit log anew; both happen by themselves, too, within seconds of a change.
+/// clients can connect, with ` http=HOST:PORT` behind it if there is an --http-port. SIGTERM or Ctrl-C ends it after open work is finished and every session is
+/// saved; sessions go on after a restart with the same --store-dir. A second one does not wait for open
+/// work any more, a third one ends at once. SIGHUP reads the tenants file again and begins the audit log
+/// anew; both happen by themselves, too, within seconds of a change.
+///
+/// Exit codes: 0 every session is saved, 3 some are not and go back to their last snapshots, 1 it could
+/// not start or go on, 2 the command line is wrong.
 ///
 /// Every setting can come from (later ones win): the defaults, the file of --config, environment
 /// variables such as OFFSHOOT_LIMITS__MAX_RANK=64, and these options.
@@ -84,6 +88,17 @@ struct ListenArgs {
     /// Port to listen on; 0 takes a free one [default: 50051].
     #[arg(long, value_name = "PORT")]
     port: Option<u16>,
+    /// Serve the console, /metrics, /healthz and /readyz by HTTP on this port; 0 takes a free one [default:
+    /// none].
+    #[arg(long, value_name = "PORT")]
+    http_port: Option<u16>,
+    /// Address to listen on for HTTP [default: 127.0.0.1].
+    #[arg(long, value_name = "IP")]
+    http_host: Option<String>,
+    /// Give /metrics to whoever asks, without an operator's token: only in a network that keeps strangers
+    /// out.
+    #[arg(long)]
+    open_metrics: bool,
     /// Listen on an address that other machines reach without both --tenants and TLS: only in a
     /// network that keeps strangers out.
     #[arg(long)]
@@ -108,6 +123,11 @@ struct ListenArgs {
     /// Where sessions survive; one server each [default: offshoot-store].
     #[arg(long, value_name = "DIR")]
     store_dir: Option<PathBuf>,
+    /// Wait so long for another server to leave the store, with the trunk loaded: start the next
+    /// server so, then end the one before. Prints `standby store=DIR` when it waits [default: 0, a store that
+    /// is in use is an error].
+    #[arg(long, value_name = "SECONDS")]
+    store_wait_seconds: Option<f64>,
     /// Snapshots kept of those that a session's client asked for; the trainer keeps five checkpoints and the best.
     #[arg(long, value_name = "N")]
     snapshots_kept: Option<usize>,
@@ -152,16 +172,26 @@ struct SessionArgs {
 }
 
 /// A size as people write it.
-fn bytes(text: &str) -> Result<u64, String> {
+pub fn bytes(text: &str) -> Result<u64, String> {
     let expected = "expected a number of bytes, or one with a unit such as 8GiB or 500MB";
     text.parse().map(|size: ByteSize| size.as_u64()).map_err(|_| expected.to_string())
 }
 
 #[derive(Clone, Copy, ValueEnum)]
-enum DType {
+pub enum DType {
     F32,
     Bf16,
     F16,
+}
+
+impl From<DType> for ComputeDType {
+    fn from(dtype: DType) -> Self {
+        match dtype {
+            DType::F32 => ComputeDType::F32,
+            DType::Bf16 => ComputeDType::Bf16,
+            DType::F16 => ComputeDType::F16,
+        }
+    }
 }
 
 impl ServeArgs {
@@ -178,11 +208,7 @@ impl ServeArgs {
     /// The options that were given, as a tree of settings.
     fn overrides(&self) -> Value {
         let ServeArgs { model, listen, session, .. } = self;
-        let dtype = model.dtype.map(|dtype| match dtype {
-            DType::F32 => ComputeDType::F32,
-            DType::Bf16 => ComputeDType::Bf16,
-            DType::F16 => ComputeDType::F16,
-        });
+        let dtype = model.dtype.map(ComputeDType::from);
         let insecure = listen.allow_insecure_network.then_some(true);
         let all = [
             ("model", "name", json!(model.model_name)),
@@ -194,6 +220,9 @@ impl ServeArgs {
             ("listen", "host", json!(listen.host)),
             ("listen", "port", json!(listen.port)),
             ("listen", "allow_insecure_network", json!(insecure)),
+            ("http", "host", json!(listen.http_host)),
+            ("http", "port", json!(listen.http_port)),
+            ("http", "open_metrics", json!(listen.open_metrics.then_some(true))),
             ("access", "tenants", json!(listen.tenants)),
             ("access", "audit_log", json!(listen.audit_log)),
             ("tls", "cert", json!(listen.tls_cert)),
@@ -201,6 +230,7 @@ impl ServeArgs {
             ("tls", "client_ca", json!(listen.tls_client_ca)),
             ("store", "dir", json!(listen.store_dir)),
             ("store", "snapshots_kept", json!(listen.snapshots_kept)),
+            ("store", "wait_seconds", json!(listen.store_wait_seconds)),
             ("session", "lease_seconds", json!(session.lease_seconds)),
             ("session", "idle_seconds", json!(session.idle_seconds)),
             ("limits", "memory_bytes", json!(session.memory_limit)),
@@ -222,8 +252,14 @@ impl ServeArgs {
     }
 }
 
-const BESIDE_THE_FILE: [&str; 5] =
-    ["access.tenants", "access.audit_log", "tls.cert", "tls.key", "tls.client_ca"];
+const BESIDE_THE_FILE: [&str; 6] = [
+    "access.tenants",
+    "access.audit_log",
+    "tls.cert",
+    "tls.key",
+    "tls.client_ca",
+    "telemetry.metering_log",
+];
 
 /// A server's settings from all sources: defaults, this file, environment, and these overrides.
 pub fn settings(file: Option<&Path>, overrides: Value) -> anyhow::Result<ServerConfig> {
@@ -244,8 +280,8 @@ pub fn settings(file: Option<&Path>, overrides: Value) -> anyhow::Result<ServerC
             lines.iter().map(|line| line.replace("key \"default.", "key \"")).collect();
         anyhow::anyhow!("settings: {}", lines.join("; "))
     })?;
-    let ServerConfig { access, tls, .. } = &mut config;
-    let paths = [&mut access.tenants, &mut access.audit_log];
+    let ServerConfig { access, tls, telemetry, .. } = &mut config;
+    let paths = [&mut access.tenants, &mut access.audit_log, &mut telemetry.metering_log];
     let paths = paths.into_iter().chain([&mut tls.cert, &mut tls.key, &mut tls.client_ca]);
     for path in paths.flatten() {
         // An empty one is an error that names its setting, later.

@@ -1,5 +1,11 @@
+mod telemetry;
+
+pub use telemetry::{OtlpProtocol, TelemetryConfig};
+
 use crate::access::AccessConfig;
+use crate::build_info::Build;
 use crate::error::Error;
+use crate::http::HttpConfig;
 use crate::session::SnapshotEvery;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -12,6 +18,7 @@ use std::time::Duration;
 #[serde(default, deny_unknown_fields)]
 pub struct ServerConfig {
     pub listen: ListenConfig,
+    pub http: HttpConfig,
     pub tls: TlsConfig,
     pub access: AccessConfig,
     pub model: TrunkConfig,
@@ -19,6 +26,10 @@ pub struct ServerConfig {
     pub session: SessionConfig,
     pub store: StoreConfig,
     pub drain: DrainConfig,
+    pub telemetry: TelemetryConfig,
+    /// Nothing to choose: which program starts the server.
+    #[serde(skip)]
+    pub build: Build,
 }
 
 /// Where clients connect.
@@ -271,7 +282,7 @@ impl Default for SessionConfig {
 }
 
 /// Where sessions survive.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct StoreConfig {
     pub dir: PathBuf,
@@ -282,11 +293,26 @@ pub struct StoreConfig {
     /// Snapshots of one session that the server took by itself: while it trained, or when it left
     /// the device. The last so many stay.
     pub server_snapshots_kept: usize,
+    /// How long a start waits for another server to leave the store, with the trunk loaded and
+    /// before it listens. 0: not at all, a store that is in use is an error.
+    pub wait_seconds: f64,
+}
+
+impl StoreConfig {
+    /// How long the store is waited for, if at all.
+    pub fn wait(&self) -> Option<Duration> {
+        Some(self.wait_seconds).filter(|&wait| wait > 0.0).map(Duration::from_secs_f64)
+    }
 }
 
 impl Default for StoreConfig {
     fn default() -> Self {
-        StoreConfig { dir: "offshoot-store".into(), snapshots_kept: 8, server_snapshots_kept: 2 }
+        StoreConfig {
+            dir: "offshoot-store".into(),
+            snapshots_kept: 8,
+            server_snapshots_kept: 2,
+            wait_seconds: 0.0,
+        }
     }
 }
 
@@ -334,11 +360,9 @@ impl fmt::Display for Mistakes {
     }
 }
 
-impl ListenConfig {
-    /// Whether only this machine can connect.
-    pub fn is_loopback(&self) -> bool {
-        self.host == "localhost" || self.host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
-    }
+/// Whether only this machine can connect to a listener of this host.
+fn is_loopback(host: &str) -> bool {
+    host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
 impl ServerConfig {
@@ -365,7 +389,7 @@ impl ServerConfig {
         );
         check(
             "listen.host",
-            self.listen.is_loopback() || *allow_insecure_network || self.keeps_strangers_out(),
+            is_loopback(host) || *allow_insecure_network || self.keeps_strangers_out(),
             host.clone(),
             match &self.access.tenants {
                 None => {
@@ -382,6 +406,23 @@ impl ServerConfig {
                      nobody listens to"
                 }
             },
+        );
+        let http = &self.http;
+        check(
+            "http.host",
+            http.host == "localhost" || http.host.parse::<IpAddr>().is_ok(),
+            http.host.clone(),
+            "an IP address or localhost",
+        );
+        check(
+            "http.host",
+            http.port.is_none()
+                || is_loopback(&http.host)
+                || *allow_insecure_network
+                || self.keeps_strangers_out(),
+            http.host.clone(),
+            "a loopback address, unless there are both access.tenants and TLS (--tenants, --tls-cert, \
+             --tls-key), or listen.allow_insecure_network = true in a network that keeps strangers out",
         );
         let TlsConfig { cert, key, client_ca } = &self.tls;
         let shown = |path: &Option<PathBuf>| {
@@ -471,6 +512,14 @@ impl ServerConfig {
             snapshots.to_string(),
             "0 to 10^9 seconds; 0 takes none by time",
         );
+        let wait = self.store.wait_seconds;
+        check(
+            "store.wait_seconds",
+            (0.0..=1e9).contains(&wait),
+            wait.to_string(),
+            "0 to 10^9 seconds; 0 does not wait",
+        );
+        self.telemetry.check(&mut check);
         let turn = self.session.turn_seconds;
         check(
             "session.turn_seconds",

@@ -5,14 +5,12 @@
 use crate::engine::{Engine, EngineClient};
 use crate::error::Error;
 use crate::registry::Registry;
-use crate::transport::set_health;
+use crate::transport::{Health, State};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
-use tonic_health::ServingStatus;
-use tonic_health::server::HealthReporter;
 
 /// More failures than this within [`WINDOW`], and another start would not help either.
 const MAX_FAILURES: usize = 5;
@@ -33,7 +31,7 @@ pub struct Supervisor {
 
 impl Supervisor {
     /// Watches from now on.
-    pub fn start(engine: Engine, registry: Arc<Registry>, health: HealthReporter) -> Self {
+    pub fn start(engine: Engine, registry: Arc<Registry>, health: Health) -> Self {
         let (stop, stopped) = oneshot::channel();
         let (give_up, lost) = oneshot::channel();
         let client = engine.client();
@@ -59,7 +57,7 @@ struct Watch {
     engine: Engine,
     client: EngineClient,
     registry: Arc<Registry>,
-    health: HealthReporter,
+    health: Health,
     failures: Failures,
 }
 
@@ -91,7 +89,8 @@ impl Watch {
     }
 
     async fn start_again(&mut self, mut cause: String) -> Result<(), Error> {
-        set_health(&self.health, ServingStatus::NotServing).await;
+        self.health.set(State::StartingAgain).await;
+        self.client.stats().count_death();
         tracing::error!(cause, "the engine died; sessions go back to their last snapshots");
         let sessions = self.registry.lose_device().await;
         tracing::warn!(sessions, "live sessions have ended; their clients will come back");
@@ -113,10 +112,8 @@ impl Watch {
                 }
             }
         }
-        set_health(&self.health, ServingStatus::Serving).await;
-        if self.registry.is_draining() {
-            set_health(&self.health, ServingStatus::NotServing).await;
-        }
+        // Unless it drains.
+        self.health.set(State::Serving).await;
         tracing::info!("the engine runs again");
         Ok(())
     }

@@ -8,7 +8,7 @@ pub use files::TlsError;
 
 use crate::config::TlsConfig;
 use crate::error::Error;
-use files::{Identity, TlsFiles};
+use files::{Identity, Offers, TlsFiles};
 use refused::Handshakes;
 use std::io;
 use std::net::SocketAddr;
@@ -17,7 +17,7 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_rustls::TlsAcceptor;
-use tokio_rustls::rustls::{self, ServerConfig as RustlsConfig};
+use tokio_rustls::rustls;
 
 /// How often the files are looked at.
 const LOOK: Duration = Duration::from_secs(1);
@@ -29,8 +29,18 @@ const NEAR_DAYS: i64 = 14;
 /// What a server shows its clients, as the files have it now.
 #[derive(Clone)]
 pub struct Tls {
-    shown: watch::Receiver<Arc<RustlsConfig>>,
+    shown: watch::Receiver<Arc<Offers>>,
+    whom: Whom,
     handshakes: Arc<Mutex<Handshakes>>,
+}
+
+/// Who connects.
+#[derive(Clone, Copy)]
+enum Whom {
+    /// By gRPC, with a certificate if mutual TLS is on.
+    Clients,
+    /// By HTTP, always without one: browsers, scrapers and probes rarely have any.
+    Browsers,
 }
 
 impl Tls {
@@ -49,14 +59,23 @@ impl Tls {
             let client_ca = path.display();
             tracing::info!(%client_ca, "every client must show a certificate of these issuers");
         }
-        let (current, shown) = watch::channel(identity.config.clone());
+        let (current, shown) = watch::channel(identity.offers.clone());
         tokio::spawn(follow(files, identity, Changes::since(mark), current));
-        Ok(Some(Tls { shown, handshakes: Arc::default() }))
+        Ok(Some(Tls { shown, whom: Whom::Clients, handshakes: Arc::default() }))
     }
 
     /// For one handshake.
     pub fn acceptor(&self) -> TlsAcceptor {
-        TlsAcceptor::from(self.shown.borrow().clone())
+        let offers = self.shown.borrow();
+        TlsAcceptor::from(match self.whom {
+            Whom::Clients => offers.grpc.clone(),
+            Whom::Browsers => offers.http.clone(),
+        })
+    }
+
+    /// The same certificate for HTTP/1, and for everybody.
+    pub fn for_http(self) -> Tls {
+        Tls { whom: Whom::Browsers, ..self }
     }
 
     /// One that failed: the log tells of it, now or with others.
@@ -86,7 +105,7 @@ async fn follow(
     files: TlsFiles,
     mut identity: Identity,
     mut changes: Changes,
-    current: watch::Sender<Arc<RustlsConfig>>,
+    current: watch::Sender<Arc<Offers>>,
 ) {
     let mut ticks = tokio::time::interval(LOOK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -113,7 +132,7 @@ async fn follow(
         match read.and_then(|texts| files.identity(&texts)) {
             Ok(fresh) => {
                 identity = fresh;
-                current.send_replace(identity.config.clone());
+                current.send_replace(identity.offers.clone());
                 tracing::info!("TLS files changed; new connections get the new certificate");
                 tell_end(&identity, &files);
                 tell_refusals(&identity, &files);

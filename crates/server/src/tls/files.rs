@@ -57,11 +57,18 @@ pub struct Texts {
 
 /// What the server shows.
 pub struct Identity {
-    pub config: Arc<RustlsConfig>,
+    pub offers: Arc<Offers>,
     /// The first end in the chain.
     not_after: SystemTime,
     /// Why clients refuse the server's own certificate, whatever they trust.
     pub refused_for: Vec<&'static str>,
+}
+
+/// What handshakes are made with.
+pub struct Offers {
+    pub grpc: Arc<RustlsConfig>,
+    /// Without client certificates.
+    pub http: Arc<RustlsConfig>,
 }
 
 impl Texts {
@@ -123,23 +130,31 @@ impl TlsFiles {
             other => not_pem("tls.key", &self.key, &other),
         })?;
         let provider = Arc::new(ring::default_provider());
-        let builder = RustlsConfig::builder_with_provider(provider.clone())
-            .with_safe_default_protocol_versions()
-            .map_err(|error| self.unusable(error))?;
+        let begin = || {
+            RustlsConfig::builder_with_provider(provider.clone())
+                .with_safe_default_protocol_versions()
+                .map_err(|error| self.unusable(error))
+        };
+        let http = begin()?.with_no_client_auth();
+        let http = http.with_single_cert(chain.clone(), key.clone_key());
+        let builder = begin()?;
         let builder = match (&self.client_ca, &texts.client_ca) {
             (Some(path), Some(text)) => {
                 let roots = Arc::new(roots(path, text)?);
-                let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider).build();
+                let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider.clone()).build();
                 let verifier = verifier.map_err(|error| client_ca(path, error.to_string()))?;
                 builder.with_client_cert_verifier(verifier)
             }
             _ => builder.with_no_client_auth(),
         };
-        let mut config =
+        let mut grpc =
             builder.with_single_cert(chain, key).map_err(|error| self.unusable(error))?;
         // gRPC is HTTP/2 only.
-        config.alpn_protocols = vec![b"h2".to_vec()];
-        Ok(Identity { config: Arc::new(config), not_after, refused_for })
+        grpc.alpn_protocols = vec![b"h2".to_vec()];
+        let mut http = http.map_err(|error| self.unusable(error))?;
+        http.alpn_protocols = vec![b"http/1.1".to_vec()];
+        let offers = Arc::new(Offers { grpc: Arc::new(grpc), http: Arc::new(http) });
+        Ok(Identity { offers, not_after, refused_for })
     }
 
     fn unusable(&self, error: rustls::Error) -> TlsError {

@@ -28,7 +28,7 @@ fn files_are_loaded_and_what_is_wrong_is_named() {
     let dir = tempfile::tempdir().unwrap();
     let (a, b) = (own(), own());
     let (cert, key) = (a.cert.pem(), a.signing_key.serialize_pem());
-    assert_eq!(load(&files(dir.path(), &cert, &key)).unwrap().config.alpn_protocols, [b"h2"]);
+    assert_eq!(load(&files(dir.path(), &cert, &key)).unwrap().offers.grpc.alpn_protocols, [b"h2"]);
     let refusal = |cert: &str, key: &str| {
         load(&files(dir.path(), cert, key)).err().expect("it is refused").to_string()
     };

@@ -1,5 +1,6 @@
 use super::connections::Call;
 use crate::error::Error;
+use crate::refusals::Refusals;
 use bytes::Bytes;
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use std::pin::Pin;
@@ -24,23 +25,31 @@ const WAIT: Duration = Duration::from_secs(10);
 const SLOW: Duration = Duration::from_secs(30);
 /// Slower than this on average, for long, is a way to hold others up.
 const LEAST_BYTES_PER_SECOND: usize = 128 << 10;
+/// Whose request it is, the service behind will see.
+const UNKNOWN: &str = "";
 
 /// Room for the large requests of all connections.
 pub struct Room {
     large: Arc<Semaphore>,
     n_large: usize,
+    refusals: Arc<Refusals>,
 }
 
 impl Room {
     /// For requests of at most so many bytes.
-    pub fn new(max_request_bytes: usize) -> Self {
+    pub fn new(max_request_bytes: usize, refusals: Arc<Refusals>) -> Self {
         let n_large = (LARGE_BYTES_TOGETHER / max_request_bytes.max(1)).clamp(1, MOST_LARGE);
-        Room { large: Arc::new(Semaphore::new(n_large)), n_large }
+        Room { large: Arc::new(Semaphore::new(n_large)), n_large, refusals }
     }
 
     /// What one request takes of it: nothing yet.
     pub fn share(&self) -> Share {
-        Share { large: self.large.clone(), n_large: self.n_large, taken: Arc::default() }
+        Share {
+            large: self.large.clone(),
+            n_large: self.n_large,
+            refusals: self.refusals.clone(),
+            taken: Arc::default(),
+        }
     }
 }
 
@@ -49,6 +58,7 @@ impl Room {
 pub struct Share {
     large: Arc<Semaphore>,
     n_large: usize,
+    refusals: Arc<Refusals>,
     taken: Arc<Mutex<Option<OwnedSemaphorePermit>>>,
 }
 
@@ -57,10 +67,11 @@ type Waiting = Pin<Box<dyn Future<Output = Result<OwnedSemaphorePermit, Status>>
 impl Share {
     fn wait(&self) -> Waiting {
         let (large, limit) = (self.large.clone(), self.n_large);
+        let refusals = self.refusals.clone();
         Box::pin(async move {
             match tokio::time::timeout(WAIT, large.acquire_owned()).await {
                 Ok(Ok(permit)) => Ok(permit),
-                _ => Err(Error::LargeRequests { limit }.into()),
+                _ => Err(refusals.status(UNKNOWN, None, Error::LargeRequests { limit })),
             }
         })
     }
@@ -134,7 +145,9 @@ impl HttpBody for Incoming {
                 Poll::Ready(other) => return Poll::Ready(other),
                 Poll::Pending if self.slow.as_mut().poll(context).is_ready() => {
                     let bytes = self.seen;
-                    return Poll::Ready(Some(Err(Error::SlowRequest { bytes }.into())));
+                    let slow = Error::SlowRequest { bytes };
+                    let status = self.share.refusals.status(UNKNOWN, None, slow);
+                    return Poll::Ready(Some(Err(status)));
                 }
                 Poll::Pending => return Poll::Pending,
             }
@@ -219,7 +232,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn large_requests_wait_for_each_other_and_small_ones_for_nobody() {
-        let room = Room::new(LARGE_BYTES_TOGETHER);
+        let room = Room::new(LARGE_BYTES_TOGETHER, Arc::default());
         let (large, small) = (Bytes::from(vec![0; SMALL_BYTES + 1]), Bytes::from(vec![0; 9]));
         let (send, mut first, share) = incoming(&room);
         send.send(large.clone()).unwrap();
@@ -242,7 +255,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_request_that_drips_is_refused_and_a_steady_one_is_not() {
-        let room = Room::new(1);
+        let room = Room::new(1, Arc::default());
         let (_send, mut silent, _) = incoming(&room);
         let begun = Instant::now();
         assert!(next(&mut silent).await.unwrap().unwrap_err().message().contains("too slowly"));

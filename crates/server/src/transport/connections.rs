@@ -12,8 +12,6 @@ use tokio::time::Instant;
 pub const HANDSHAKE: Duration = Duration::from_secs(10);
 /// Within this the first request comes.
 const FIRST_REQUEST: Duration = Duration::from_secs(30);
-/// Without a call for so long a connection is closed. gRPC's clients connect again by themselves.
-const IDLE: Duration = Duration::from_secs(1800);
 /// How often it is looked who is overdue.
 const SWEEP: Duration = Duration::from_secs(1);
 
@@ -23,6 +21,8 @@ pub struct Connections(Arc<Shared>);
 
 struct Shared {
     max: usize,
+    /// Without a call for so long a connection is closed.
+    idle: Duration,
     // Never held across an await; every use is short.
     open: Mutex<Open>,
 }
@@ -72,9 +72,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Connections {
-    /// At most so many at a time. Those that are overdue are closed as long as clones are there.
-    pub fn start(max: usize) -> Self {
-        let shared = Arc::new(Shared { max, open: Mutex::default() });
+    /// At most so many at a time, each closed after so long without a call, as long as clones are
+    /// there.
+    pub fn start(max: usize, idle: Duration) -> Self {
+        let shared = Arc::new(Shared { max, idle, open: Mutex::default() });
         tokio::spawn(sweep(Arc::downgrade(&shared)));
         Connections(shared)
     }
@@ -113,7 +114,7 @@ async fn sweep(shared: Weak<Shared>) {
         let Some(shared) = shared.upgrade() else { return };
         let now = Instant::now();
         for state in lock(&shared.open).places.values() {
-            if state.is_overdue(now) {
+            if state.is_overdue(now, shared.idle) {
                 state.kick();
             }
         }
@@ -188,9 +189,9 @@ impl State {
         (life.n_calls == 0).then_some(life.since)
     }
 
-    fn is_overdue(&self, now: Instant) -> bool {
+    fn is_overdue(&self, now: Instant, idle: Duration) -> bool {
         let life = lock(&self.life);
-        let allowed = if life.known { IDLE } else { FIRST_REQUEST };
+        let allowed = if life.known { idle } else { FIRST_REQUEST };
         life.n_calls == 0 && now.duration_since(life.since) >= allowed
     }
 }
@@ -207,9 +208,11 @@ impl Drop for Call {
 mod tests {
     use super::*;
 
+    const IDLE: Duration = Duration::from_secs(1800);
+
     #[tokio::test(start_paused = true)]
     async fn the_one_idle_for_longest_makes_room_and_a_busy_one_never() {
-        let connections = Connections::start(2);
+        let connections = Connections::start(2, IDLE);
         let first = connections.admit().unwrap();
         let call = first.state().call();
         tokio::time::advance(Duration::from_secs(1)).await;
@@ -230,7 +233,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn strangers_and_the_idle_are_closed_in_time() {
-        let connections = Connections::start(9);
+        let connections = Connections::start(9, IDLE);
         let [stranger, idle, busy] = [(); 3].map(|()| connections.admit().unwrap());
         drop(idle.state().call());
         let call = busy.state().call();

@@ -4,6 +4,7 @@
 use super::Peer;
 use super::body::{Incoming, Lasting, Room};
 use super::caught::Caught;
+use crate::refusals::Refusals;
 use http::{Request, Response};
 use std::convert::Infallible;
 use std::pin::Pin;
@@ -25,8 +26,8 @@ pub struct GuardLayer {
 
 impl GuardLayer {
     /// With requests of at most so many bytes.
-    pub fn new(max_request_bytes: usize) -> Self {
-        GuardLayer { room: Arc::new(Room::new(max_request_bytes)) }
+    pub fn new(max_request_bytes: usize, refusals: Arc<Refusals>) -> Self {
+        GuardLayer { room: Arc::new(Room::new(max_request_bytes, refusals)) }
     }
 }
 

@@ -5,9 +5,14 @@ mod body;
 mod caught;
 mod connections;
 mod guard;
+mod health;
 mod incoming;
 mod io;
 mod serve;
 
+pub use connections::Connections;
+pub use health::{Health, State};
+pub use incoming::incoming;
+pub use io::Io;
 use io::Peer;
-pub use serve::{Served, Serving, set_health};
+pub use serve::{Served, Serving};
