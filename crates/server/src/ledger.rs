@@ -90,8 +90,11 @@ struct Books {
     work_room: u64,
     /// The most that somebody needs and did not get, until idle sessions are asked to leave.
     wanted: u64,
-    /// The most of all kinds together since [`Ledger::take_slack`] was taken.
+    /// The most of all kinds together since memory was last given back.
     high: u64,
+    /// The same since [`Ledger::take_slack`] last looked, and between that look and the one before.
+    recent: u64,
+    before: u64,
 }
 
 impl ByKind {
@@ -147,7 +150,8 @@ impl Ledger {
     /// Nothing is taken yet. Without a budget everything fits, and is still counted.
     pub fn new(budget: Option<u64>) -> Self {
         let usage = Usage { budget, ..Usage::default() };
-        let books = Mutex::new(Books { usage, work_room: 0, wanted: 0, high: 0 });
+        let books =
+            Mutex::new(Books { usage, work_room: 0, wanted: 0, high: 0, recent: 0, before: 0 });
         Ledger(Arc::new(Shared { books, freed: Arc::default(), pressed: Notify::new() }))
     }
 
@@ -155,6 +159,16 @@ impl Ledger {
     pub fn reserve(&self, kind: BytesKind, bytes: u64) -> Result<Reservation, Shortage> {
         self.books().take(kind, bytes)?;
         Ok(Reservation { ledger: self.clone(), kind, bytes: bytes.into(), held: None })
+    }
+
+    /// There is more than was thought. A budget that is larger stays.
+    pub fn raise_budget(&self, bytes: u64) {
+        let mut books = self.books();
+        if books.usage.budget.is_some_and(|budget| budget < bytes) {
+            books.usage.budget = Some(bytes);
+            drop(books);
+            self.0.freed.notify_waiters();
+        }
     }
 
     /// Counts bytes that are there already, even beyond the budget.
@@ -200,16 +214,18 @@ impl Ledger {
         self.0.freed.clone().notified_owned()
     }
 
-    /// How many bytes were in use and are not any more, since this was last more than nothing; less
-    /// than `least` are nothing, and so are any while work goes on, which will want them again.
+    /// How many bytes were in use and are not wanted any more: not since the look before the last, so
+    /// that what a training session frees between two microbatches is none of them. Less than `least`
+    /// are nothing.
     pub fn take_slack(&self, least: u64) -> u64 {
         let mut books = self.books();
-        let now = books.usage.now;
-        let slack = books.high.saturating_sub(now.total());
-        if slack < least.max(1) || now.tapes + now.workspace > 0 {
+        let wanted = books.recent.max(books.before);
+        (books.before, books.recent) = (books.recent, books.usage.now.total());
+        let slack = books.high.saturating_sub(wanted);
+        if slack < least.max(1) {
             return 0;
         }
-        books.high = now.total();
+        books.high = wanted;
         slack
     }
 
@@ -317,7 +333,8 @@ impl Books {
         *now.of_mut(kind) += bytes;
         *peak.of_mut(kind) = peak.of(kind).max(now.of(kind));
         *peak_total = now.total().max(*peak_total);
-        self.high = now.total().max(self.high);
+        self.recent = now.total().max(self.recent);
+        self.high = self.recent.max(self.high);
     }
 
     fn give(&mut self, kind: BytesKind, bytes: u64) {

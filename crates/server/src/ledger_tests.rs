@@ -121,19 +121,28 @@ async fn caches_leave_the_same_room_and_press_for_what_is_beside_it() {
 }
 
 #[test]
-fn slack_is_what_was_in_use_and_is_told_once() {
+fn slack_is_what_was_not_wanted_for_a_while_and_is_told_once() {
     let ledger = Ledger::new(Some(1000));
     let weights = ledger.reserve(Weights, 100).unwrap();
-    let first = ledger.reserve(Adapters, 300).unwrap();
-    let tape = ledger.reserve(Tapes, 200).unwrap();
-    drop(first);
-    assert_eq!(ledger.take_slack(100), 0, "work goes on");
-    drop(tape);
-    assert_eq!(ledger.take_slack(501), 0, "too little");
-    assert_eq!(ledger.take_slack(500), 500);
+    let leaver = ledger.reserve(Adapters, 300).unwrap();
+    let microbatch = || drop(ledger.reserve(Tapes, 200).unwrap());
+    microbatch();
+    drop(leaver);
+    // One look sees that it went, the next that nobody came for it.
     assert_eq!(ledger.take_slack(1), 0);
-    drop(ledger.reserve(Adapters, 50).unwrap());
-    assert_eq!(ledger.take_slack(1), 50);
+    microbatch();
+    assert_eq!(ledger.take_slack(1), 0);
+    microbatch();
+    assert_eq!(ledger.take_slack(301), 0, "too little");
+    microbatch();
+    assert_eq!(ledger.take_slack(300), 300, "none of what microbatches want again and again");
+    for _ in 0..3 {
+        microbatch();
+        assert_eq!(ledger.take_slack(1), 0);
+    }
+    // Training has ended.
+    assert_eq!((ledger.take_slack(1), ledger.take_slack(1)), (0, 200));
+    assert_eq!(ledger.take_slack(1), 0);
     assert_eq!(weights.bytes(), 100);
 }
 
