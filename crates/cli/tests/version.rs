@@ -113,7 +113,8 @@ fn an_archive_knows_the_commit_that_it_is_of() {
     assert_eq!(find(), repository.head());
 
     // Also inside of another repository, whose commit says nothing of it.
-    let around = Command::new("git").arg("-C").arg(archive.path()).args(["init", "--quiet"]).status();
+    let around =
+        Command::new("git").arg("-C").arg(archive.path()).args(["init", "--quiet"]).status();
     assert!(around.unwrap().success());
     assert_eq!(find(), repository.head());
 

@@ -20,7 +20,9 @@ use std::process::{Command, Stdio};
 fn main() -> Result<()> {
     let arguments: Vec<_> = std::env::args().skip(1).collect();
     let [program, release] = &arguments[..] else {
-        anyhow::bail!("expected the release's program and its version: freeze target/release/offshoot 0.2.0");
+        anyhow::bail!(
+            "expected the release's program and its version: freeze target/release/offshoot 0.2.0"
+        );
     };
     let package = Path::new(env!("CARGO_MANIFEST_DIR"));
     let contract = package.join("../../proto/compat").join(release);
@@ -51,7 +53,15 @@ async fn write_store(program: &str, store: &Path) -> Result<()> {
     let config = server_config(store);
     let model = &config.model;
     let mut server = Command::new(PathBuf::from(program).canonicalize()?)
-        .args(["serve", "--model-name", &model.name, "--split-point-1", "1", "--split-point-2", "3"])
+        .args([
+            "serve",
+            "--model-name",
+            &model.name,
+            "--split-point-1",
+            "1",
+            "--split-point-2",
+            "3",
+        ])
         .env("OFFSHOOT_LISTEN__PORT", "0")
         .env("OFFSHOOT_MODEL__N_THREADS", "1")
         .env("OFFSHOOT_STORE__DIR", store)

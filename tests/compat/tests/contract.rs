@@ -69,7 +69,11 @@ const CHANGES: [(&str, &str, &str); 17] = [
     ("message DiscardDone {}", "message DiscardAnswer {}", "DiscardDone is gone"),
     ("ERROR_CODE_CACHE = 9;", "", "ErrorCode: ERROR_CODE_CACHE = 9 is gone"),
     ("ERROR_CODE_CACHE = 9;", "ERROR_CODE_CACHE = 19;", "ErrorCode: ERROR_CODE_CACHE = 9 is gone"),
-    ("ERROR_CODE_CACHE = 9;", "ERROR_CODE_LOST = 9;", "9 was ERROR_CODE_CACHE, and is ERROR_CODE_L"),
+    (
+        "ERROR_CODE_CACHE = 9;",
+        "ERROR_CODE_LOST = 9;",
+        "9 was ERROR_CODE_CACHE, and is ERROR_CODE_L",
+    ),
     ("rpc Describe(DescribeRequest)", "rpc Describe2(DescribeRequest)", "/Describe is gone"),
     ("rpc Describe(DescribeRequest)", "rpc Describe(stream DescribeRequest)", "(stream .offshoot"),
     ("package offshoot.v1;", "package offshoot.v2;", "message offshoot.v1.Tensor is gone"),

@@ -115,7 +115,8 @@ pub fn needed(roots: &[PathBuf], ours: &Folders) -> Result<Needed> {
 
 /// The program that starts it, such as `/lib64/ld-linux-x86-64.so.2`.
 fn loader(program: &Path) -> Result<String> {
-    let headers = output(Command::new("readelf").args(["--wide", "--program-headers"]).arg(program))?;
+    let headers =
+        output(Command::new("readelf").args(["--wide", "--program-headers"]).arg(program))?;
     let (_, rest) = headers
         .split_once("program interpreter: ")
         .with_context(|| format!("{} is no program of this system", program.display()))?;
@@ -131,7 +132,8 @@ fn libraries_of(path: &Path) -> Result<Vec<String>> {
 
 /// Where the loader would find it: its cache knows.
 fn of_the_system(name: &str) -> Result<Option<PathBuf>> {
-    let program = ["/sbin/ldconfig", "/usr/sbin/ldconfig"].into_iter().find(|p| Path::new(p).exists());
+    let program =
+        ["/sbin/ldconfig", "/usr/sbin/ldconfig"].into_iter().find(|p| Path::new(p).exists());
     let cache = output(Command::new(program.unwrap_or("ldconfig")).arg("--print-cache"))?;
     // The first is the one that is taken; those of other architectures have other folders.
     let of_this_machine = format!("/{}-", std::env::consts::ARCH);

@@ -58,18 +58,25 @@ pub fn tree(options: &Options) -> Result<()> {
     let mut roots = vec![binary.clone()];
     if options.cuda {
         roots.push(ours.find("libtorch_cuda.so").with_context(|| {
-            format!("no libtorch_cuda.so in {:?}: expected a CUDA build of libtorch", options.libtorch)
+            format!(
+                "no libtorch_cuda.so in {:?}: expected a CUDA build of libtorch",
+                options.libtorch
+            )
         })?);
         roots.extend(LOADED_BY_CUDA.iter().flat_map(|pattern| ours.matching(pattern)));
     }
     let needed = elf::needed(&roots, &ours)?;
     let tree = Tree { root: options.out.clone() };
-    tree.program(&binary)?;
+    strip(&tree.copy(&binary, "usr/bin/offshoot")?, "--strip-all")?;
     for (name, path) in &needed.ours {
-        tree.library(&format!("{LIBTORCH}/{name}"), path)?;
+        let place = tree.copy(path, &format!("{LIBTORCH}/{name}"))?;
+        // A fifth of torch's own; those of others stay as their makers gave them.
+        if ["libtorch", "libc10"].iter().any(|torch| name.starts_with(torch)) {
+            strip(&place, "--strip-unneeded")?;
+        }
     }
     for (name, path) in &needed.systems {
-        tree.library(&tree.place_of(name, path)?, path)?;
+        tree.copy(path, &place_of(name, path)?)?;
     }
     let packages = packages::of(&needed.systems)?;
     tree.system(&packages)?;
@@ -93,25 +100,6 @@ struct Tree {
 }
 
 impl Tree {
-    fn program(&self, binary: &Path) -> Result<()> {
-        let to = self.copy(binary, "usr/bin/offshoot")?;
-        command::output(Command::new("strip").arg(&to))?;
-        Ok(())
-    }
-
-    fn library(&self, place: &str, from: &Path) -> Result<()> {
-        self.copy(from, place).map(drop)
-    }
-
-    /// The loader stands where the program's header says, every other library where the loader looks.
-    fn place_of(&self, name: &str, path: &Path) -> Result<String> {
-        if name.starts_with('/') {
-            return Ok(merged(name));
-        }
-        let folder = path.parent().context("a library is in a folder")?;
-        Ok(format!("{}/{name}", merged(&folder.to_string_lossy())))
-    }
-
     /// What programs of a system expect of it: users, names of hosts, certificates, licences.
     fn system(&self, packages: &[Package]) -> Result<()> {
         for folder in ["bin", "lib", "lib64"] {
@@ -200,6 +188,20 @@ impl Tree {
         println!("libtorch {}", setup::VERSION);
         Ok(())
     }
+}
+
+/// Takes names and notes out that only debuggers read.
+fn strip(file: &Path, how: &str) -> Result<()> {
+    command::output(Command::new("strip").arg(how).arg(file)).map(drop)
+}
+
+/// The loader stands where the program's header says, every other library where the loader looks.
+fn place_of(name: &str, path: &Path) -> Result<String> {
+    if name.starts_with('/') {
+        return Ok(merged(name));
+    }
+    let folder = path.parent().context("a library is in a folder")?;
+    Ok(format!("{}/{name}", merged(&folder.to_string_lossy())))
 }
 
 fn megabytes(bytes: u64) -> f64 {

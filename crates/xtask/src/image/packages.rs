@@ -23,7 +23,9 @@ pub struct Package {
 /// The packages of these libraries, each once. None where the system is not of Debian's kind.
 pub fn of(libraries: &BTreeMap<String, PathBuf>) -> Result<Vec<Package>> {
     if !Path::new("/var/lib/dpkg/status").exists() {
-        eprintln!("this is no Debian: the bill of materials names the system's libraries by file only");
+        eprintln!(
+            "this is no Debian: the bill of materials names the system's libraries by file only"
+        );
         return Ok(vec![]);
     }
     let mut owners = BTreeMap::<String, Vec<String>>::new();

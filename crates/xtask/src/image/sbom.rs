@@ -159,7 +159,10 @@ mod tests {
         let find = |name: &str| {
             components.iter().find(|each| each["name"] == name).unwrap_or_else(|| panic!("{name}"))
         };
-        assert_eq!(find("tokio")["purl"].as_str().unwrap().split('@').next(), Some("pkg:cargo/tokio"));
+        assert_eq!(
+            find("tokio")["purl"].as_str().unwrap().split('@').next(),
+            Some("pkg:cargo/tokio")
+        );
         assert_eq!(find("tch")["hashes"][0]["alg"], "SHA-256");
         assert_eq!(find("offshoot-server")["licenses"][0]["expression"], "Apache-2.0");
         assert_eq!(find("torch")["components"][0]["name"], "/usr/lib/offshoot/libc10.so");
@@ -176,7 +179,11 @@ mod tests {
     fn references_are_known(bill: &Value) {
         fn collect(component: &Value, known: &mut Vec<String>) {
             known.push(component["bom-ref"].as_str().expect("a reference").to_owned());
-            component["components"].as_array().into_iter().flatten().for_each(|c| collect(c, known));
+            component["components"]
+                .as_array()
+                .into_iter()
+                .flatten()
+                .for_each(|c| collect(c, known));
         }
         let mut known = Vec::new();
         collect(&bill["metadata"]["component"], &mut known);

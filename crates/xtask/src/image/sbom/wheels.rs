@@ -31,7 +31,10 @@ pub fn of(libraries: &BTreeMap<String, PathBuf>) -> Result<Vec<Wheel>> {
         };
         wheels.entry(wheel.unwrap_or_else(|| usual(library))).or_default().push(library.clone());
     }
-    Ok(wheels.into_iter().map(|((name, version), libraries)| wheel(&name, &version, libraries)).collect())
+    Ok(wheels
+        .into_iter()
+        .map(|((name, version), libraries)| wheel(&name, &version, libraries))
+        .collect())
 }
 
 fn wheel(name: &str, version: &str, libraries: Vec<String>) -> Wheel {
@@ -111,7 +114,10 @@ mod tests {
         ]);
         let found = of(&libraries).unwrap();
         let names: Vec<_> = found.iter().map(|wheel| wheel.reference.as_str()).collect();
-        assert_eq!(names, ["pkg:pypi/nvidia-cublas@13.1.0", "pkg:pypi/nvidia-cuda-runtime@13.0.96"]);
+        assert_eq!(
+            names,
+            ["pkg:pypi/nvidia-cublas@13.1.0", "pkg:pypi/nvidia-cuda-runtime@13.0.96"]
+        );
         assert_eq!(found[0].libraries, ["libcublas.so.13"]);
     }
 }
