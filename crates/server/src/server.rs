@@ -178,8 +178,15 @@ impl Server {
         };
         let served = Served::start(serving).await?;
         let http = http_listener.map(|listener| {
-            let (tls, keeper, open_metrics) = (http_tls, http_keeper, http.open_metrics);
-            Http::start(HttpParts { listener, tls, keeper, health, open_metrics })
+            Http::start(HttpParts {
+                listener,
+                tls: http_tls,
+                keeper: http_keeper,
+                health: health.clone(),
+                operations: operations.clone(),
+                metrics: metrics.clone(),
+                open_metrics: http.open_metrics,
+            })
         });
         let http = http.transpose()?;
         let supervisor = Supervisor::start(engine, registry.clone(), served.health.clone());

@@ -10,6 +10,7 @@
 //! asked for (CORS, which nothing here grants), and a server on loopback answers to no name but
 //! loopback's, so that no other name can be pointed at it.
 
+mod api;
 mod guard;
 mod page;
 mod probes;

@@ -2,6 +2,8 @@ use super::refusal::Refusal;
 use super::routes::routes;
 use crate::access::{Caller, Keeper};
 use crate::error::Error;
+use crate::metrics::Metrics;
+use crate::operations::Operations;
 use crate::tls::Tls;
 use crate::transport::{Connections, Health, Io, incoming};
 use axum::Router;
@@ -13,9 +15,10 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
-use tokio::sync::oneshot;
+use tokio::sync::{Semaphore, oneshot};
 use tokio::task::JoinHandle;
 use tokio_stream::StreamExt;
 use tonic::transport::server::Connected;
@@ -30,6 +33,8 @@ const HEADERS: usize = 64;
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Without a request, or with an answer that nobody reads, a connection is closed after so long.
 const IDLE: Duration = Duration::from_secs(90);
+/// Overviews that are made at a time; more wait.
+const LOOKS: usize = 2;
 /// For answers under way to be read when the server ends, and again for connections to close.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -40,6 +45,8 @@ pub struct HttpParts {
     pub tls: Option<Tls>,
     pub keeper: Keeper,
     pub health: Health,
+    pub operations: Arc<Operations>,
+    pub metrics: Arc<Metrics>,
     pub open_metrics: bool,
 }
 
@@ -48,9 +55,12 @@ pub struct HttpParts {
 pub struct Shown {
     pub keeper: Keeper,
     pub health: Health,
+    pub operations: Arc<Operations>,
+    pub metrics: Arc<Metrics>,
     pub open_metrics: bool,
     /// Whether only this machine can connect.
     pub is_local: bool,
+    pub looks: Arc<Semaphore>,
 }
 
 impl Shown {
@@ -72,12 +82,14 @@ pub struct Http {
 impl Http {
     /// Answers from now on.
     pub fn start(parts: HttpParts) -> Result<Http, Error> {
-        let HttpParts { listener, tls, keeper, health, open_metrics } = parts;
+        let HttpParts { listener, tls, keeper, health, operations, metrics, open_metrics } = parts;
         let local_addr = listener
             .local_addr()
             .map_err(|source| Error::Bind { address: "http".into(), source })?;
         let is_local = local_addr.ip().is_loopback();
-        let app = routes(Shown { keeper, health, open_metrics, is_local });
+        let looks = Arc::new(Semaphore::new(LOOKS));
+        let app =
+            routes(Shown { keeper, health, operations, metrics, open_metrics, is_local, looks });
         let connections = Connections::start(MAX_CONNECTIONS, IDLE);
         let incoming = incoming(listener, tls.map(|tls| tls.for_http()), connections.clone());
         let (stop, mut stopped) = oneshot::channel();
