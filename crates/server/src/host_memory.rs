@@ -1,5 +1,5 @@
-//! How much memory this process may still take: what the system has available, within the limit of
-//! its container.
+//! How much memory this process has, and may still take: what the system has available, within the limit
+//! of its container.
 
 use sysinfo::{MemoryRefreshKind, ProcessRefreshKind, ProcessesToUpdate, System};
 
@@ -12,6 +12,15 @@ pub fn available_bytes() -> Option<u64> {
     let of_container = container(&mut system).map(|l| l.total_memory.saturating_sub(l.rss));
     let available = of_container.map_or(of_system, |bytes| bytes.min(of_system));
     (available > 0).then_some(available)
+}
+
+/// Resident set of this process; 0 where /proc is not there.
+pub fn resident_bytes() -> u64 {
+    // Not statm: that counts pages, and their size cannot be asked for without unsafe code.
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let kilobytes = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let number = kilobytes.and_then(|text| text.trim().trim_end_matches(" kB").parse::<u64>().ok());
+    number.unwrap_or(0) * 1024
 }
 
 /// The limits of this process's own control group, or of the one that is the root of its view.

@@ -107,6 +107,13 @@ impl Accounts {
     }
 }
 
+impl Accounts {
+    /// Of all tenants that have had something since the start.
+    pub fn all(&self) -> Vec<Arc<Account>> {
+        lock(&self.all).values().cloned().collect()
+    }
+}
+
 impl Rules {
     fn tenant(&self, name: &str) -> Option<Arc<Tenant>> {
         self.0.get()?.tenant(name)
@@ -131,9 +138,19 @@ impl Account {
         (self.weight.swap(weight, Ordering::Relaxed) != weight).then_some(weight)
     }
 
+    /// Whose it is; empty without a tenants file.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// What the tenant may have, as it is now.
     pub fn quotas(&self) -> Quotas {
         self.rules.tenant(&self.name).map_or_else(Quotas::default, |tenant| tenant.quotas)
+    }
+
+    /// How much there is of it now.
+    pub fn amount(&self, amount: Amount) -> u64 {
+        *lock(&self.books).of_mut(amount)
     }
 
     /// Takes so much, or says why not.

@@ -3,7 +3,7 @@
 
 mod queue;
 
-pub use queue::{Batch, Budget, Entry, Kind, LaneId, OwnerId, Queue, Share, Taken};
+pub use queue::{Batch, Budget, Entry, Kind, LaneId, OwnerId, Queue, QueueView, Share, Taken};
 
 use crate::error::Error;
 use std::sync::{Condvar, Mutex, MutexGuard};
@@ -124,6 +124,11 @@ impl<J> Scheduler<J> {
         drop(shared);
         drop(dropped);
         self.pushed.notify_all();
+    }
+
+    /// Who waits, and who had how much.
+    pub fn view(&self) -> QueueView {
+        self.lock().queue.view()
     }
 
     /// Whether jobs enter.

@@ -9,8 +9,9 @@ use super::wire;
 use super::worker::Worker;
 use crate::error::Error;
 use crate::faults::Fault;
-use crate::scheduler::{Scheduler, Taken};
+use crate::scheduler::{Kind, Scheduler, Taken};
 use crate::session::BackwardWork;
+use crate::trace::{self, BatchSpan};
 use offshoot_model::{Rows, Segment, Tape, TapeSize, Work};
 use offshoot_proto::HostTensor;
 use std::time::Instant;
@@ -104,17 +105,24 @@ impl Worker {
         self.tapes.reserve_running(bytes).is_ok() || chosen.is_empty()
     }
 
-    fn run_chosen_backwards(&mut self, chosen: Vec<Taken<Job>>) {
+    fn run_chosen_backwards(&mut self, mut chosen: Vec<Taken<Job>>) {
         let begun = Instant::now();
         let n_tokens: usize = chosen.iter().map(|taken| taken.entry.n_tokens).sum();
-        let span = tracing::debug_span!("backward batch", n_jobs = chosen.len(), n_tokens);
+        let jobs = chosen.iter().map(|taken| &taken.entry.job.spans);
+        let batch = BatchSpan::begin("backward", n_tokens, jobs);
+        for Taken { entry, .. } in &mut chosen {
+            entry.job.spans.run_in(&batch, entry.job.command.span_name(), entry.n_tokens);
+        }
         let results =
-            span.in_scope(|| together_or_alone("Backward", &chosen, |some| self.gradients(some)));
+            batch.run(|| together_or_alone("Backward", &chosen, |some| self.gradients(some)));
+        drop(batch);
         let company = Company::new(begun, &self.slots, chosen.iter());
+        self.stats.ran_batch(Kind::Backward, company.size());
         for (taken, result) in chosen.into_iter().zip(results) {
             let Taken { lane, entry, .. } = taken;
             let times = company.times(&self.slots, lane, entry.since);
-            let _span = entry.job.span.enter();
+            company.count(&mut self.slots, lane, &entry, result.is_ok());
+            let _span = entry.job.spans.asked().enter();
             let Command::Frame { sequence, work: FrameWork::Backward { work, reply } } =
                 entry.job.command
             else {
@@ -137,6 +145,7 @@ impl Worker {
         self.stats.faults.pass(Fault::Backward);
         let open: Vec<&OpenTape> =
             chosen.iter().map(|taken| self.tape(taken)).collect::<Result<_, _>>()?;
+        let uploading = trace::phase("engine.upload").entered();
         let upload = |taken| wire::upload(&work(taken).1.grad, part.kind(), device);
         let grad = concat(chosen.iter().map(upload).collect()); // [N, H]
         self.injected_limit(grad.size()[0]);
@@ -155,7 +164,11 @@ impl Worker {
             .collect();
         let tapes: Vec<&Tape> = open.iter().map(|open| &open.tape).collect();
         let want_input = open.iter().any(|open| open.want_input_grad);
+        drop(uploading);
+        let passing = trace::phase("engine.pass").entered();
         let back = part.backward(&tapes, &grad, &rows, &segments, want_input);
+        drop(passing);
+        let _downloading = trace::phase("engine.download").entered();
         let each = segments.iter().zip(back.lora).zip(open.iter().zip(chosen));
         let done = each.map(|((segment, lora), (open, taken))| {
             // What overflows when squared cannot be clipped by its norm either.

@@ -1,8 +1,11 @@
 use crate::error::Error;
 use crate::ledger::Reservation;
+use crate::meter::Meter;
+use crate::metrics::JobKind;
 use crate::quota::Account;
 use crate::scheduler::Kind;
-use crate::session::{BackwardWork, ExtendWork, ForwardWork, StepWork};
+use crate::trace::JobSpans;
+use crate::session::{BackwardWork, ExtendWork, ForwardWork, Mode, StepWork};
 use offshoot_adapters::{AdamW, AdapterState, LoraSpec};
 use offshoot_proto::{HostTensor, WireDType};
 use std::sync::Arc;
@@ -15,8 +18,7 @@ pub type Reply<T> = oneshot::Sender<Result<T, Error>>;
 /// One thing for the engine to do, with what its answer needs.
 pub struct Job {
     pub command: Command,
-    /// The span of the request that asked for it.
-    pub span: tracing::Span,
+    pub spans: JobSpans,
 }
 
 /// Everything that can happen to the device.
@@ -62,6 +64,8 @@ pub struct Plan {
     pub start: Start,
     /// The set's bytes, given back when the engine drops the set.
     pub reserved: Reservation,
+    /// Where its use of the device is counted.
+    pub meter: Arc<Meter>,
 }
 
 /// From which values an adapter set begins.
@@ -157,6 +161,37 @@ impl Command {
             Command::Frame { work: FrameWork::DropCache { .. }, .. } => Kind::Control,
             Command::Admit { .. } | Command::Release { .. } => Kind::Control,
             Command::ToState { .. } | Command::Export { .. } => Kind::Control,
+        }
+    }
+
+    /// What it is in the metrics.
+    pub fn job_kind(&self) -> JobKind {
+        let Command::Frame { work, .. } = self else { return JobKind::Control };
+        match work {
+            FrameWork::Forward { work, .. } if work.mode == Mode::Eval => JobKind::Evaluate,
+            FrameWork::Forward { .. } => JobKind::Forward,
+            FrameWork::Backward { .. } => JobKind::Backward,
+            FrameWork::Extend { .. } => JobKind::Extend,
+            FrameWork::Step { .. } => JobKind::Step,
+            FrameWork::Discard { .. } | FrameWork::DropCache { .. } => JobKind::Control,
+        }
+    }
+
+    /// Name of the span in which it runs.
+    pub fn span_name(&self) -> &'static str {
+        match self {
+            Command::Admit { .. } => "engine.admit",
+            Command::Release { .. } => "engine.release",
+            Command::ToState { .. } => "engine.copy",
+            Command::Export { .. } => "engine.export",
+            Command::Frame { work, .. } => match work {
+                FrameWork::Forward { .. } => "engine.forward",
+                FrameWork::Backward { .. } => "engine.backward",
+                FrameWork::Step { .. } => "engine.step",
+                FrameWork::Discard { .. } => "engine.discard",
+                FrameWork::Extend { .. } => "engine.extend",
+                FrameWork::DropCache { .. } => "engine.drop_cache",
+            },
         }
     }
 

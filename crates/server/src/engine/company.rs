@@ -1,7 +1,8 @@
 use super::command::{Job, Times};
 use super::slot::Slot;
+use crate::metrics::Ran;
 use crate::quota::Account;
-use crate::scheduler::{LaneId, Taken};
+use crate::scheduler::{Entry, LaneId, Taken};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,6 +12,9 @@ use std::time::{Duration, Instant};
 pub(super) struct Company {
     begun: Instant,
     execute: Duration,
+    /// Packed tokens of all.
+    n_tokens: usize,
+    n_jobs: usize,
     tenants: Vec<(Arc<Account>, usize, usize)>,
 }
 
@@ -21,8 +25,12 @@ impl Company {
         slots: &HashMap<LaneId, Slot>,
         jobs: impl Iterator<Item = &'a Taken<Job>>,
     ) -> Company {
+        let execute = begun.elapsed();
+        let (mut all_jobs, mut all_tokens) = (0, 0);
         let mut tenants: Vec<(Arc<Account>, usize, usize)> = Vec::new();
         for Taken { lane, entry, .. } in jobs {
+            all_jobs += 1;
+            all_tokens += entry.n_tokens;
             let Some(Slot { account, .. }) = slots.get(lane) else { continue };
             match tenants.iter_mut().find(|(of, ..)| Arc::ptr_eq(of, account)) {
                 Some((_, n_jobs, n_tokens)) => {
@@ -32,7 +40,31 @@ impl Company {
                 None => tenants.push((account.clone(), 1, entry.n_tokens)),
             }
         }
-        Company { begun, execute: begun.elapsed(), tenants }
+        Company { begun, execute, n_tokens: all_tokens, n_jobs: all_jobs, tenants }
+    }
+
+    /// How many jobs and tokens it was.
+    pub fn size(&self) -> (usize, usize) {
+        (self.n_jobs, self.n_tokens)
+    }
+
+    /// Counts one of its jobs in its session's meter; without its tokens, if it came to nothing.
+    pub fn count(
+        &self,
+        slots: &mut HashMap<LaneId, Slot>,
+        lane: LaneId,
+        entry: &Entry<Job>,
+        done: bool,
+    ) {
+        let Some(slot) = slots.get_mut(&lane) else { return };
+        let ran = Ran {
+            kind: entry.job.command.job_kind(),
+            n_tokens: if done { entry.n_tokens } else { 0 },
+            queue: self.begun.saturating_duration_since(entry.since),
+            execute: self.execute,
+            share: self.execute.mul_f64(entry.n_tokens as f64 / self.n_tokens.max(1) as f64),
+        };
+        slot.ran(entry.since, self.begun, ran);
     }
 
     /// Where the time of one of its jobs went, which waits since then.

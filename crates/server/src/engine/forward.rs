@@ -5,15 +5,16 @@ use super::caches::{Asks, CacheKey};
 use super::command::{Command, ForwardResult, FrameWork, Job, Reply};
 use super::company::Company;
 use super::outcome::{caught, send, together_or_alone};
-use super::tapes::{Need, NewTape, Packing};
+use super::tapes::{LoraShape, Need, NewTape, Packing};
 use super::wire;
 use super::worker::Worker;
 use crate::error::Error;
 use crate::faults::Fault;
 use crate::ledger::{Reservation, Shortage};
 use crate::quota::{Account, Amount, Held};
-use crate::scheduler::{LaneId, Scheduler, Taken};
+use crate::scheduler::{Kind, LaneId, Scheduler, Taken};
 use crate::session::{ExtendWork, ForwardWork, Mode};
+use crate::trace::{self, BatchSpan};
 use offshoot_model::{DropoutKey, Rows, Segment, Tape, TapeSize, Way, Work};
 use offshoot_proto::HostTensor;
 use std::sync::Arc;
@@ -290,17 +291,9 @@ impl Worker {
 
     fn need(&self, lane: LaneId, forward: &ForwardWork, keep: Option<TapeSize>) -> Need {
         let n_tokens = forward.hidden.shape()[0] as u64;
-        let running = self.part.workspace_bytes(n_tokens, Work::Forward);
-        let adapters = self.slots.get(&lane).map(|slot| &slot.adapters);
-        match keep {
-            None => Need { running, ..Need::default() },
-            Some(size) => Need {
-                tapes: self.part.tape_bytes(n_tokens, size, adapters),
-                running,
-                standing: self.part.workspace_bytes(n_tokens, Work::Backward(size))
-                    + self.gradient_bytes(lane),
-            },
-        }
+        let ranks = self.slots.get(&lane).map_or(0, |slot| slot.adapters.ranks());
+        let lora = LoraShape { ranks, gradient_bytes: self.gradient_bytes(lane) };
+        Need::of(self.part.shapes(), n_tokens, keep, lora)
     }
 
     /// Why a forward without room is refused at once. None: it may wait.
@@ -320,19 +313,22 @@ impl Worker {
         (never || blocks_itself || is_over).then_some(Error::NoRoom { shortage, retry_after })
     }
 
-    fn run_chosen(&mut self, chosen: Vec<Chosen>, reserved: Reservation) {
+    fn run_chosen(&mut self, mut chosen: Vec<Chosen>, reserved: Reservation) {
         let begun = Instant::now();
         let n_tokens: usize = chosen.iter().map(|chosen| chosen.taken.entry.n_tokens).sum();
-        let span = tracing::debug_span!("forward batch", n_jobs = chosen.len(), n_tokens);
+        let batch = begin_batch(&mut chosen, n_tokens);
         let results =
-            span.in_scope(|| together_or_alone("Forward", &chosen, |some| Ok(self.compute(some))));
+            batch.run(|| together_or_alone("Forward", &chosen, |some| Ok(self.compute(some))));
+        drop(batch);
         let company = Company::new(begun, &self.slots, chosen.iter().map(|chosen| &chosen.taken));
         self.count();
+        self.stats.ran_batch(Kind::Forward, company.size());
         let mut opened = Vec::new();
         for (Chosen { taken, of_tenant, .. }, result) in chosen.into_iter().zip(results) {
             let Taken { lane, entry, .. } = taken;
             let times = company.times(&self.slots, lane, entry.since);
-            let _span = entry.job.span.enter();
+            company.count(&mut self.slots, lane, &entry, result.is_ok());
+            let _span = entry.job.spans.asked().enter();
             if let (Err(_), Some(account)) = (&result, self.account(lane)) {
                 account.give_tokens_back(entry.n_tokens);
             }
@@ -375,6 +371,7 @@ impl Worker {
     fn compute(&self, chosen: &[Chosen]) -> Vec<Result<Done, Error>> {
         let (part, device) = (&self.part, self.part.device());
         self.stats.faults.pass(Fault::Forward);
+        let uploading = trace::phase("engine.upload").entered();
         let upload = |chosen: &Chosen| wire::upload(chosen.asked().hidden(), part.kind(), device);
         let x = concat(chosen.iter().map(upload).collect()); // [N, H]
         self.injected_limit(x.size()[0]);
@@ -401,7 +398,11 @@ impl Worker {
             cache.map_or(chosen.keep.map_or(Way::Evaluate, Way::Train), Way::Extend)
         };
         let ways: Vec<Way> = chosen.iter().map(way).collect();
+        drop(uploading);
+        let passing = trace::phase("engine.pass").entered();
         let (y, tapes) = part.forward_mixed(&x, &rows, &segments, &ways);
+        drop(passing);
+        let _downloading = trace::phase("engine.download").entered();
         let each = segments.iter().zip(tapes).zip(chosen);
         each.map(|((segment, tape), chosen)| {
             let own = y.narrow(0, segment.rows.start, segment.rows.end - segment.rows.start);
@@ -418,6 +419,28 @@ impl Worker {
         let slot = self.slots.get(&lane)?;
         let drops = work.mode == Mode::Train && slot.adapters.spec().lora_dropout > 0.0;
         drops.then_some(DropoutKey { seed: slot.seed, microbatch: work.dropout_key })
+    }
+}
+
+/// The batch begins, and with it the run of each job.
+fn begin_batch(chosen: &mut [Chosen], n_tokens: usize) -> BatchSpan {
+    let jobs = chosen.iter().map(|chosen| &chosen.taken.entry.job.spans);
+    let batch = BatchSpan::begin("forward", n_tokens, jobs);
+    for Chosen { taken, keep, .. } in chosen {
+        let (job, n_tokens) = (&mut taken.entry.job, taken.entry.n_tokens);
+        job.spans.run_in(&batch, job.command.span_name(), n_tokens);
+        if let Some(size) = keep {
+            job.spans.keeps(tape_name(*size));
+        }
+    }
+    batch
+}
+
+fn tape_name(size: TapeSize) -> &'static str {
+    match size {
+        TapeSize::Full => "full",
+        TapeSize::Blocks => "blocks",
+        TapeSize::Input => "input",
     }
 }
 

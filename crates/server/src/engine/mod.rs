@@ -11,6 +11,7 @@
 
 mod backward;
 mod caches;
+mod clock;
 mod command;
 mod company;
 mod export;
@@ -28,17 +29,21 @@ pub use command::{
 };
 pub use export::export_state;
 pub use start::{TrunkInfo, parse_device};
+pub(crate) use start::{adapter_bytes, kind_of, n_parameters, work_room};
+pub(crate) use tapes::{LoraShape, Need};
 
 use crate::config::{LimitsConfig, TrunkConfig};
 use crate::error::Error;
 use crate::faults::{Fault, Faults};
 use crate::ledger::Ledger;
+use crate::metrics::Instruments;
 use crate::quota::{Account, Accounts};
-use crate::scheduler::{Budget, Kind, LaneId, OwnerId, Scheduler, Share};
+use crate::scheduler::{Budget, Kind, LaneId, OwnerId, QueueView, Scheduler, Share};
+use crate::trace::JobSpans;
 use caches::CacheLimits;
 use offshoot_adapters::AdapterState;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
@@ -84,8 +89,15 @@ pub struct Stats {
     pub n_sessions: AtomicU64,
     pub n_tapes: AtomicU64,
     pub n_caches: AtomicU64,
+    /// Batches that have run, and their tokens.
+    pub n_batches: AtomicU64,
+    pub n_batch_tokens: AtomicU64,
+    /// Time in which the engine worked, without what runs now.
+    pub busy_nanos: AtomicU64,
     /// What runs, and since when.
     turn: Mutex<Option<(Kind, Instant)>>,
+    /// None: nobody looks.
+    instruments: OnceLock<Arc<Instruments>>,
     pub faults: Faults,
 }
 
@@ -257,9 +269,21 @@ impl EngineClient {
         &self.ledger
     }
 
+    /// Looks again at the memory that is free, for a budget that is a part of it.
+    pub fn raise_budget(&self) {
+        if let Some(budget) = start::budget_beside(&self.trunk) {
+            self.ledger.raise_budget(budget);
+        }
+    }
+
     /// What it takes.
     pub fn stats(&self) -> &Stats {
         &self.stats
+    }
+
+    /// Who waits for the device, and who had how much of it.
+    pub fn queue(&self) -> QueueView {
+        self.scheduler.view()
     }
 
     /// An error while no engine runs.
@@ -347,7 +371,7 @@ impl EngineSession {
 
     fn push(&self, command: Command) -> Result<(), Error> {
         let (kind, n_tokens) = (command.kind(), command.n_tokens());
-        let job = Job { command, span: tracing::Span::current() };
+        let job = Job { command, spans: JobSpans::submitted(tracing::Span::current()) };
         self.client.scheduler.submit(self.lane, kind, n_tokens, job)
     }
 }
@@ -362,10 +386,39 @@ impl Drop for EngineSession {
 }
 
 impl Stats {
-    /// A batch begins, or all are done.
-    fn set_turn(&self, kind: Option<Kind>) {
-        let turn = kind.map(|kind| (kind, Instant::now()));
-        *self.turn.lock().unwrap_or_else(PoisonError::into_inner) = turn;
+    /// From now on batches are in the metrics.
+    pub fn record_in(&self, instruments: Arc<Instruments>) {
+        let _ = self.instruments.set(instruments);
+    }
+
+    /// The engine has died.
+    pub fn count_death(&self) {
+        if let Some(instruments) = self.instruments.get() {
+            instruments.engine_restarts.add(1, &[]);
+        }
+    }
+
+    /// The engine works from now on.
+    fn begin_turn(&self, kind: Kind) {
+        *self.turn.lock().unwrap_or_else(PoisonError::into_inner) = Some((kind, Instant::now()));
+    }
+
+    /// It has done what it began.
+    fn end_turn(&self) {
+        let turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let lasted = turn.map_or(Duration::ZERO, |(_, since)| since.elapsed());
+        let nanos = u64::try_from(lasted.as_nanos()).unwrap_or(u64::MAX);
+        self.busy_nanos.fetch_add(nanos, Ordering::Relaxed);
+    }
+
+    /// A batch of so many jobs and tokens has run.
+    fn ran_batch(&self, kind: Kind, (n_jobs, n_tokens): (usize, usize)) {
+        self.n_batches.fetch_add(1, Ordering::Relaxed);
+        self.n_batch_tokens.fetch_add(n_tokens as u64, Ordering::Relaxed);
+        if let Some(instruments) = self.instruments.get() {
+            let kind = if kind == Kind::Backward { "backward" } else { "forward" };
+            instruments.batch(kind, n_jobs, n_tokens);
+        }
     }
 
     /// What runs now, and for how long.

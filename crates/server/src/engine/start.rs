@@ -5,7 +5,7 @@ use crate::ledger::{BytesKind, Ledger, Reservation};
 use offshoot_adapters::{LoraSpec, Site};
 use offshoot_model::weights::Checkpoint;
 use offshoot_model::{
-    LoraMode, ModelConfig, ModelError, Part, PartSpec, SplitPoints, TapeSize, Work,
+    LoraMode, ModelConfig, ModelError, Part, PartSpec, Shapes, SplitPoints, TapeSize, Work,
 };
 use std::ops::Range;
 use tch::{Cuda, Device, Kind};
@@ -44,13 +44,23 @@ impl TrunkInfo {
 
     /// P, the number of an adapter's trained values.
     pub fn n_parameters(&self, lora: &LoraSpec) -> u64 {
-        self.sites_of(lora).map(|site| lora.r as u64 * (site.d_in + site.d_out) as u64).sum()
+        n_parameters(self.sites_of(lora), lora.r)
     }
 
     /// What an adapter takes of the device: parameters, gradients and both moments, in float32.
     pub fn adapter_bytes(&self, lora: &LoraSpec) -> u64 {
-        4 * 4 * self.n_parameters(lora)
+        adapter_bytes(self.n_parameters(lora))
     }
+}
+
+/// Trained values of an adapter of this rank at these sites.
+pub(crate) fn n_parameters<'a>(sites: impl Iterator<Item = &'a Site>, r: usize) -> u64 {
+    sites.map(|site| r as u64 * (site.d_in + site.d_out) as u64).sum()
+}
+
+/// Parameters, gradients and both moments, in float32.
+pub(crate) fn adapter_bytes(n_parameters: u64) -> u64 {
+    4 * 4 * n_parameters
 }
 
 /// `cpu`, `cuda` or `cuda:N`.
@@ -62,7 +72,7 @@ pub fn parse_device(text: &str) -> Option<Device> {
     }
 }
 
-fn kind_of(dtype: ComputeDType) -> Kind {
+pub(crate) fn kind_of(dtype: ComputeDType) -> Kind {
     match dtype {
         ComputeDType::F32 => Kind::Float,
         ComputeDType::Bf16 => Kind::BFloat16,
@@ -132,11 +142,7 @@ pub(super) fn load(
         parameters_per_rank: sites.iter().map(|site| (site.d_in + site.d_out) as u64).sum(),
         sites,
     };
-    // Whatever sessions are on the device, the largest microbatch can have its turn.
-    let n_tokens = limits.max_tokens_per_microbatch as u64;
-    let smallest = TapeSize::Input;
-    let work = part.workspace_bytes(n_tokens, Work::Backward(smallest));
-    ledger.set_work_room(work + part.tape_bytes(n_tokens, smallest, None));
+    ledger.set_work_room(work_room(part.shapes(), limits));
     let too_large = |short: crate::ledger::Shortage| Error::TrunkTooLarge {
         weights: short.need,
         budget: short.budget,
@@ -145,12 +151,31 @@ pub(super) fn load(
     Ok(Loaded { part, trunk, ledger, weights })
 }
 
+/// So that the largest microbatch can have its turn, whatever sessions are on the device.
+pub(crate) fn work_room(shapes: &Shapes, limits: &LimitsConfig) -> u64 {
+    let (n_tokens, smallest) = (limits.max_tokens_per_microbatch as u64, TapeSize::Input);
+    let work = shapes.workspace_bytes(n_tokens, Work::Backward(smallest));
+    work + shapes.tape_bytes(n_tokens, smallest, 0)
+}
+
 /// The budget of an operator who names none. The rest is for what the ledger does not count:
 /// messages, recorded answers, the allocator's free lists. libtorch tells nothing about an
 /// accelerator's memory through its bindings, so there it is unlimited.
 fn usual_budget(device: Device) -> Option<u64> {
     match device {
-        Device::Cpu => host_memory::available_bytes().map(|bytes| bytes / 10 * 8),
+        Device::Cpu => host_memory::available_bytes().map(part_of),
         _ => None,
     }
+}
+
+/// The same when the trunk is loaded.
+pub(super) fn budget_beside(trunk: &TrunkInfo) -> Option<u64> {
+    match parse_device(&trunk.device)? {
+        Device::Cpu => Some(part_of(host_memory::available_bytes()? + trunk.weights_bytes)),
+        _ => None,
+    }
+}
+
+fn part_of(available: u64) -> u64 {
+    available / 10 * 8
 }

@@ -4,7 +4,7 @@ use crate::ledger::{BytesKind, Ledger, Reservation, Shortage};
 use crate::quota::Held;
 use crate::scheduler::LaneId;
 use crate::session::ForwardWork;
-use offshoot_model::{DropoutKey, Part, Tape, TapeSize, Work};
+use offshoot_model::{DropoutKey, Part, Shapes, Tape, TapeSize, Work};
 use std::collections::HashMap;
 use std::rc::Rc;
 
@@ -57,7 +57,7 @@ pub(super) struct Tapes {
 
 /// What a forward would take.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Need {
+pub(crate) struct Need {
     /// Tapes.
     pub tapes: u64,
     /// While the batch runs.
@@ -66,7 +66,35 @@ pub(super) struct Need {
     pub standing: u64,
 }
 
+/// What of an adapter a pass's bytes follow from.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct LoraShape {
+    /// The sum of its ranks at all sites.
+    pub ranks: u64,
+    /// Of one gradient `[P]`.
+    pub gradient_bytes: u64,
+}
+
 impl Need {
+    /// Of a forward of so many rows that keeps such a tape; None: of one in evaluation mode.
+    pub fn of(shapes: &Shapes, n_tokens: u64, keep: Option<TapeSize>, lora: LoraShape) -> Need {
+        let running = shapes.workspace_bytes(n_tokens, Work::Forward);
+        match keep {
+            None => Need { running, ..Need::default() },
+            Some(size) => Need {
+                tapes: shapes.tape_bytes(n_tokens, size, lora.ranks),
+                running,
+                standing: shapes.workspace_bytes(n_tokens, Work::Backward(size))
+                    + lora.gradient_bytes,
+            },
+        }
+    }
+
+    /// Of the workspace.
+    pub fn workspace(&self) -> u64 {
+        self.running.max(self.standing)
+    }
+
     /// The batch with one more job.
     pub fn with(self, other: Need) -> Need {
         Need {
@@ -100,7 +128,7 @@ impl Tapes {
     pub fn check(&self, part: &Part, need: Need) -> Result<(), Shortage> {
         let usage = self.ledger.usage();
         let (Some(budget), Some(free)) = (usage.budget, self.ledger.free()) else { return Ok(()) };
-        let workspace = need.running.max(need.standing).max(self.standing(part));
+        let workspace = need.workspace().max(self.standing(part));
         let (need, free) = (need.tapes + workspace, free + self.workspace.bytes());
         let kind = BytesKind::Tapes;
         if need <= free { Ok(()) } else { Err(Shortage { kind, need, free, budget }) }
@@ -108,7 +136,7 @@ impl Tapes {
 
     /// Takes the bytes of a forward, or says what is missing.
     pub fn reserve(&mut self, part: &Part, need: Need) -> Result<Reservation, Shortage> {
-        let workspace = need.running.max(need.standing).max(self.standing(part));
+        let workspace = need.workspace().max(self.standing(part));
         let before = self.workspace.bytes();
         self.workspace.resize(workspace)?;
         let reserved = self.ledger.reserve(BytesKind::Tapes, need.tapes);

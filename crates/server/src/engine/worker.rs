@@ -7,12 +7,13 @@ use super::tapes::Tapes;
 use crate::error::Error;
 use crate::faults::Fault;
 use crate::ledger::Ledger;
+use crate::metrics::{JobKind, Ran};
 use crate::scheduler::{Batch, Budget, Kind, LaneId, Scheduler, Taken};
 use offshoot_model::Part;
 use offshoot_proto::WireDType;
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What the worker allows.
 #[derive(Debug, Clone, Copy)]
@@ -60,9 +61,9 @@ impl Worker {
         self.count();
         while let Some(batch) = scheduler.take(budget) {
             self.stats.faults.pass(Fault::Engine);
-            self.stats.set_turn(Some(batch.kind));
+            self.stats.begin_turn(batch.kind);
             self.turn(batch, scheduler);
-            self.stats.set_turn(None);
+            self.stats.end_turn();
         }
     }
 
@@ -84,8 +85,10 @@ impl Worker {
 
     /// What touches one session and no base weights.
     fn control(&mut self, taken: Taken<Job>, scheduler: &Scheduler<Job>) {
-        let Taken { lane, entry, .. } = taken;
-        let _span = entry.job.span.enter();
+        let Taken { lane, mut entry, .. } = taken;
+        entry.job.spans.run_alone(entry.job.command.span_name());
+        let _span = entry.job.spans.asked().enter();
+        let (came, began, kind) = (entry.since, Instant::now(), entry.job.command.job_kind());
         match entry.job.command {
             Command::Release { gone } => {
                 drop(self.slots.remove(&lane));
@@ -118,6 +121,10 @@ impl Worker {
                         // They are of older weights now.
                         self.caches.forget(lane);
                         self.count();
+                        self.count_control(lane, (came, began), kind);
+                        if let Some(slot) = self.slots.get_mut(&lane) {
+                            slot.stepped(work.shared_loss);
+                        }
                         Ok(result)
                     });
                     send(reply, result);
@@ -148,12 +155,23 @@ impl Worker {
                 | FrameWork::Backward { .. } => unreachable!("they are no control jobs"),
             },
             Command::ToState { reply } => {
-                answer(reply, "snapshot copy", || Ok(self.slot(lane)?.adapters.to_state()));
+                let state = caught("snapshot copy", || Ok(self.slot(lane)?.adapters.to_state()));
+                self.count_control(lane, (came, began), kind);
+                send(reply, state);
             }
             Command::Export { gradients, reply } => {
-                answer(reply, "export", || Ok(self.slot(lane)?.export(gradients)));
+                let exported = caught("export", || Ok(self.slot(lane)?.export(gradients)));
+                self.count_control(lane, (came, began), kind);
+                send(reply, exported);
             }
         }
+    }
+
+    /// A job that ran alone, and has just ended, is its session's use of the device.
+    fn count_control(&mut self, lane: LaneId, (came, began): (Instant, Instant), kind: JobKind) {
+        let Some(slot) = self.slots.get_mut(&lane) else { return };
+        let (queue, execute) = (began.saturating_duration_since(came), began.elapsed());
+        slot.ran(came, began, Ran { kind, n_tokens: 0, queue, execute, share: execute });
     }
 
     fn slot(&mut self, lane: LaneId) -> Result<&mut Slot, Error> {

@@ -103,6 +103,31 @@ struct Owner {
     floor: u64,
 }
 
+/// A queue at a glance.
+#[derive(Debug, Clone, PartialEq)]
+pub struct QueueView {
+    /// Of each owner that has lanes, in no order.
+    pub owners: Vec<OwnerView>,
+    /// When the job came that waits for longest.
+    pub oldest: Option<Instant>,
+    /// Virtual time, in tokens of a forward over the weight.
+    pub tokens: f64,
+}
+
+/// One owner at a glance.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct OwnerView {
+    pub owner: OwnerId,
+    pub n_waiting: usize,
+    /// The virtual counter, in tokens of a forward over the weight.
+    pub tokens: f64,
+}
+
+/// Of a counter.
+fn tokens(served: u64) -> f64 {
+    served as f64 / (Kind::Forward.cost(1) * PARTS) as f64
+}
+
 /// Costs are counted in this many parts, so that a weight divides them.
 const PARTS: u64 = 1 << 16;
 
@@ -140,6 +165,23 @@ impl<J> Queue<J> {
     /// Jobs that wait.
     pub fn len(&self) -> usize {
         self.n_waiting
+    }
+
+    /// Who waits, and who had how much.
+    pub fn view(&self) -> QueueView {
+        let of = |(&owner, of): (&OwnerId, &Owner)| {
+            (owner, OwnerView { owner, n_waiting: 0, tokens: tokens(of.served) })
+        };
+        let mut owners: HashMap<OwnerId, OwnerView> = self.owners.iter().map(of).collect();
+        let mut oldest: Option<Instant> = None;
+        for lane in self.lanes.values() {
+            if let Some(owner) = owners.get_mut(&lane.owner) {
+                owner.n_waiting += lane.jobs.len();
+            }
+            let first = lane.jobs.front().map(|front| front.entry.since);
+            oldest = [oldest, first].into_iter().flatten().min();
+        }
+        QueueView { owners: owners.into_values().collect(), oldest, tokens: tokens(self.floor) }
     }
 
     /// Opens a session's lane.
