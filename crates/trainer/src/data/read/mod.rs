@@ -235,4 +235,6 @@ pub(crate) fn files_below(folder: &Path) -> Result<Vec<String>, TrainError> {
 #[cfg(test)]
 mod columns_tests;
 #[cfg(test)]
+mod damage_tests;
+#[cfg(test)]
 mod tests;

@@ -10,6 +10,8 @@ use ::parquet::record::Field;
 use ::parquet::record::reader::RowIter;
 use ::parquet::schema::types::Type;
 use serde_json::{Map, Value};
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -18,36 +20,45 @@ pub(super) const MAGIC: &[u8] = b"PAR1";
 pub(super) fn rows(path: &Path, name: &Arc<str>, columns: &Columns) -> Result<Rows, TrainError> {
     let (origin, file) = Input::open_seekable(path, name)?;
     let whole = origin.whole();
-    let damaged = |error: ParquetError| whole.wrong(problem(&error));
-    let reader = SerializedFileReader::new(file).map_err(damaged)?;
+    let damaged = |problem: String| whole.wrong(problem);
+    let reader = caught(|| SerializedFileReader::new(file)).map_err(damaged)?;
     let schema = reader.metadata().file_metadata().schema();
     let names: Vec<&str> = schema.get_fields().iter().map(|field| field.name()).collect();
     let layout = columns.layout(&names).map_err(|problem| whole.wrong(problem))?;
     let wanted = layout.columns();
     let fields = schema.get_fields().iter().filter(|field| wanted.contains(&field.name()));
-    let projection = Type::group_type_builder(schema.name())
-        .with_fields(fields.cloned().collect())
-        .build()
+    let projection = Type::group_type_builder(schema.name());
+    let projection = projection.with_fields(fields.cloned().collect());
+    let projection = caught(|| projection.build()).map_err(damaged)?;
+    let mut rows = caught(|| RowIter::from_file_into(Box::new(reader)).project(Some(projection)))
         .map_err(damaged)?;
-    let rows = RowIter::from_file_into(Box::new(reader)).project(Some(projection));
-    let rows = rows.map_err(damaged)?;
-    Ok(Box::new(rows.enumerate().map(move |(i, row)| located(&origin, i + 1, row))))
+    Ok(Box::new((1..).map_while(move |n| {
+        let row = caught(|| rows.next().transpose()).transpose()?;
+        Some(located(&origin, n, row))
+    })))
+}
+
+/// The library returns errors for most damages, and panics at some: nobody goes on behind either.
+fn caught<T>(read: impl FnOnce() -> Result<T, ParquetError>) -> Result<T, String> {
+    catch_unwind(AssertUnwindSafe(read))
+        .map_err(|_| problem(&"the reader failed"))
+        .and_then(|result| result.map_err(|error| problem(&error)))
 }
 
 fn located(
     origin: &Origin,
     n: usize,
-    row: Result<::parquet::record::Row, ParquetError>,
+    row: Result<::parquet::record::Row, String>,
 ) -> Result<(Place, Row), TrainError> {
     let place = origin.row(n);
-    let row = row.map_err(|error| place.wrong(problem(&error)))?;
+    let row = row.map_err(|problem| place.wrong(problem))?;
     let columns = row.into_columns().into_iter();
     let values = columns.map(|(name, field)| Ok((name, value(&field)?)));
     let row = values.collect::<Result<_, String>>().map_err(|problem| place.wrong(problem))?;
     Ok((place, row))
 }
 
-fn problem(error: &ParquetError) -> String {
+fn problem(error: &dyn fmt::Display) -> String {
     format!(
         "not a whole Parquet file, or of a kind that is not read ({error}); fetch or write it again"
     )

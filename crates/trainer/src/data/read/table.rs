@@ -27,11 +27,12 @@ pub(super) fn rows(
     }
     let beginning = input.reader.fill_buf().map_err(failed)?;
     let separator = separator.unwrap_or_else(|| most_frequent(beginning));
-    let lines = LineEnds::default();
-    let counted = Counted { reader: input.reader, offset: 0, lines: lines.clone() };
-    let mut reader = csv::ReaderBuilder::new().delimiter(separator).from_reader(counted);
-    let mut table = Table { origin, lines };
-    let header = reader.byte_headers().map_err(|error| table.problem(&error))?.clone();
+    let (lines, quotes) = (LineEnds::default(), Arc::new(Mutex::new(Quotes::new(separator))));
+    let seen =
+        Seen { reader: input.reader, offset: 0, lines: lines.clone(), quotes: quotes.clone() };
+    let mut reader = csv::ReaderBuilder::new().delimiter(separator).from_reader(seen);
+    let mut table = Table { origin, lines, quotes };
+    let header = table.check(reader.byte_headers().cloned())?;
     let place = table.place(header.position());
     let names = strings(&header, &place)?;
     if names.iter().all(String::is_empty) {
@@ -45,7 +46,7 @@ pub(super) fn rows(
         }
     }
     Ok(Box::new(reader.into_byte_records().map(move |record| {
-        let record = record.map_err(|error| table.problem(&error))?;
+        let record = table.check(record)?;
         let place = table.place(record.position());
         let values = strings(&record, &place)?.into_iter().map(Value::String);
         Ok((place, names.iter().cloned().zip(values).collect()))
@@ -75,9 +76,23 @@ fn strings(record: &ByteRecord, place: &Place) -> Result<Vec<String>, TrainError
 struct Table {
     origin: Origin,
     lines: LineEnds,
+    quotes: Arc<Mutex<Quotes>>,
 }
 
 impl Table {
+    /// What the parser made of the next record. It takes all that follows a quote that is never
+    /// closed for one field, and says nothing.
+    fn check(&mut self, record: csv::Result<ByteRecord>) -> Result<ByteRecord, TrainError> {
+        let unclosed = self.quotes.lock().unwrap_or_else(PoisonError::into_inner).unclosed();
+        if let Some(line) = unclosed {
+            return Err(self.origin.line(line).wrong(
+                "the quote that begins a field here is never closed: everything behind it would be this \
+                 field; close it, or write a field that begins with a quote as \"\"\"...\"",
+            ));
+        }
+        record.map_err(|error| self.problem(&error))
+    }
+
     fn place(&mut self, position: Option<&Position>) -> Place {
         self.origin.line(self.lines.line_at(position.map_or(0, Position::byte)))
     }
@@ -129,16 +144,70 @@ impl LineEnds {
     }
 }
 
-struct Counted {
+/// Which quotes are open, as the parser sees them: one that begins a field lasts until the next that
+/// is not doubled.
+struct Quotes {
+    separator: u8,
+    at: At,
+    line: usize,
+    /// The line where the last one began.
+    opened: usize,
+    is_over: bool,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum At {
+    FieldBegin,
+    Outside,
+    Inside,
+    /// Behind a quote within quotes: their end, or the first half of a doubled one.
+    QuoteInside,
+}
+
+impl Quotes {
+    fn new(separator: u8) -> Self {
+        Quotes { separator, at: At::FieldBegin, line: 1, opened: 1, is_over: false }
+    }
+
+    /// The next bytes of the file; none at its end.
+    fn see(&mut self, bytes: &[u8]) {
+        self.is_over = bytes.is_empty();
+        for &byte in bytes {
+            self.at = match (self.at, byte) {
+                (At::FieldBegin, b'"') => {
+                    self.opened = self.line;
+                    At::Inside
+                }
+                (At::Inside, b'"') => At::QuoteInside,
+                (At::Inside, _) | (At::QuoteInside, b'"') => At::Inside,
+                (_, b'\n' | b'\r') => At::FieldBegin,
+                (_, byte) if byte == self.separator => At::FieldBegin,
+                _ => At::Outside,
+            };
+            self.line += usize::from(byte == b'\n');
+        }
+    }
+
+    /// The line of the one that is open at the file's end.
+    fn unclosed(&self) -> Option<usize> {
+        (self.is_over && self.at == At::Inside).then_some(self.opened)
+    }
+}
+
+/// What is read on its way to the parser, which asks for more only when it has used up all before:
+/// at the file's end every record but the last has been given.
+struct Seen {
     reader: Box<dyn BufRead + Send>,
     offset: u64,
     lines: LineEnds,
+    quotes: Arc<Mutex<Quotes>>,
 }
 
-impl Read for Counted {
+impl Read for Seen {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let n = self.reader.read(buffer)?;
         self.lines.add(self.offset, &buffer[..n]);
+        self.quotes.lock().unwrap_or_else(PoisonError::into_inner).see(&buffer[..n]);
         self.offset += n as u64;
         Ok(n)
     }

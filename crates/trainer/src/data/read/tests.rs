@@ -18,7 +18,7 @@ fn read_with(name: &str, bytes: &[u8], columns: &Columns) -> Result<Vec<(String,
     records(&DataSpec { columns: columns.clone(), ..DataSpec::files(vec![path]) }, dir.path())
 }
 
-fn read(name: &str, bytes: impl AsRef<[u8]>) -> Result<Vec<(String, Record)>, String> {
+pub(super) fn read(name: &str, bytes: impl AsRef<[u8]>) -> Result<Vec<(String, Record)>, String> {
     read_with(name, bytes.as_ref(), &Columns::default())
 }
 
@@ -48,18 +48,18 @@ fn at(place: &str, record: Record) -> (String, Record) {
     (place.into(), record)
 }
 
-fn gzip(bytes: &[u8]) -> Vec<u8> {
+pub(super) fn gzip(bytes: &[u8]) -> Vec<u8> {
     let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
     packed.write_all(bytes).unwrap();
     packed.finish().unwrap()
 }
 
-fn zstd(bytes: &[u8]) -> Vec<u8> {
+pub(super) fn zstd(bytes: &[u8]) -> Vec<u8> {
     zstd::encode_all(bytes, 3).unwrap()
 }
 
 /// A Parquet file of text columns in two row groups; `None` is a missing value.
-fn parquet_texts(names: &[&str], rows: &[&[Option<&str>]]) -> Vec<u8> {
+pub(super) fn parquet_texts(names: &[&str], rows: &[&[Option<&str>]]) -> Vec<u8> {
     let fields: String =
         names.iter().map(|name| format!("optional byte_array {name} (UTF8); ")).collect();
     let schema = Arc::new(parse_message_type(&format!("message schema {{ {fields} }}")).unwrap());
@@ -232,117 +232,6 @@ fn columns_that_no_record_needs_are_not_read() {
     assert_eq!(error, "a.parquet, row 1: bytes that are not UTF-8 text");
 }
 
-/// Each error names the place, what is wrong there, and what to do.
-#[test]
-fn bad_files_are_named_with_the_place() {
-    let half = |bytes: Vec<u8>| bytes[..bytes.len() / 2].to_vec();
-    let random: Vec<u8> = (0..4000u32).map(|i| b'a' + (i * i % 251 % 26) as u8).collect();
-    let mut broken = gzip(&random);
-    let middle = broken.len() / 2;
-    broken[middle..middle + 20].fill(0xff);
-    let json = |text: &str| text.as_bytes().to_vec();
-    let cases: Vec<(&str, Vec<u8>, &str)> = vec![
-        ("a.txt", json(" \n"), "a.txt: the file is empty"),
-        ("a.jsonl", json(""), "a.jsonl: the file is empty"),
-        ("a.json", json("\n"), "a.json: the file is empty"),
-        ("a.json", json("[]"), "a.json: the file is empty"),
-        ("a.csv", json(""), "a.csv: the file is empty"),
-        ("a.csv", json("text\n"), "a.csv: the file is empty"),
-        ("a.csv.gz", json(""), "a.csv.gz: the file is empty"),
-        ("a.parquet", parquet_texts(&["text"], &[]), "a.parquet: the file is empty"),
-        ("a.txt", b"One.\n\xff\xfe".to_vec(), "a.txt:2: not UTF-8 text"),
-        ("a.jsonl", b"{\"text\": \"\xff\"}".to_vec(), "a.jsonl:1: not UTF-8 text"),
-        ("a.csv", b"text\nOne.\nTw\xff.\n".to_vec(), "a.csv:3: not UTF-8 text"),
-        (
-            "a.jsonl",
-            json("{\"text\": \"a\"}\n{\"text\":"),
-            "a.jsonl:2: not a JSON object: EOF while parsing a value, at column 8",
-        ),
-        (
-            "a.jsonl",
-            json("[1]"),
-            "a.jsonl:1: not a JSON object: invalid type: sequence, expected a map",
-        ),
-        (
-            "a.json",
-            json("[{\"text\": \"a\"},\n{\"text\": a}]"),
-            "a.json:2: not a JSON object: expected value, at column 10",
-        ),
-        (
-            "a.json",
-            json("[\n{\n\"text\": a}]"),
-            "a.json:3: not a JSON object: expected value, at column 9",
-        ),
-        (
-            "a.json",
-            json("[{\"text\": \"a\"}\n{\"text\": \"b\"}]"),
-            "a.json:2: not JSON: expected ',' of the next element, found '{'",
-        ),
-        (
-            "a.json",
-            json("[{\"text\": \"a\"},\n"),
-            "a.json:2: not JSON: the file ends where '{' of an object",
-        ),
-        (
-            "a.json",
-            json("[{\"text\": \"a"),
-            "a.json:1: not JSON: the file ends where the rest of a value",
-        ),
-        (
-            "a.json",
-            json("[{\"text\": \"a\"}] x"),
-            "a.json:1: something follows the end of the list",
-        ),
-        (
-            "a.json",
-            json("[\"a\"]"),
-            "a.json:1: the list holds other things than objects; expected such as {\"text\": ...}",
-        ),
-        (
-            "a.json",
-            json("text"),
-            "a.json:1: not JSON: expected '[' of a list of objects, or '{' of an object, found 't'",
-        ),
-        (
-            "a.json",
-            json("{\"a\": [{}], \"b\": [{}]}"),
-            "a.json: the object holds several lists (a, b), expected one",
-        ),
-        (
-            "a.csv",
-            json("prompt,completion\na,b\n\nc,d,e\n"),
-            "a.csv:4: 3 fields, but the header has 2; put a field that holds",
-        ),
-        ("a.csv", json("text,text\na,b\n"), "a.csv:1: the header names the column \"text\" twice"),
-        ("a.txt.gz", half(gzip(&random)), "a.txt.gz:1: the gzip data are damaged or cut off"),
-        ("a.txt.gz", broken, "a.txt.gz:1: the gzip data are damaged or cut off"),
-        ("a.jsonl.zst", half(zstd(&random)), "a.jsonl.zst:1: the zstd data are damaged or cut off"),
-        ("a.csv.gz", half(gzip(&random)), "a.csv.gz:1: the gzip data are damaged or cut off"),
-        ("a.parquet.gz", half(gzip(&random)), "a.parquet.gz: the gzip data are damaged or cut off"),
-        ("a.jsonl.gz", json("{}"), "a.jsonl.gz: the name says gzip, the first bytes do not"),
-        (
-            "a.parquet",
-            half(parquet_texts(&["text"], &[&[Some("One.")]])),
-            "a.parquet: not a whole Parquet file",
-        ),
-        ("a.parquet", json("text"), "a.parquet: not a whole Parquet file"),
-    ];
-    for (name, bytes, expected) in cases {
-        let error = read(name, bytes).expect_err(expected);
-        assert!(error.starts_with(expected), "expected {expected}\n     got {error}");
-    }
-}
-
-#[test]
-fn reading_ends_at_the_first_error() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("a.jsonl");
-    fs::write(&path, "{\"text\": \"a\"}\n{\n{\"text\": \"b\"}\n").unwrap();
-    let source = super::FileSource::local(path, &Columns::default());
-    let found: Vec<bool> = source.records().unwrap().map(|located| located.is_ok()).collect();
-    assert_eq!(found, [true, false]);
-}
-
 #[test]
 fn wrong_columns_name_those_that_there_are() {
     let there = "the columns are \"a\", \"b\"";
@@ -379,6 +268,15 @@ fn rows_of_a_table_stand_at_their_first_line() {
         assert_eq!(places, ["a.csv:3", "a.csv:4", "a.csv:8"], "{end:?}");
         assert_eq!(found[1].1, text(&format!("b{end}{end}c")));
     }
+}
+
+/// Within a field they are as any other sign, and a doubled one at the end of quotes closes nothing.
+#[test]
+fn quotes_that_open_nothing_are_text() {
+    let csv = "text,id\n5\" nails,1\n\"an \"\"end\"\"\",2\n\"so\"\" \",3\nlast \"";
+    let found = read("a.csv", format!("{csv},4")).unwrap();
+    let texts = ["5\" nails", "an \"end\"", "so\" ", "last \""];
+    assert_eq!(found.into_iter().map(|(_, record)| record).collect::<Vec<_>>(), texts.map(text));
 }
 
 #[test]
