@@ -16,14 +16,20 @@ use tonic::Code;
 use tonic::transport::Channel;
 
 const SERVICE: &str = "offshoot.v1.TrunkService";
+const OPERATIONS: &str = "offshoot.v1.OperationsService";
 const FORGED: &str = "0b8c8d274a9c4f5e9d0e2f6f7f0f8a11";
 
 /// What a call that names a session is made of, by its method; none: it names no session.
 type Row = Option<fn(&str) -> Vec<u8>>;
 
+/// It names a session.
+fn row(message: fn(&str) -> Vec<u8>) -> Row {
+    Some(message)
+}
+
 /// One row for each method. A method without one fails the test: whoever adds it says here how it
 /// names a session.
-fn table() -> BTreeMap<&'static str, Vec<Row>> {
+fn table() -> BTreeMap<(&'static str, &'static str), Vec<Row>> {
     fn hello(id: &str) -> Vec<u8> {
         let hello = v1::Hello { session_id: id.into(), ..Default::default() };
         frame(0, client_frame::Body::Hello(hello)).encode_to_vec()
@@ -48,27 +54,67 @@ fn table() -> BTreeMap<&'static str, Vec<Row>> {
     fn forget(id: &str) -> Vec<u8> {
         v1::CloseSessionRequest { session_id: id.into(), forget: true }.encode_to_vec()
     }
-    BTreeMap::from([
+    let trunk: [(&str, Vec<Row>); 8] = [
         ("Describe", vec![None]),
         ("OpenSession", vec![None]),
         ("ListSessions", vec![None]),
-        ("Train", vec![Some(hello as fn(&str) -> Vec<u8>)]),
-        ("Snapshot", vec![Some(snapshot as fn(&str) -> Vec<u8>)]),
-        ("Restore", vec![Some(restore as fn(&str) -> Vec<u8>), Some(restore_to)]),
-        ("ExportAdapter", vec![Some(export as fn(&str) -> Vec<u8>)]),
-        ("CloseSession", vec![Some(close as fn(&str) -> Vec<u8>), Some(forget)]),
-    ])
+        ("Train", vec![row(hello)]),
+        ("Snapshot", vec![row(snapshot)]),
+        ("Restore", vec![row(restore), row(restore_to)]),
+        ("ExportAdapter", vec![row(export)]),
+        ("CloseSession", vec![row(close), row(forget)]),
+    ];
+    let operations = operations_table().map(|(method, rows)| ((OPERATIONS, method), rows));
+    trunk.into_iter().map(|(method, rows)| ((SERVICE, method), rows)).chain(operations).collect()
+}
+
+fn operations_table() -> [(&'static str, Vec<Row>); 7] {
+    fn list(id: &str) -> Vec<u8> {
+        v1::ListSnapshotsRequest { session_id: id.into() }.encode_to_vec()
+    }
+    fn evict(id: &str) -> Vec<u8> {
+        v1::EvictSessionRequest { session_id: id.into() }.encode_to_vec()
+    }
+    fn pin(id: &str) -> Vec<u8> {
+        v1::PinSessionRequest { session_id: id.into(), pinned: true }.encode_to_vec()
+    }
+    fn unpin(id: &str) -> Vec<u8> {
+        v1::PinSessionRequest { session_id: id.into(), pinned: false }.encode_to_vec()
+    }
+    fn delete(id: &str) -> Vec<u8> {
+        v1::DeleteSessionRequest { session_id: id.into() }.encode_to_vec()
+    }
+    fn delete_snapshot(id: &str) -> Vec<u8> {
+        let snapshot_id = "1-step0".into();
+        v1::DeleteSnapshotRequest { session_id: id.into(), snapshot_id }.encode_to_vec()
+    }
+    [
+        ("Overview", vec![None]),
+        ("ListTenants", vec![None]),
+        ("ListSnapshots", vec![row(list)]),
+        ("EvictSession", vec![row(evict)]),
+        ("PinSession", vec![row(pin), row(unpin)]),
+        ("DeleteSession", vec![row(delete)]),
+        ("DeleteSnapshot", vec![row(delete_snapshot)]),
+    ]
 }
 
 /// The methods as the server's own description names them.
-fn methods() -> BTreeSet<String> {
+fn methods() -> BTreeSet<(String, String)> {
     let set = prost_types::FileDescriptorSet::decode(offshoot_proto::FILE_DESCRIPTOR_SET).unwrap();
     let services = set.file.iter().flat_map(|file| {
-        file.service
-            .iter()
-            .filter(|service| format!("{}.{}", file.package(), service.name()) == SERVICE)
+        let named = |service| (format!("{}.{}", file.package(), name_of(service)), service);
+        file.service.iter().map(named)
     });
-    services.flat_map(|service| service.method.iter().map(|m| m.name().to_string())).collect()
+    let methods = |(name, service): (String, &prost_types::ServiceDescriptorProto)| {
+        let names = service.method.iter().map(|method| method.name().to_string());
+        names.map(|method| (name.clone(), method)).collect::<Vec<_>>()
+    };
+    services.flat_map(methods).collect()
+}
+
+fn name_of(service: &prost_types::ServiceDescriptorProto) -> &str {
+    service.name()
 }
 
 /// Blue has a valid token, an expired and a revoked one; red has a valid one.
@@ -135,11 +181,12 @@ async fn every_call_refuses_what_is_not_the_callers_as_what_does_not_exist() {
 
     let channel = channel(&shared).await;
     let (table, methods) = (table(), methods());
-    let rows: BTreeSet<String> = table.keys().map(|method| method.to_string()).collect();
+    let rows: BTreeSet<(String, String)> =
+        table.keys().map(|(service, method)| (service.to_string(), method.to_string())).collect();
     assert_eq!(rows, methods, "each method has a row");
     let mut refusal: Option<Heard> = None;
-    for (method, rows) in &table {
-        let path = format!("/{SERVICE}/{method}");
+    for ((service, method), rows) in &table {
+        let path = format!("/{service}/{method}");
         for row in rows {
             let ids: Vec<&str> = match row {
                 Some(_) => vec![&live_id, &parked_id, FORGED, "no id"],

@@ -7,29 +7,39 @@ mod checkpoints;
 mod connection_args;
 mod eval;
 mod export;
+mod fetch;
 mod generate;
+mod health;
 mod import;
 mod leak;
 mod legacy;
 mod merge;
 mod noise_args;
 mod openmp;
+mod operate;
 mod own_server;
+mod plan;
 mod plot;
 mod run_config;
 mod serve;
 mod serve_config;
 mod server_args;
+mod sessions;
+mod snapshots;
+mod store;
+mod telemetry;
 mod tenant;
+mod tenants;
+mod top;
 mod train;
 mod verify;
+mod version;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use run_config::Resolved;
 use std::ffi::OsString;
-use std::io::IsTerminal;
 use std::process::ExitCode;
-use tracing_subscriber::EnvFilter;
+use telemetry::{Kind, LogArgs, LogFormat, Telemetry, TraceSettings};
 
 /// Split LoRA training: many teams fine-tune one language model through one shared trunk.
 ///
@@ -37,12 +47,10 @@ use tracing_subscriber::EnvFilter;
 /// last layers, the text and the loss, and grows its own LoRA adapter, the part inside the trunk
 /// included. The result is one PEFT adapter for the whole model.
 #[derive(Parser)]
-#[command(name = "offshoot", version, max_term_width = 100)]
+#[command(name = "offshoot", version = version::SHORT, long_version = version::LONG, max_term_width = 100)]
 struct Cli {
-    /// What is logged to stderr: error, warn, info, debug, trace, or filters as in RUST_LOG, which
-    /// applies without this option.
-    #[arg(long, global = true, value_name = "FILTER", help_heading = "Logs")]
-    log: Option<String>,
+    #[command(flatten)]
+    log: LogArgs,
 
     #[command(subcommand)]
     command: Command,
@@ -51,9 +59,17 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Serve(serve::ServeArgs),
+    Fetch(fetch::FetchArgs),
     Tenant(tenant::TenantArgs),
+    Top(top::TopArgs),
+    Sessions(sessions::SessionsArgs),
+    Snapshots(snapshots::SnapshotsArgs),
+    Tenants(tenants::TenantsArgs),
+    Health(health::HealthArgs),
+    Store(store::StoreArgs),
     Train(Box<train::TrainArgs>),
     Checkpoints(checkpoints::CheckpointsArgs),
+    Plan(plan::PlanArgs),
     Plot(plot::PlotArgs),
     Generate(Box<generate::GenerateArgs>),
     Verify(verify::VerifyArgs),
@@ -81,20 +97,42 @@ impl Cli {
 }
 
 impl Command {
-    fn default_log(&self) -> &'static str {
+    fn log_kind(&self) -> Kind {
         match self {
-            Command::Serve(_) => "info",
-            // Also that a server that was away is there again.
-            _ => "warn,offshoot_client::outage=info",
+            Command::Serve(_) | Command::Fetch(_) => Kind::Service,
+            _ => Kind::Command,
         }
+    }
+
+    /// Of those whose work can be traced.
+    fn traces(&self) -> anyhow::Result<Option<TraceSettings>> {
+        Ok(match self {
+            Command::Serve(args) => {
+                let config = args.config()?;
+                config.validate()?;
+                Some(config.telemetry.into())
+            }
+            Command::Train(args) => Some(args.telemetry.settings("offshoot-train")),
+            Command::Generate(args) => Some(args.telemetry.settings("offshoot-generate")),
+            Command::Eval(args) => Some(args.telemetry.settings("offshoot-eval")),
+            _ => None,
+        })
     }
 
     fn run(self) -> anyhow::Result<ExitCode> {
         match self {
             Command::Serve(args) => serve::run(args),
+            Command::Fetch(args) => fetch::run(args),
             Command::Tenant(args) => tenant::run(args),
+            Command::Top(args) => top::run(args),
+            Command::Sessions(args) => sessions::run(args),
+            Command::Snapshots(args) => snapshots::run(args),
+            Command::Tenants(args) => tenants::run(args),
+            Command::Health(args) => health::run(args),
+            Command::Store(args) => store::run(args),
             Command::Train(args) => train::run(*args),
             Command::Checkpoints(args) => checkpoints::run(args),
+            Command::Plan(args) => plan::run(args),
             Command::Plot(args) => plot::run(args),
             Command::Generate(args) => generate::run(*args),
             Command::Verify(args) => verify::run(args),
@@ -120,28 +158,27 @@ fn main() -> ExitCode {
             }
         },
     };
-    let error = match openmp::share_cores().and_then(|()| {
-        let asked = match &cli.log {
-            Some(filter) => Some(EnvFilter::try_new(filter)?),
-            None => EnvFilter::try_from_default_env().ok(),
-        };
-        // Between the other lines of a command its warnings need no time and no place.
-        let bare = asked.is_none() && !matches!(cli.command, Command::Serve(_));
-        let log = tracing_subscriber::fmt()
-            .with_env_filter(asked.unwrap_or_else(|| EnvFilter::new(cli.command.default_log())))
-            .with_ansi(std::io::stderr().is_terminal())
-            .with_writer(std::io::stderr);
-        match bare {
-            true => log.without_time().with_level(false).with_target(false).init(),
-            false => log.init(),
-        }
-        cli.command.run()
-    }) {
+    let format = cli.log.format();
+    let error = match openmp::share_cores().and_then(|()| run(cli)) {
         Ok(code) => return code,
         Err(error) => error,
     };
-    eprintln!("error: {}", said(&error));
+    match format {
+        LogFormat::Json if tracing::enabled!(tracing::Level::ERROR) => {
+            tracing::error!("{}", said(&error));
+        }
+        // Also before there is a log.
+        LogFormat::Human | LogFormat::Json => eprintln!("error: {}", said(&error)),
+    }
     ExitCode::FAILURE
+}
+
+fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+    let Cli { log, command } = cli;
+    let telemetry = Telemetry::start(&log, command.log_kind(), command.traces()?)?;
+    let ended = command.run();
+    telemetry.end();
+    ended
 }
 
 /// An error with its causes. Many say their cause themselves; it is not said again.

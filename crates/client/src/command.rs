@@ -2,6 +2,7 @@
 
 use crate::ClientError;
 use crate::entry::Request;
+use crate::trace::FrameSpan;
 use offshoot_proto::v1::server_frame;
 use std::time::Duration;
 use tokio::sync::oneshot;
@@ -10,6 +11,7 @@ use tokio::sync::oneshot;
 pub(crate) enum Command {
     Send {
         request: Box<Request>,
+        span: FrameSpan,
         reply: oneshot::Sender<Result<Answer, ClientError>>,
     },
     /// A microbatch is not wanted any more.

@@ -55,7 +55,10 @@ pub enum ClientError {
     },
     /// The server does not take this client: no token, one that it does not know, or one that has
     /// expired or been revoked.
-    #[error("{endpoint} does not let this client in: {message}; {}", token_hint(*token_sent))]
+    #[error(
+        "{endpoint} does not let this client in: {message}{}; {}",
+        named_so(request_id), token_hint(*token_sent)
+    )]
     Unauthenticated {
         /// The address.
         endpoint: String,
@@ -63,6 +66,8 @@ pub enum ClientError {
         message: String,
         /// Whether a token was sent at all.
         token_sent: bool,
+        /// What the server's log calls this refusal.
+        request_id: Option<String>,
     },
     /// Nobody answers at the address, for as long as the options allow.
     #[error(
@@ -91,7 +96,10 @@ pub enum ClientError {
         cause: String,
     },
     /// The server refused a call or a frame; it changed nothing. The session goes on.
-    #[error("{call} was refused ({}): {message}{}", code_name(*code), of_quota(quota.as_ref(), message))]
+    #[error(
+        "{call} was refused ({}): {message}{}{}",
+        code_name(*code), of_quota(quota.as_ref(), message), named_so(request_id)
+    )]
     Refused {
         /// Name of the call or frame.
         call: &'static str,
@@ -104,14 +112,18 @@ pub enum ClientError {
         retry_after: Option<Duration>,
         /// The tenant's quota that is used up, if that is the reason.
         quota: Option<v1::QuotaViolation>,
+        /// What the server's log calls this refusal: users quote it to the server's operator.
+        request_id: Option<String>,
     },
     /// A snapshot, or another part of what the server has stored, is damaged.
-    #[error("{call}: what the server has stored is damaged: {message}")]
+    #[error("{call}: what the server has stored is damaged: {message}{}", named_so(request_id))]
     Damaged {
         /// Name of the call.
         call: &'static str,
         /// The server's text.
         message: String,
+        /// What the server's log calls this refusal.
+        request_id: Option<String>,
     },
     /// This frame was not applied because one sent before it was refused. The session goes on; send
     /// it again if it still makes sense.
@@ -146,18 +158,21 @@ pub enum ClientError {
     },
     /// Another client attached to this session, or restored or closed it. This one has ended.
     #[error(
-        "session {session} was taken over by another client: {message}; only one client can train \
-         a session at a time"
+        "session {session} was taken over by another client: {message}{}; only one client can train \
+         a session at a time", named_so(request_id)
     )]
     TakenOver {
         /// The session.
         session: SessionId,
         /// The server's text.
         message: String,
+        /// What the server's log calls this refusal.
+        request_id: Option<String>,
     },
     /// The server no longer takes this session's stream. The session has ended.
     #[error(
-        "the server does not take session {session} back ({}): {message}", code_name(*code)
+        "the server does not take session {session} back ({}): {message}{}",
+        code_name(*code), named_so(request_id)
     )]
     NotTakenBack {
         /// The session.
@@ -166,6 +181,8 @@ pub enum ClientError {
         code: v1::ErrorCode,
         /// The server's text.
         message: String,
+        /// What the server's log calls this refusal.
+        request_id: Option<String>,
     },
     /// The session was closed here, or its task ended with the tokio runtime.
     #[error("the session is closed; open or restore one to go on")]
@@ -199,6 +216,16 @@ pub enum ClientError {
         /// What was expected and what came.
         what: String,
     },
+}
+
+/// An id, if it is one: older servers give none.
+pub(crate) fn named(request_id: String) -> Option<String> {
+    Some(request_id).filter(|id| !id.is_empty())
+}
+
+/// What a user quotes.
+fn named_so(request_id: &Option<String>) -> String {
+    request_id.as_ref().map_or_else(String::new, |id| format!(" (request {id})"))
 }
 
 /// The code in words, as in `trunk.proto`.
@@ -258,10 +285,11 @@ impl ClientError {
         let code = crate::status::error_code(status.code());
         let retry_after = crate::status::pushback(status);
         let (message, quota) = (status.message().to_string(), crate::status::quota(status));
+        let request_id = crate::status::request_id(status);
         if status.code() == tonic::Code::DataLoss {
-            return ClientError::Damaged { call, message };
+            return ClientError::Damaged { call, message, request_id };
         }
-        ClientError::Refused { call, code, message, retry_after, quota }
+        ClientError::Refused { call, code, message, retry_after, quota, request_id }
     }
 
     /// The server's reason, if it refused this or what this depended on.
@@ -273,6 +301,34 @@ impl ClientError {
             ClientError::TakenOver { .. } => Some(v1::ErrorCode::TakenOver),
             ClientError::Aborted { earlier, .. } => earlier.code(),
             _ => None,
+        }
+    }
+
+    /// What the server's log calls the refusal that this is, or that this depended on: what a user
+    /// quotes to the server's operator.
+    pub fn request_id(&self) -> Option<&str> {
+        match self {
+            ClientError::Refused { request_id, .. }
+            | ClientError::Damaged { request_id, .. }
+            | ClientError::TakenOver { request_id, .. }
+            | ClientError::NotTakenBack { request_id, .. }
+            | ClientError::Unauthenticated { request_id, .. } => request_id.as_deref(),
+            ClientError::Aborted { earlier, .. } => earlier.request_id(),
+            _ => None,
+        }
+    }
+
+    /// In a word, for spans.
+    pub(crate) fn kind(&self) -> &'static str {
+        match self {
+            ClientError::Refused { code, .. } | ClientError::NotTakenBack { code, .. } => {
+                code_name(*code)
+            }
+            ClientError::Aborted { .. } => "aborted",
+            ClientError::TakenOver { .. } => "taken over",
+            ClientError::RolledBack { .. } => "rolled back",
+            ClientError::Unreachable { .. } => "unreachable",
+            _ => "error",
         }
     }
 

@@ -4,6 +4,6 @@
 
 pub use offshoot_proto::v1::{
     DescribeResponse as TrunkView, DeviceView, Metering, OverviewResponse as Overview, QuotaView,
-    Refusal, Sample, ServerView, SessionInfo as SessionSummary, SessionView, SnapshotView, TenantView,
-    TokenView,
+    Refusal, Sample, ServerView, SessionInfo as SessionSummary, SessionView, SnapshotView,
+    TenantView, TokenView,
 };

@@ -155,7 +155,14 @@ impl<R> Window<R> {
             sequence: self.answered + self.on_wire as u64,
             acknowledged: self.answered,
             body: Some(entry.body.clone()),
+            ..Default::default()
         })
+    }
+
+    /// Whose frame [`take_unsent`](Window::take_unsent) gave last.
+    pub(crate) fn last_sent(&self) -> Option<&R> {
+        let entry = self.entries.get(self.on_wire.checked_sub(1)?)?;
+        Some(&entry.reply)
     }
 
     /// Place of the first unsent frame that closes an open microbatch, with only forwards before it

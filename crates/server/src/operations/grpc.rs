@@ -39,7 +39,8 @@ impl OperationsGrpc {
         answer: Result<T, Error>,
     ) -> Result<Response<T>, Status> {
         let session = SessionId::parse(session);
-        let refused = |error| self.0.registry.refusals().status(&caller.tenant.name, session, error);
+        let refused =
+            |error| self.0.registry.refusals().status(&caller.tenant.name, session, error);
         answer.map(Response::new).map_err(refused)
     }
 }

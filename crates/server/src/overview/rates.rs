@@ -124,6 +124,9 @@ mod tests {
         assert_eq!(points.rates(&at(10.2)), Rates::default());
         assert_eq!(points.rates(&at(12.0)).tokens_per_second, 100.0);
         // Counters that began anew are no negative rates.
-        assert_eq!(points.rates(&Point { at: Duration::from_secs(20), ..at(0.0) }), Rates::default());
+        assert_eq!(
+            points.rates(&Point { at: Duration::from_secs(20), ..at(0.0) }),
+            Rates::default()
+        );
     }
 }
