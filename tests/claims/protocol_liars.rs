@@ -323,6 +323,7 @@ async fn a_used_up_quota_of_tokens_is_waited_out_and_is_no_retry() {
                 message: "too fast".into(),
                 retry_after_millis: 10,
                 quota: Some(quota),
+                ..Default::default()
             };
             return vec![to(frame.sequence, server_frame::Body::Error(error))];
         }

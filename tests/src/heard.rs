@@ -2,10 +2,13 @@
 //! that must not differ.
 
 use bytes::{Buf, BufMut};
+use offshoot_proto::v1::{self, server_frame};
+use prost::Message;
 use std::collections::BTreeMap;
 use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
 use tonic::transport::Channel;
 use tonic::{Request, Status};
+use tonic_types::StatusExt;
 
 /// All that came back.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,7 +43,8 @@ fn find(bytes: &[u8], part: &[u8]) -> Option<usize> {
     bytes.windows(part.len()).position(|window| window == part)
 }
 
-/// Calls `path`, such as "/package.Service/Method", with one encoded message, and waits for the end.
+/// Calls `path`, such as "/package.Service/Method", with one encoded message, and waits for the end. The
+/// ids of refusals, of which no two are the same, are struck out.
 /// A stream is left open until the server ends it or has answered once.
 pub async fn call(
     channel: &Channel,
@@ -82,10 +86,33 @@ pub async fn call(
         }
         Err(status) => heard.end(&status),
     }
+    heard.forget_request();
     heard
 }
 
+/// In place of a refusal's id.
+const STRUCK_OUT: &str = "########";
+
 impl Heard {
+    /// What differs from one refusal to the next and tells nothing.
+    fn forget_request(&mut self) {
+        let details = self.details.clone().into();
+        let status = Status::with_details(self.code, self.text.clone(), details);
+        if let Some(info) = status.get_details_request_info() {
+            *self = self.clone().with(&info.request_id, STRUCK_OUT);
+        }
+        for message in &mut self.messages {
+            // Answers of other calls are no such frames, or have no error where one has it.
+            let Ok(mut frame) = v1::ServerFrame::decode(message.as_slice()) else { continue };
+            if let Some(server_frame::Body::Error(error)) = &mut frame.body
+                && error.request_id.len() == STRUCK_OUT.len()
+            {
+                error.request_id = STRUCK_OUT.into();
+                *message = frame.encode_to_vec();
+            }
+        }
+    }
+
     fn end(&mut self, status: &Status) {
         self.code = status.code();
         self.text = status.message().into();

@@ -2,6 +2,7 @@ use crate::accelerator;
 use crate::base::Base;
 use crate::noise_args::{HiddenNoiseArgs, in_words};
 use crate::server_args::ServerArgs;
+use crate::telemetry::TelemetryArgs;
 use crate::train::column_args::ColumnArgs;
 use crate::train::compute_args::DType;
 use crate::train::samples_args::SamplesArgs;
@@ -63,6 +64,8 @@ pub struct EvalArgs {
     /// Print JSON instead of a table.
     #[arg(long, help_heading = "Output")]
     json: bool,
+    #[command(flatten)]
+    pub telemetry: TelemetryArgs,
 }
 
 #[derive(Args)]

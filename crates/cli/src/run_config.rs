@@ -16,7 +16,18 @@ use toml::{Table, Value};
 const SIMILAR: f64 = 0.8;
 
 /// Options that say what is to be done now, not what the run is.
-const NOT_STORED: [&str; 6] = ["config", "print_config", "resume", "dry_run", "log", "help"];
+const NOT_STORED: [&str; 10] = [
+    "config",
+    "print_config",
+    "resume",
+    "dry_run",
+    "log",
+    "log_format",
+    "otlp_endpoint",
+    "otlp_protocol",
+    "trace_ratio",
+    "help",
+];
 /// Options that a file cannot have.
 const NOT_IN_FILE: [&str; 3] = ["config", "print_config", "help"];
 

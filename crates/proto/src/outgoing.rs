@@ -135,8 +135,11 @@ impl InPieces for v1::ClientFrame {
             }
             _ => return None,
         };
-        let lower = v1::ClientFrame { body: None, ..self.clone() };
-        Some(body.in_field(number, &lower, &v1::ClientFrame::default()))
+        let (sequence, acknowledged) = (self.sequence, self.acknowledged);
+        let lower = v1::ClientFrame { sequence, acknowledged, ..Default::default() };
+        let (traceparent, tracestate) = (self.traceparent.clone(), self.tracestate.clone());
+        let higher = v1::ClientFrame { traceparent, tracestate, ..Default::default() };
+        Some(body.in_field(number, &lower, &higher))
     }
 }
 
@@ -298,7 +301,12 @@ mod tests {
             dropout_key: u64::MAX,
         };
         let body = Some(client_frame::Body::Forward(forward));
-        v1::ClientFrame { sequence: 300, acknowledged: 2, body }
+        traced(v1::ClientFrame { sequence: 300, acknowledged: 2, body, ..Default::default() })
+    }
+
+    fn traced(frame: v1::ClientFrame) -> v1::ClientFrame {
+        let traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".into();
+        v1::ClientFrame { traceparent, tracestate: "vendor=1".into(), ..frame }
     }
 
     fn check_pieces(frame: &impl InPieces, data: &Bytes) {
@@ -318,8 +326,10 @@ mod tests {
         for dtype in WireDType::ALL {
             for n_rows in [1, 100] {
                 let tensor = tensor(n_rows, dtype);
-                let client =
-                    |body| v1::ClientFrame { sequence: 300, acknowledged: 2, body: Some(body) };
+                let client = |body| {
+                    let (sequence, body) = (300, Some(body));
+                    traced(v1::ClientFrame { sequence, body, ..Default::default() })
+                };
                 let frame = frame(n_rows, dtype);
                 let Some(client_frame::Body::Forward(forward)) = &frame.body else { panic!() };
                 check_pieces(&frame, &forward.hidden.as_ref().unwrap().data);

@@ -5,6 +5,7 @@
 use crate::config::ComputeDType;
 use crate::engine::TrunkInfo;
 use crate::error::Error;
+use crate::refusals::Refusals;
 use crate::grpc::decode::{self, FrameRules};
 use crate::registry::{Copied, fits};
 use crate::session::{SessionId, Work, state_model};
@@ -121,7 +122,7 @@ fn check(result: Result<(), Error>) {
     let Err(error) = result else { return };
     let text = error.to_string();
     assert!(text.len() <= MAX_ERROR_BYTES, "an error of {} bytes", text.len());
-    let _ = tonic::Status::from(error);
+    let _ = Refusals::default().status("", None, error);
 }
 
 fn trunk() -> TrunkInfo {

@@ -31,6 +31,7 @@ pub use record::{BlobName, Kept, Origin, Record, SnapshotRecord, Why};
 use crate::error::Error;
 use crate::meter::{Meter, Meters};
 use crate::session::{DRAIN_RETRY, SessionId};
+use crate::trace;
 use blobs::{Blobs, is_full};
 use failures::Failures;
 use records::{DamagedRecord, Records};
@@ -165,7 +166,9 @@ impl Store {
         snapshot: NewSnapshot,
     ) -> Result<SnapshotRecord, Error> {
         self.known(session)?;
-        self.append(session, snapshot, || self.known(session))
+        let n_bytes = snapshot.state.len();
+        let append = || self.append(session, snapshot, || self.known(session));
+        trace::snapshot_write(session, n_bytes, append)
     }
 
     /// The same, unless `ended` is set before the record is written: then nothing is changed, and
@@ -181,7 +184,8 @@ impl Store {
             false => self.known(session),
         };
         known()?;
-        self.append(session, snapshot, known)
+        let n_bytes = snapshot.state.len();
+        trace::snapshot_write(session, n_bytes, || self.append(session, snapshot, known))
     }
 
     /// The client asked for a snapshot at the point where the session goes on: the head is it.

@@ -17,8 +17,11 @@ struct Owned {
 
 impl Background {
     pub fn start() -> Result<Background, TelemetryError> {
-        let runtime =
-            Builder::new_multi_thread().worker_threads(1).thread_name("otlp").enable_all().build()?;
+        let runtime = Builder::new_multi_thread()
+            .worker_threads(1)
+            .thread_name("otlp")
+            .enable_all()
+            .build()?;
         let handle = runtime.handle().clone();
         Ok(Background(Arc::new(Owned { runtime: Some(runtime), handle })))
     }

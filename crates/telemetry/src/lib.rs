@@ -31,6 +31,7 @@ mod spans;
 
 pub use error::TelemetryError;
 pub use metrics::MetricExporter;
+pub use opentelemetry_sdk::trace::SdkTracer as Tracer;
 pub use otlp::{Otlp, OtlpSettings, Protocol, Signal, env_ratio};
 pub use resource::Service;
 pub use spans::{SPAN_TARGET, Traces, layer};

@@ -1,9 +1,9 @@
 //! Where telemetry goes: what was asked for, or else what OpenTelemetry's variables say.
 
+use crate::TelemetryError;
 use crate::background::Background;
 use crate::metrics::MetricExporter;
 use crate::post::Post;
-use crate::TelemetryError;
 use opentelemetry_otlp::{WithExportConfig, WithHttpConfig, WithTonicConfig};
 use std::path::PathBuf;
 use std::time::Duration;

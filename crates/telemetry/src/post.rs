@@ -25,9 +25,8 @@ impl Post {
         limit: Duration,
         background: Background,
     ) -> Result<Post, TelemetryError> {
-        let mut config = ureq::Agent::config_builder()
-            .http_status_as_error(false)
-            .timeout_global(Some(limit));
+        let mut config =
+            ureq::Agent::config_builder().http_status_as_error(false).timeout_global(Some(limit));
         if let Some(Roots { path, pem }) = roots {
             let read = Certificate::from_pem(pem).map_err(|error| TelemetryError::Certificate {
                 name: CERTIFICATE,
@@ -44,7 +43,10 @@ impl Post {
 type Sending<'a> = Pin<Box<dyn Future<Output = Result<Response<Bytes>, HttpError>> + Send + 'a>>;
 
 impl HttpClient for Post {
-    fn send_bytes<'life0, 'async_trait>(&'life0 self, request: Request<Bytes>) -> Sending<'async_trait>
+    fn send_bytes<'life0, 'async_trait>(
+        &'life0 self,
+        request: Request<Bytes>,
+    ) -> Sending<'async_trait>
     where
         'life0: 'async_trait,
         Self: 'async_trait,

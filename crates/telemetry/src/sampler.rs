@@ -36,7 +36,11 @@ impl ShouldSample for Roots {
             .map(|parent| parent.span().span_context().trace_state().clone())
             .unwrap_or_default();
         SamplingResult {
-            decision: if is_kept { SamplingDecision::RecordAndSample } else { SamplingDecision::Drop },
+            decision: if is_kept {
+                SamplingDecision::RecordAndSample
+            } else {
+                SamplingDecision::Drop
+            },
             attributes: Vec::new(),
             trace_state,
         }
@@ -56,8 +60,7 @@ mod tests {
 
     fn decide(ratio: f64, parent: Option<SpanContext>, links: &[SpanContext]) -> bool {
         let parent = parent.map(|span| Context::new().with_remote_span_context(span));
-        let links: Vec<Link> =
-            links.iter().map(|span| Link::with_context(span.clone())).collect();
+        let links: Vec<Link> = links.iter().map(|span| Link::with_context(span.clone())).collect();
         // The lowest id, which every ratio above 0 keeps, and the highest, which none below 1 does.
         let decision = sampler(ratio).should_sample(
             parent.as_ref(),

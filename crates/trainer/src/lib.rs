@@ -40,6 +40,7 @@ mod schedule;
 mod setup;
 mod split;
 pub mod tokenizer;
+mod trace;
 mod train;
 pub mod verify;
 mod wire;

@@ -15,6 +15,7 @@ use crate::origin::Origin;
 use crate::report::{Event, ReportOptions, Reporter};
 use crate::resume;
 use crate::setup::{self, Prepared};
+use crate::trace;
 use crate::train::follow::unless_stopped;
 use crate::train::save::Room;
 use keep::Keeper;
@@ -22,6 +23,7 @@ use offshoot_client::{Session, SessionId};
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+use tracing::Instrument;
 
 /// What a run left.
 #[derive(Clone, Debug, PartialEq)]
@@ -262,7 +264,8 @@ impl Run {
         }
         let n_steps = self.prepared.settings.n_steps;
         while self.step < n_steps && !self.stops_early() && !cancel.is_cancelled() {
-            self.train_step().await?;
+            let span = trace::step(&self.session, self.step + 1);
+            self.train_step().instrument(span).await?;
             self.after_step().await?;
         }
         // Asked to end, or nothing was left to do at all.

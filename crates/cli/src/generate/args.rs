@@ -1,5 +1,6 @@
 use crate::noise_args::HiddenNoiseArgs;
 use crate::server_args::ServerArgs;
+use crate::telemetry::TelemetryArgs;
 use crate::train::compute_args::DType;
 use anyhow::{Context, bail, ensure};
 use clap::Args;
@@ -32,6 +33,8 @@ pub struct GenerateArgs {
     pub sampling: SamplingArgs,
     #[command(flatten)]
     pub output: OutputArgs,
+    #[command(flatten)]
+    pub telemetry: TelemetryArgs,
 }
 
 const EXAMPLES: &str = "\

@@ -10,6 +10,7 @@ mod training_args;
 
 use crate::noise_args::{GradientNoiseArgs, HiddenNoiseArgs};
 use crate::run_config::{ConfigArgs, Resolved};
+use crate::telemetry::TelemetryArgs;
 use anyhow::Context;
 use clap::Args;
 use compute_args::ComputeArgs;
@@ -49,6 +50,8 @@ pub struct TrainArgs {
     hidden_noise: HiddenNoiseArgs,
     #[command(flatten)]
     gradient_noise: GradientNoiseArgs,
+    #[command(flatten)]
+    pub telemetry: TelemetryArgs,
     #[command(flatten)]
     config: ConfigArgs,
     /// All of these as they came together.

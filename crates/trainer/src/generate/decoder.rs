@@ -3,9 +3,11 @@
 use super::whole::WholeModel;
 use crate::TrainError;
 use crate::split::{Next, SplitCaches, SplitModel, Traffic};
+use crate::trace;
 use offshoot_client::{Client, ClientError, Session};
 use offshoot_model::{KvCache, ModelConfig};
 use tch::{Device, Tensor};
+use tracing::{Instrument, Span};
 
 /// Tokens that a cache has room for at first.
 const FIRST_CAPACITY: usize = 256;
@@ -129,7 +131,8 @@ impl<'a> Decoder<'a> {
     pub(super) async fn scores(&mut self, ids: &[u32]) -> Result<Vec<f32>, TrainError> {
         let mut fresh_starts = 0;
         loop {
-            match self.scores_once(ids).await {
+            let span = if self.is_split() { trace::token() } else { Span::none() };
+            match self.scores_once(ids).instrument(span).await {
                 Ok(logits) => {
                     let mut values = vec![0f32; logits.numel()];
                     logits.to_device(Device::Cpu).copy_data(&mut values, logits.numel());
@@ -144,6 +147,10 @@ impl<'a> Decoder<'a> {
                 Err(error) => return Err(error),
             }
         }
+    }
+
+    fn is_split(&self) -> bool {
+        matches!(self.way, Way::Split { .. })
     }
 
     /// Whether the text can be shown to the server again after this error.

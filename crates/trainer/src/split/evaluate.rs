@@ -5,10 +5,12 @@ use super::replica::Run;
 use crate::TrainError;
 use crate::data::Batch;
 use crate::loss::{Loss, LossInput, LossSum, sequence_log_probs};
+use crate::trace;
 use crate::wire::to_wire;
 use offshoot_client::{ForwardInput, PendingEvaluate, Session};
 use std::collections::VecDeque;
 use tch::Tensor;
+use tracing::Instrument;
 
 impl SplitModel {
     /// The summed loss, and what to divide it by. `in_flight` batches are on their way at once; it
@@ -22,7 +24,8 @@ impl SplitModel {
     ) -> Result<(LossSum, f64), TrainError> {
         let mut total = LossSum::default();
         let each = |input: LossInput| total.add(&loss.evaluate(&input));
-        self.outputs(session, batches, in_flight, each).await?;
+        let outputs = self.outputs(session, batches, in_flight, each);
+        outputs.instrument(trace::evaluation(batches.len())).await?;
         let weight = batches.iter().map(|batch| loss.weight(batch)).sum();
         Ok((total, weight))
     }

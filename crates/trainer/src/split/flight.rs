@@ -7,6 +7,7 @@ use super::replica::{Above, Below, Goal, Replica};
 use crate::TrainError;
 use crate::data::Batch;
 use crate::loss::{CrossEntropy, Loss, LossSum};
+use crate::trace;
 use offshoot_adapters::AdapterSet;
 use offshoot_client::{
     ClientError, ForwardInput, FrameReport, Gradients, HostTensor, Microbatch, Session,
@@ -167,8 +168,10 @@ impl<'a> Flight<'a> {
     fn begin(&mut self, batch: &'a Batch, number: u64) {
         let dtype = self.session.wire_dtype();
         let device = number as usize % self.model.n_devices();
+        let span = trace::part("bottom.forward", number);
         let (batch, number) = (batch.clone(), self.step.first_number + number);
-        let work = self.compute(device, move |replica| replica.below(batch, number, dtype));
+        let below = move |replica: &mut Replica| replica.below(batch, number, dtype);
+        let work = self.compute(device, move |replica| span.in_scope(|| below(replica)));
         self.legs.push_back(Leg { device, stage: Stage::Below(work) });
     }
 
@@ -289,8 +292,10 @@ impl<'a> Flight<'a> {
         let (scale, dtype) = (self.step.scale, self.session.wire_dtype());
         let loss = Arc::clone(self.step.loss);
         let goal = Goal { loss, scale, dtype };
-        let work = self
-            .compute(self.legs[leg].device, move |replica| replica.above(below, &output, &goal));
+        let span = trace::part("top.forward_backward", below.number() - self.step.first_number);
+        let above = move |replica: &mut Replica| replica.above(below, &output, &goal);
+        let device = self.legs[leg].device;
+        let work = self.compute(device, move |replica| span.in_scope(|| above(replica)));
         Ok(Stage::Above { trunk, tape_bytes: report.tape_bytes, work })
     }
 
@@ -324,8 +329,10 @@ impl<'a> Flight<'a> {
         let grad = gradients.input.ok_or_else(|| TrainError::Answer {
             problem: "a backward brought no gradient for the bottom, which asked for one".into(),
         })?;
+        let span = trace::part("bottom.backward", below.number() - self.step.first_number);
+        let back = move |replica: &mut Replica| replica.back(below, &grad);
         let device = self.legs[leg].device;
-        let work = self.compute(device, move |replica| replica.back(below, &grad));
+        let work = self.compute(device, move |replica| span.in_scope(|| back(replica)));
         Ok(Stage::Back { so_far, work })
     }
 

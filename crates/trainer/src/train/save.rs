@@ -5,12 +5,14 @@ use crate::checkpoint::{self, Contents, Saved, TrainingState};
 use crate::options::{AdapterChoice, CancelToken, OutputOptions};
 use crate::report::{DoneEvent, Event, WireErrors};
 use crate::setup::Prepared;
+use crate::trace;
 use crate::wire::host_to_tensor;
 use offshoot_adapters::{AdapterSet, peft};
 use offshoot_client::{ClientError, ErrorCode, SnapshotInfo};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use tch::Tensor;
+use tracing::Instrument;
 
 /// For what only tidies up.
 const PATIENCE_AT_THE_END: Duration = Duration::from_secs(10);
@@ -62,6 +64,11 @@ impl Run {
     /// A checkpoint of this step, and the server's snapshot of it. One of several can be left out if the
     /// server has no room for its snapshot.
     pub(super) async fn save(&mut self, room: Room<'_>) -> Result<(), TrainError> {
+        let span = trace::between("train.checkpoint", &self.session, self.step);
+        self.write_checkpoint(room).instrument(span).await
+    }
+
+    async fn write_checkpoint(&mut self, room: Room<'_>) -> Result<(), TrainError> {
         let keep = self.snapshots_in_use()?;
         let mut taken = self.session.try_snapshot(keep.clone()).await;
         let mut adapter = None;
