@@ -73,6 +73,11 @@ app.kubernetes.io/managed-by: {{ $.Release.Service }}
 {{- printf "%s.%s.svc" (include "offshoot.fullname" .) .Release.Namespace -}}
 {{- end -}}
 
+{{- /* A name in the server's certificate, for those who connect inside the cluster. */ -}}
+{{- define "offshoot.serverName" -}}
+{{- default (include "offshoot.host" .) .Values.tls.serverName -}}
+{{- end -}}
+
 {{- /* A number as Kubernetes wants it: Helm reads all numbers as floats, and writes large ones as 1e+06. */ -}}
 {{- define "offshoot.int" -}}
 {{- printf "%d" (int64 .) -}}

@@ -77,8 +77,8 @@ spec:
 
 {{- define "offshoot.tolerations" -}}
 {{- $all := .Values.tolerations -}}
-{{- if and .Values.gpu.enabled .Values.gpu.tolerateTaint -}}
-{{- $all = append $all (dict "key" .Values.gpu.resourceName "operator" "Exists" "effect" "NoSchedule") -}}
+{{- if and .Values.gpu.enabled .Values.gpu.taintKey -}}
+{{- $all = append $all (dict "key" .Values.gpu.taintKey "operator" "Exists" "effect" "NoSchedule") -}}
 {{- end -}}
 {{- toYaml $all -}}
 {{- end -}}

@@ -117,6 +117,9 @@
 {{- end -}}
 {{- end -}}
 {{- end -}}
+{{- if and (gt (int .Values.replicas) 1) .Values.service.nodePort -}}
+{{- $m = append $m (printf "service.nodePort is %d with %d replicas: expected 0, since each replica has a Service of its own" (int .Values.service.nodePort) (int .Values.replicas)) -}}
+{{- end -}}
 {{- $tls := include "offshoot.tlsOn" . -}}
 {{- with .Values.gateway -}}
 {{- if .enabled -}}
@@ -185,10 +188,10 @@
 {{- $m = append $m "probes.handler is \"grpc\", but the server speaks TLS and Kubernetes' gRPC probes do not: expected auto, exec or http" -}}
 {{- end -}}
 {{- if and (eq $handler "http") (not (include "offshoot.httpOn" .)) -}}
-{{- $m = append $m "the probes need config.http.port: with mutual TLS either that, or probes.clientCertificateSecret with a certificate that tls.clientCA knows" -}}
+{{- $m = append $m "probes.handler is \"http\", but config.http.port is null: expected a port such as 9464, or another handler" -}}
 {{- end -}}
 {{- if and (eq $handler "exec") (include "offshoot.clientCaOn" .) (not .Values.probes.clientCertificateSecret) -}}
-{{- $m = append $m "probes.handler is \"exec\" and the server asks for clients' certificates: expected probes.clientCertificateSecret, or probes.handler=http" -}}
+{{- $m = append $m "the probes run `offshoot health` and the server asks for clients' certificates: expected probes.clientCertificateSecret, or a config.http.port with probes.handler auto or http" -}}
 {{- end -}}
 {{- $m | toJson -}}
 {{- end -}}

@@ -10,7 +10,6 @@ mod document;
 mod golden;
 mod helm;
 mod links;
-mod program;
 mod refused;
 mod schemas;
 mod settings;
@@ -40,6 +39,8 @@ pub struct Options {
 struct Rendered {
     name: String,
     text: String,
+    /// What is told after an installation.
+    notes: String,
     documents: Vec<Document>,
 }
 
@@ -52,7 +53,8 @@ pub fn check(options: &Options) -> Result<()> {
         helm.lint(&values)?;
         let text = helm.render(&values)?;
         let documents = document::read(&text)?;
-        sets.push(Rendered { name: helm::name_of(&values), text, documents });
+        let (name, notes) = (helm::name_of(&values), helm.notes(&values)?);
+        sets.push(Rendered { name, text, notes, documents });
     }
     ensure!(
         sets.len() >= FEWEST_SETS,

@@ -9,6 +9,10 @@ use tonic::server::NamedService;
 use tonic_health::ServingStatus;
 use tonic_health::server::{HealthReporter, HealthService};
 
+/// A service for who asks whether the process answers at all, such as a probe that would end it otherwise:
+/// serving as long as it does, while it drains and while its engine starts again, too.
+const LIVE: &str = "live";
+
 /// Of the server as a whole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
@@ -65,6 +69,7 @@ impl Health {
             state: Arc::new(watch::Sender::new(State::Serving)),
         };
         health.report(State::Serving).await;
+        health.reporter.set_service_status(LIVE, ServingStatus::Serving).await;
         health
     }
 
@@ -105,6 +110,25 @@ impl Health {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tonic_health::pb::HealthCheckRequest;
+    use tonic_health::pb::health_server::Health as _;
+
+    async fn answer(health: &Health, service: &str) -> i32 {
+        let request = HealthCheckRequest { service: service.into() };
+        let answer = health.service().check(tonic::Request::new(request)).await;
+        answer.expect("it knows the service").into_inner().status
+    }
+
+    #[tokio::test]
+    async fn a_server_that_takes_no_work_lives_on() {
+        let health = Health::serving().await;
+        let (serving, not) = (ServingStatus::Serving as i32, ServingStatus::NotServing as i32);
+        assert_eq!((answer(&health, "").await, answer(&health, LIVE).await), (serving, serving));
+        for state in [State::StartingAgain, State::Draining] {
+            health.set(state).await;
+            assert_eq!((answer(&health, "").await, answer(&health, LIVE).await), (not, serving));
+        }
+    }
 
     #[tokio::test]
     async fn draining_is_the_last_state() {

@@ -71,7 +71,8 @@ const CERTIFICATE: [Field; 12] = [
     may("/spec/issuerRef/group", "string"),
 ];
 
-const SERVICE_MONITOR: [Field; 15] = [
+const SERVICE_MONITOR: [Field; 16] = [
+    may("/spec/jobLabel", "string"),
     must("/spec/selector/matchLabels/**", "string"),
     must("/spec/endpoints/*/port", "string"),
     may("/spec/endpoints/*/path", "string"),
@@ -146,10 +147,15 @@ pub fn mistakes(document: &Document) -> Vec<String> {
 fn collect<'a>(value: &'a Value, path: String, leaves: &mut Vec<(String, &'a Value)>) {
     match value {
         Value::Object(fields) if !fields.is_empty() => {
-            fields.iter().for_each(|(key, value)| collect(value, format!("{path}/{}", escaped(key)), leaves));
+            fields.iter().for_each(|(key, value)| {
+                collect(value, format!("{path}/{}", escaped(key)), leaves)
+            });
         }
         Value::Array(items) if !items.is_empty() => {
-            items.iter().enumerate().for_each(|(i, value)| collect(value, format!("{path}/{i}"), leaves));
+            items
+                .iter()
+                .enumerate()
+                .for_each(|(i, value)| collect(value, format!("{path}/{i}"), leaves));
         }
         _ => leaves.push((path, value)),
     }

@@ -14,7 +14,9 @@ pub fn write(folder: &Path, sets: &[Rendered]) -> Result<()> {
     let _ = fs::remove_dir_all(folder);
     fs::create_dir_all(folder)?;
     for set in sets {
-        fs::write(folder.join(file_of(&set.name)), &set.text)?;
+        for (file, text) in files(set) {
+            fs::write(folder.join(file), text)?;
+        }
     }
     eprintln!("chart: wrote {}; read its difference before you commit it", folder.display());
     Ok(())
@@ -30,22 +32,24 @@ pub fn differences(folder: &Path, sets: &[Rendered]) -> Result<Vec<String>> {
     }
     let mut wrong = Vec::new();
     for set in sets {
-        let file = file_of(&set.name);
-        if !there.remove(&file) {
-            wrong.push(format!("{}: ci/golden/{file} is missing: `cargo xtask chart --update`", set.name));
-        } else if let Some(line) = first_difference(&fs::read_to_string(folder.join(&file))?, &set.text) {
-            wrong.push(format!(
-                "{}: not as in ci/golden/{file}, {line}. If that is meant: `cargo xtask chart --update`",
-                set.name
-            ));
+        for (file, text) in files(set) {
+            if !there.remove(&file) {
+                wrong.push(format!("ci/golden/{file} is missing: `cargo xtask chart --update`"));
+            } else if let Some(line) =
+                first_difference(&fs::read_to_string(folder.join(&file))?, text)
+            {
+                wrong.push(format!(
+                    "not as in ci/golden/{file}, {line}. If that is meant: `cargo xtask chart --update`"
+                ));
+            }
         }
     }
     wrong.extend(there.iter().map(|file| format!("ci/golden/{file} belongs to no set of values")));
     Ok(wrong)
 }
 
-fn file_of(name: &str) -> String {
-    format!("{name}.yaml")
+fn files(set: &Rendered) -> [(String, &str); 2] {
+    [(format!("{}.yaml", set.name), &set.text), (format!("{}.notes.txt", set.name), &set.notes)]
 }
 
 /// Where and how two texts first differ.
@@ -61,7 +65,11 @@ fn first_difference(expected: &str, found: &str) -> Option<String> {
             (None, None) => return Some("in its last line's end".into()),
             (old, new) => {
                 let shown = |line: Option<&str>| line.unwrap_or("(its end)").to_owned();
-                return Some(format!("line {number}: expected `{}`, rendered `{}`", shown(old), shown(new)));
+                return Some(format!(
+                    "line {number}: expected `{}`, rendered `{}`",
+                    shown(old),
+                    shown(new)
+                ));
             }
         }
     }
@@ -72,7 +80,8 @@ mod tests {
     use super::*;
 
     fn set(name: &str, text: &str) -> Rendered {
-        Rendered { name: name.into(), text: text.into(), documents: Vec::new() }
+        let notes = format!("notes of {name}\n");
+        Rendered { name: name.into(), text: text.into(), notes, documents: Vec::new() }
     }
 
     #[test]
@@ -80,9 +89,18 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let folder = folder.path();
         write(folder, &[set("a", "x: 1\ny: 2\n"), set("b", "z: 1\n")]).unwrap();
-        assert!(differences(folder, &[set("a", "x: 1\ny: 2\n"), set("b", "z: 1\n")]).unwrap().is_empty());
-        let wrong = differences(folder, &[set("a", "x: 1\ny: 3\n"), set("c", "")]).unwrap().join("\n");
+        assert!(
+            differences(folder, &[set("a", "x: 1\ny: 2\n"), set("b", "z: 1\n")])
+                .unwrap()
+                .is_empty()
+        );
+        let wrong =
+            differences(folder, &[set("a", "x: 1\ny: 3\n"), set("c", "")]).unwrap().join("\n");
         assert!(wrong.contains("line 2: expected `y: 2`, rendered `y: 3`"), "{wrong}");
-        assert!(wrong.contains("c.yaml is missing") && wrong.contains("b.yaml belongs to no"), "{wrong}");
+        assert!(
+            wrong.contains("c.yaml is missing") && wrong.contains("b.yaml belongs to no"),
+            "{wrong}"
+        );
+        assert!(wrong.contains("c.notes.txt is missing"), "{wrong}");
     }
 }

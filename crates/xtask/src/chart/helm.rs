@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 
 use super::CHART;
 use crate::command::{in_root, output, target_dir};
-use super::program::program;
+use crate::tools::program;
 
 /// The release and its namespace in all renders.
 const RELEASE: [&str; 4] = ["trunk", CHART, "--namespace", "ml"];

@@ -20,6 +20,7 @@ pub fn dangling(documents: &[Document]) -> Vec<String> {
             "BackendTLSPolicy" => of_tls_policy(document, documents),
             "ServiceMonitor" => of_monitor(document, documents),
             "PrometheusRule" => of_rules(document),
+            "ConfigMap" => of_config(document),
             _ => of_pod(document, documents),
         };
         wrong.extend(found.into_iter().map(|wrong| format!("{}: {wrong}", document.title())));
@@ -29,9 +30,8 @@ pub fn dangling(documents: &[Document]) -> Vec<String> {
 
 fn twice(documents: &[Document]) -> Vec<String> {
     let mut seen = BTreeSet::new();
-    let key = |document: &Document| {
-        (document.text("/metadata/namespace").to_owned(), document.title())
-    };
+    let key =
+        |document: &Document| (document.text("/metadata/namespace").to_owned(), document.title());
     let again = documents.iter().filter(|document| !seen.insert(key(document)));
     again.map(|document| format!("{} is there twice", document.title())).collect()
 }
@@ -64,7 +64,8 @@ fn pods(documents: &[Document]) -> Vec<Pod<'_>> {
 impl Pod<'_> {
     fn has_port(&self, port: &Value) -> bool {
         containers(self.template).any(|(_, container)| {
-            items(container, "/ports").any(|ours| ours["name"] == *port || ours["containerPort"] == *port)
+            items(container, "/ports")
+                .any(|ours| ours["name"] == *port || ours["containerPort"] == *port)
         })
     }
 }
@@ -174,6 +175,21 @@ fn of_rules(rules: &Document) -> Vec<String> {
     if count == 0 { vec!["it has no rules".into()] } else { Vec::new() }
 }
 
+/// A file that the chart lacks would be an empty text.
+fn of_config(config: &Document) -> Vec<String> {
+    let data = config.0["data"].as_object();
+    let mut wrong = Vec::new();
+    for (name, text) in data.into_iter().flatten() {
+        let text = text.as_str().unwrap_or_default();
+        if text.trim().is_empty() {
+            wrong.push(format!("{name} is empty"));
+        } else if name.ends_with(".json") && serde_json::from_str::<Value>(text).is_err() {
+            wrong.push(format!("{name} is no JSON"));
+        }
+    }
+    wrong
+}
+
 /// Mounts and volumes, and the ConfigMaps and Secrets that the chart should have made.
 fn of_pod(document: &Document, documents: &[Document]) -> Vec<String> {
     let Some(pod) = document.pod() else { return Vec::new() };
@@ -255,7 +271,7 @@ mod tests {
                     }],
                 }},
             }}),
-            json!({"kind": "ConfigMap", "metadata": {"name": "trunk-offshoot"}}),
+            json!({"kind": "ConfigMap", "metadata": {"name": "trunk-offshoot"}, "data": {"a.json": "{}"}}),
             json!({"kind": "Service", "metadata": {"name": "v", "labels": {"l": "m"}}, "spec": {
                 "selector": {"x": "y", "statefulset.kubernetes.io/pod-name": "s-1"},
                 "ports": [{"name": "grpc", "port": 50051, "targetPort": "grpc"}],
@@ -281,8 +297,18 @@ mod tests {
     #[test]
     fn each_loose_end_is_found() {
         let cases = [
-            (0, "/spec/template/spec/volumes/0/configMap/name", json!("trunk-offshoot-b"), "nothing makes the ConfigMap"),
-            (0, "/spec/template/spec/containers/0/volumeMounts/0/name", json!("stor"), "which is no volume"),
+            (
+                0,
+                "/spec/template/spec/volumes/0/configMap/name",
+                json!("trunk-offshoot-b"),
+                "nothing makes the ConfigMap",
+            ),
+            (
+                0,
+                "/spec/template/spec/containers/0/volumeMounts/0/name",
+                json!("stor"),
+                "which is no volume",
+            ),
             (0, "/spec/template/spec/containers/0/ports/0/name", json!("http"), "have no port"),
             (0, "/spec/replicas", json!(1), "finds no pod"),
             (2, "/spec/selector/x", json!("z"), "its selector finds no pod"),
@@ -292,6 +318,8 @@ mod tests {
             (5, "/spec/selector/matchLabels/l", json!("n"), "finds 0 Services"),
             (5, "/spec/endpoints/0/port", json!("http"), "has no port"),
             (1, "/kind", json!("StatefulSet"), "nothing makes"),
+            (1, "/data/a.json", json!(" "), "a.json is empty"),
+            (1, "/data/a.json", json!("{"), "a.json is no JSON"),
         ];
         for (which, pointer, value, expected) in cases {
             let mut all = good();
@@ -301,6 +329,8 @@ mod tests {
             assert!(found.contains(expected), "{pointer}: {found}");
         }
         let documents: Vec<_> = good().into_iter().chain(good()).map(Document).collect();
-        assert!(dangling(&documents).join("\n").contains("ConfigMap/trunk-offshoot is there twice"));
+        assert!(
+            dangling(&documents).join("\n").contains("ConfigMap/trunk-offshoot is there twice")
+        );
     }
 }

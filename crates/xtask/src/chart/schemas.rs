@@ -9,7 +9,7 @@ use super::custom;
 use super::document::{Document, items};
 use super::{KUBERNETES, Rendered};
 use crate::command::target_dir;
-use super::program::program;
+use crate::tools::program;
 
 /// What is not valid in any of the sets.
 pub fn mistakes(sets: &[Rendered]) -> Result<Vec<String>> {
@@ -55,7 +55,8 @@ fn of_version(sets: &[Rendered], version: &str) -> Result<Vec<String>> {
     let text = [said.stdout, said.stderr].concat();
     let text = String::from_utf8_lossy(&text);
     // A kind that it does not know is a warning, and no less a mistake here.
-    let mut wrong: Vec<_> = text.lines().map(|line| format!("Kubernetes {version}: {line}")).collect();
+    let mut wrong: Vec<_> =
+        text.lines().map(|line| format!("Kubernetes {version}: {line}")).collect();
     if !said.status.success() && wrong.is_empty() {
         wrong.push(format!("kubernetes-validate ended with {} and said nothing", said.status));
     }

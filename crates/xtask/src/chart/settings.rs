@@ -19,12 +19,12 @@ pub fn compare() -> Result<Vec<String>> {
 }
 
 fn differences(server: &BTreeSet<String>, chart: &BTreeSet<String>) -> Vec<String> {
-    let missing = server.difference(chart).map(|key| {
-        format!("values.schema.json: config.{key} is missing, docs/server.toml has it")
-    });
-    let unknown = chart.difference(server).map(|key| {
-        format!("values.schema.json: config.{key} is no setting of docs/server.toml")
-    });
+    let missing = server
+        .difference(chart)
+        .map(|key| format!("values.schema.json: config.{key} is missing, docs/server.toml has it"));
+    let unknown = chart
+        .difference(server)
+        .map(|key| format!("values.schema.json: config.{key} is no setting of docs/server.toml"));
     missing.chain(unknown).collect()
 }
 

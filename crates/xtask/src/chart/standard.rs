@@ -209,11 +209,21 @@ mod tests {
             ("", "volumes", json!([{"name": "h", "hostPath": {"path": "/"}}]), "is a hostPath"),
             ("", "volumes", json!([{"name": "n", "nfs": {}}]), "is a nfs"),
             ("", "automountServiceAccountToken", json!(true), "automountServiceAccountToken"),
-            (ps, "sysctls", json!([{"name": "kernel.msgmax", "value": "1"}]), "sysctl \"kernel.msgmax\""),
+            (
+                ps,
+                "sysctls",
+                json!([{"name": "kernel.msgmax", "value": "1"}]),
+                "sysctl \"kernel.msgmax\"",
+            ),
             (ps, "runAsUser", json!(0), "runAsUser is 0"),
             (ps, "runAsNonRoot", json!(false), "runAsNonRoot is false"),
             (ps, "runAsNonRoot", Value::Null, "runAsNonRoot is not true"),
-            (ps, "seccompProfile", json!({"type": "Unconfined"}), "seccompProfile.type is \"Unconfined\""),
+            (
+                ps,
+                "seccompProfile",
+                json!({"type": "Unconfined"}),
+                "seccompProfile.type is \"Unconfined\"",
+            ),
             (ps, "seccompProfile", Value::Null, "there is no seccompProfile"),
             (ps, "appArmorProfile", json!({"type": "Unconfined"}), "appArmorProfile.type"),
             (ps, "seLinuxOptions", json!({"type": "spc_t"}), "seLinuxOptions.type is \"spc_t\""),
@@ -224,7 +234,12 @@ mod tests {
             (cs, "privileged", json!(true), "privileged is true"),
             (cs, "allowPrivilegeEscalation", Value::Null, "allowPrivilegeEscalation is not false"),
             (cs, "capabilities", json!({"drop": ["NET_RAW"]}), "capabilities.drop has no ALL"),
-            (cs, "capabilities", json!({"drop": ["ALL"], "add": ["CHOWN"]}), "capabilities.add has \"CHOWN\""),
+            (
+                cs,
+                "capabilities",
+                json!({"drop": ["ALL"], "add": ["CHOWN"]}),
+                "capabilities.add has \"CHOWN\"",
+            ),
             (cs, "runAsUser", json!(0), "runAsUser is 0"),
             (cs, "runAsNonRoot", json!(false), "runAsNonRoot is false"),
             (cs, "seccompProfile", json!({"type": "Unconfined"}), "seccompProfile.type"),
@@ -232,7 +247,12 @@ mod tests {
             (cs, "readOnlyRootFilesystem", json!(false), "readOnlyRootFilesystem is not true"),
             (c, "ports", json!([{"containerPort": 1, "hostPort": 1}]), "hostPort 1 is taken"),
             (c, "livenessProbe", json!({"httpGet": {"host": "10.0.0.1"}}), "httpGet asks the host"),
-            (c, "lifecycle", json!({"preStop": {"tcpSocket": {"host": "h"}}}), "tcpSocket asks the host"),
+            (
+                c,
+                "lifecycle",
+                json!({"preStop": {"tcpSocket": {"host": "h"}}}),
+                "tcpSocket asks the host",
+            ),
         ];
         for (place, key, value, expected) in cases {
             let mut document = good();
@@ -243,7 +263,8 @@ mod tests {
             assert!(found[0].contains(expected) && found[0].contains("StatefulSet/x"), "{found:?}");
         }
         let mut document = good();
-        document["spec"]["template"]["metadata"]["annotations"] = json!({format!("{APPARMOR}c"): "unconfined"});
+        document["spec"]["template"]["metadata"]["annotations"] =
+            json!({format!("{APPARMOR}c"): "unconfined"});
         assert_eq!(violations(&Document(document)).len(), 1);
     }
 
