@@ -1,5 +1,9 @@
 //! Helpers of the platform tests: where the tools are, and the built program.
 
+pub mod otlp;
+
+pub mod browser;
+
 use std::env;
 use std::path::{Path, PathBuf};
 

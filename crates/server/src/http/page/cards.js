@@ -77,7 +77,7 @@ function make(isOperator) {
   });
   device.facts = h("p", { class: "note" });
   device.extra.append(device.facts);
-  return { tokens, queue, device, steps, memory };
+  return { tokens, steps, queue, device, memory };
 }
 
 /** Draws everything; samples are those of the last hour. */

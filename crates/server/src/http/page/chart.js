@@ -3,7 +3,6 @@
 import { h, mark, s } from "./dom.js";
 import { clock } from "./format.js";
 
-const HEIGHT = 132;
 const LEFT = 52;
 const TOP = 8;
 const BOTTOM = 20;
@@ -34,18 +33,26 @@ export class Group {
   }
 }
 
+/** The largest round number that is not above `value`, if that leaves out a good part of the scale. */
+export function roundDown(value, most) {
+  if (value < most / 2) return 0;
+  const ten = 10 ** Math.floor(Math.log10(most - value || most));
+  return Math.floor(value / ten) * ten;
+}
+
 export class Chart {
   /**
    * series: [{ label, colour, value(point) }], bottom first if stacked; format: a value as text;
-   * top(most): the scale's end; name: for who cannot see it.
+   * top(most, limit) and floor(least, most): the scale's ends; name: for who cannot see it.
    */
-  constructor({ group, series, stacked = false, format, top, name }) {
-    Object.assign(this, { group, series, stacked, format, top, name });
+  constructor({ group, series, stacked = false, format, top, floor = () => 0, name }) {
+    Object.assign(this, { group, series, stacked, format, top, floor, name });
     this.points = [];
     this.width = 0;
+    this.height = 0;
     this.drawing = s("g");
     this.cursor = s("g");
-    this.svg = s("svg", { "aria-hidden": true, height: HEIGHT }, this.drawing, this.cursor);
+    this.svg = s("svg", { "aria-hidden": true }, this.drawing, this.cursor);
     this.tip = h("div", { class: "tip", hidden: true });
     this.element = h("div", { class: "plot", tabindex: 0, role: "img" }, this.svg, this.tip);
     this.element.addEventListener("pointermove", (event) => this.point(event));
@@ -67,10 +74,11 @@ export class Chart {
   }
 
   resize() {
-    const width = this.element.clientWidth;
-    if (width === this.width) return;
-    this.width = width;
+    const { clientWidth: width, clientHeight: height } = this.element;
+    if (width === this.width && height === this.height) return;
+    Object.assign(this, { width, height });
     mark(this.svg, "width", String(width));
+    mark(this.svg, "height", String(height));
     this.draw();
   }
 
@@ -80,7 +88,8 @@ export class Chart {
   }
 
   y(value) {
-    return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * Math.min(1, value / this.max);
+    const share = (value - this.min) / (this.max - this.min);
+    return this.height - BOTTOM - (this.height - TOP - BOTTOM) * Math.min(1, Math.max(0, share));
   }
 
   /** Values of one point, each series on top of those before if they are stacked. */
@@ -98,7 +107,8 @@ export class Chart {
     if (!this.width || this.from === undefined) return;
     const tops = this.points.map((point) => Math.max(...this.stack(point).map(([, top]) => top)));
     const most = Math.max(0, ...tops);
-    this.max = this.top(most, this.limit);
+    this.min = this.floor(tops.length ? Math.min(...tops) : 0, most);
+    this.max = Math.max(this.top(most, this.limit), this.min * 1.001);
     this.drawing.replaceChildren(...this.grid(), ...this.areas(), ...this.bound());
     this.drawCursor();
     const last = this.points.at(-1);
@@ -112,10 +122,11 @@ export class Chart {
 
   grid() {
     const lines = [0, 0.5, 1].flatMap((share) => {
-      const y = this.y(share * this.max);
+      const value = this.min + share * (this.max - this.min);
+      const y = this.y(value);
       return [
         s("line", { class: "grid", x1: LEFT, x2: this.width - RIGHT, y1: y, y2: y }),
-        s("text", { class: "tick", x: LEFT - 6, y: y + 3.5, "text-anchor": "end" }, this.format(share * this.max)),
+        s("text", { class: "tick", x: LEFT - 6, y: y + 3.5, "text-anchor": "end" }, this.format(value)),
       ];
     });
     const span = this.to - this.from;
@@ -126,7 +137,7 @@ export class Chart {
     for (let at = Math.ceil((this.from - zone) / step) * step + zone; at <= this.to; at += step) {
       const x = this.x(at);
       if (x < LEFT + 12 || x > this.width - RIGHT - 14) continue;
-      times.push(s("text", { class: "tick", x, y: HEIGHT - 4, "text-anchor": "middle" }, clock(at, step < MINUTE)));
+      times.push(s("text", { class: "tick", x, y: this.height - 4, "text-anchor": "middle" }, clock(at, step < MINUTE)));
     }
     return [...lines, ...times];
   }
@@ -150,7 +161,7 @@ export class Chart {
       const stacks = piece.map((point) => [clip(this.x(point.at_millis)), this.stack(point)]);
       this.series.forEach((one, i) => {
         const upper = stacks.map(([x, stack]) => `${x},${this.y(stack[i][1]).toFixed(1)}`);
-        const lower = stacks.map(([x, stack]) => `${x},${this.y(stack[i][0]).toFixed(1)}`).reverse();
+        const lower = stacks.map(([x, stack]) => `${x},${this.y(Math.max(this.min, stack[i][0])).toFixed(1)}`).reverse();
         shapes.push(s("polygon", { class: `area ${one.colour}`, points: [...upper, ...lower].join(" ") }));
         shapes.push(s("polyline", { class: `line ${one.colour}`, points: upper.join(" ") }));
       });
@@ -186,7 +197,7 @@ export class Chart {
     const dots = this.stack(point).map(([, top], i) =>
       s("circle", { class: `spot ${this.series[i].colour}`, cx: x, cy: this.y(top), r: 3 }),
     );
-    this.cursor.replaceChildren(s("line", { class: "cursor", x1: x, x2: x, y1: TOP, y2: HEIGHT - BOTTOM }), ...dots);
+    this.cursor.replaceChildren(s("line", { class: "cursor", x1: x, x2: x, y1: TOP, y2: this.height - BOTTOM }), ...dots);
     this.drawTip(point, x);
   }
 

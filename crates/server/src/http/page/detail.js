@@ -1,12 +1,13 @@
 // One session: what it does, what it has used, its snapshots, and what may be done to it.
 import { api } from "./api.js";
-import { Chart, Group, roundUp } from "./chart.js";
+import { Chart, Group, roundDown, roundUp } from "./chart.js";
 import { byId, h, pairs, say, show } from "./dom.js";
-import { NONE, ago, bytes, count, loss, moment, percent, rate, seconds } from "./format.js";
+import { NONE, ago, bytes, count, loss, moment, percent, rate, seconds, short } from "./format.js";
 import { bytesOf, nameOf, placeOf, stateOf } from "./sessions.js";
 
 /** Moments kept of each session since the page was opened. */
 const KEPT = 900;
+const HEADS = [["Step", "number"], ["Taken", ""], ["Why", ""], ["Size", "number"], ["Snapshot", ""]];
 const dialog = byId("detail");
 const history = new Map();
 
@@ -69,16 +70,14 @@ export function update(overview) {
   if (shown) fill();
 }
 
-function chart(name, colour, value, format, least) {
-  const group = new Group();
-  const series = [{ label: name, colour, value }];
-  return new Chart({ group, name, series, format, top: (most) => roundUp(most, { least }) });
+function chart(name, colour, value, more) {
+  return new Chart({ group: new Group(), name, series: [{ label: name, colour, value }], ...more });
 }
 
 function make() {
   const button = (label, onclick, kind) => h("button", { type: "button", class: kind, onclick }, label);
   const parts = {
-    title: h("h2", { id: "detail-title" }, h("bdi")),
+    title: h("h2", { id: "detail-title", tabindex: -1, autofocus: true }, h("bdi")),
     under: h("p", { class: "muted" }),
     id: h("code", { class: "id", title: "The session's id" }, shown),
     evict: button("Take off the device", () => act("evict")),
@@ -88,14 +87,14 @@ function make() {
     now: h("dl", { class: "facts" }),
     used: h("dl", { class: "facts" }),
     lora: h("dl", { class: "facts" }),
-    speed: chart("Tokens/s", "c-flow", (point) => point.speed, rate, 0.1),
-    loss: chart("Loss", "c-queue", (point) => point.loss ?? 0, loss, 0.01),
+    speed: chart("Tokens/s", "c-flow", (point) => point.speed, { format: rate, top: (most) => roundUp(most, { least: 0.1 }) }),
+    loss: chart("Loss", "c-queue", (point) => point.loss ?? 0, { format: short, top: (most) => roundUp(most, { least: 0.01 }), floor: roundDown }),
     list: h("tbody"),
     none: h("p", { class: "empty" }, "No snapshots yet."),
     gone: h("p", { class: "notice", hidden: true }, "This session is not there any more."),
   };
   parts.lossBox = h("div", {}, h("h3", {}, "Loss since this page was opened"), parts.loss.element);
-  const table = h("table", {}, h("thead", {}, h("tr", {}, ...["Step", "Taken", "Why", "Size", "Snapshot"].map((label) => h("th", { scope: "col" }, label)), h("td"))), parts.list);
+  const table = h("table", {}, h("thead", {}, h("tr", {}, ...HEADS.map(([label, kind]) => h("th", { scope: "col", class: kind }, label)), h("td"))), parts.list);
   parts.sheet = h("div", { class: "sheet" },
     h("header", {}, h("div", {}, parts.title, parts.under), h("button", { type: "button", class: "close", "aria-label": "Close", onclick: close }, "×")),
     parts.gone,

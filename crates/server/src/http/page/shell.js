@@ -12,7 +12,7 @@ export function startTheme() {
   const name = () => root.dataset.theme ?? "auto";
   const label = () => {
     const [, text] = THEMES.find(([one]) => one === name());
-    say(button, text);
+    say(button, `◐ ${text}`);
     button.setAttribute("aria-label", `Colours: ${text}`);
   };
   button.addEventListener("click", () => {
