@@ -34,4 +34,5 @@ pub use metrics::MetricExporter;
 pub use opentelemetry_sdk::trace::SdkTracer as Tracer;
 pub use otlp::{Otlp, OtlpSettings, Protocol, Signal, env_ratio};
 pub use resource::Service;
+pub use sampler::sampler;
 pub use spans::{SPAN_TARGET, Traces, layer};

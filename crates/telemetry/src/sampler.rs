@@ -12,7 +12,8 @@ struct Roots {
     share: Sampler,
 }
 
-/// `ratio` is that of the traces that begin here.
+/// Which traces are kept: of one that another process began that process has decided; `ratio` is the share of those that begin here;
+/// and what is linked to kept traces is kept.
 pub fn sampler(ratio: f64) -> Sampler {
     let share = Sampler::TraceIdRatioBased(ratio);
     Sampler::ParentBased(Box::new(Roots { share }))
