@@ -88,11 +88,17 @@ async fn write_store(program: &str, store: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Files that a server makes again.
+const OWN: [&str; 2] = ["lock", "reserve"];
+
 /// Without what a running server has for itself.
 fn copy(from: &Path, to: &Path) -> Result<()> {
     fs::create_dir_all(to)?;
     for entry in fs::read_dir(from)? {
         let entry = entry?;
+        if OWN.iter().any(|own| entry.file_name() == *own) {
+            continue;
+        }
         let target = to.join(entry.file_name());
         match entry.file_type()?.is_dir() {
             true => copy(&entry.path(), &target)?,
