@@ -19,11 +19,14 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use tokio::task::JoinHandle;
+use tonic::transport::Endpoint;
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 
 const RANK: u32 = 3;
+/// Steps of each client around a roll: more than it takes before the server hears that it is to end.
+const WORK: u64 = 15;
 
 /// Not a claim: the server process that tests start and kill. See `offshoot_tests::child`.
 #[test]
@@ -59,6 +62,7 @@ impl Scene {
         for _ in 0..n_clients {
             let follower = Follower::new(&proxy, RANK, u64::MAX).await;
             let progress = follower.progress.clone();
+            progress.allowed.send_replace(0);
             clients.push((progress, tokio::spawn(follower.train_all(expected.clone()))));
         }
         Scene { config, child: Some(child), proxy, expected, clients }
@@ -68,11 +72,44 @@ impl Scene {
         self.child.as_ref().unwrap()
     }
 
-    /// Until each client has taken so many more steps.
-    async fn more_steps(&self, n: u64) {
-        for (progress, running) in &self.clients {
-            assert!(progress.wait_for(n, running).await, "a client ended before the last roll");
+    /// Lets each client take so many more steps.
+    fn allow(&self, n: u64) {
+        for (progress, _) in &self.clients {
+            progress.allowed.send_modify(|allowed| *allowed = allowed.saturating_add(n));
         }
+    }
+
+    /// Until each client has so many of them left to take.
+    async fn until_left(&self, n: u64) {
+        let begun = Instant::now();
+        for (progress, running) in &self.clients {
+            while self.left(progress) > n {
+                assert!(!running.is_finished(), "a client ended before the last roll");
+                assert!(begun.elapsed() < PATIENCE, "no step in {PATIENCE:?}");
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        }
+    }
+
+    fn left(&self, progress: &Progress) -> u64 {
+        let again = progress.replayed.load(Ordering::SeqCst);
+        *progress.allowed.borrow() - (progress.taken() - again)
+    }
+
+    /// Each client takes so many more steps.
+    async fn more_steps(&self, n: u64) {
+        self.allow(n);
+        self.until_left(0).await;
+    }
+
+    /// All clients are in the middle of their work.
+    async fn work(&self) {
+        self.allow(WORK);
+        self.until_left(WORK - 1).await;
+    }
+
+    fn were_interrupted(&self) -> bool {
+        self.clients.iter().all(|(progress, _)| self.left(progress) > 0)
     }
 
     fn serves(&mut self, child: Child) {
@@ -81,8 +118,10 @@ impl Scene {
     }
 
     /// The old one ends, then the new one starts.
-    fn restart(&mut self) {
+    async fn restart(&mut self) {
+        self.work().await;
         self.child.take().unwrap().drain();
+        assert!(self.were_interrupted());
         let child = Child::start_with(&self.config);
         self.serves(child);
     }
@@ -91,10 +130,11 @@ impl Scene {
     async fn hand_over(&mut self) {
         let next = Starting::begin(&successor(&self.config));
         next.standby();
-        self.more_steps(1).await;
+        self.work().await;
         let old = self.child.take().unwrap();
         old.terminate();
         let child = next.ready();
+        assert!(self.were_interrupted());
         self.serves(child);
         assert!(old.ended().success(), "the old server could not save all");
     }
@@ -104,6 +144,7 @@ impl Scene {
     async fn ends_as_expected(self) -> (u64, u64) {
         let (mut went_back, mut replayed) = (0, 0);
         for (progress, running) in self.clients {
+            progress.allowed.send_replace(u64::MAX);
             let session = tokio::time::timeout(2 * PATIENCE, running).await.unwrap().unwrap();
             assert_same_adapter(&session.export().await.unwrap(), &self.expected.adapter);
             went_back += progress.went_back.load(Ordering::SeqCst);
@@ -121,7 +162,8 @@ impl Scene {
 
 /// What the server's health says of it.
 async fn is_serving(child: &Child) -> bool {
-    let mut health = HealthClient::connect(format!("http://{}", child.address())).await.unwrap();
+    let endpoint = Endpoint::from_shared(format!("http://{}", child.address())).unwrap();
+    let mut health = HealthClient::new(endpoint.connect().await.unwrap());
     let answer = health.check(HealthCheckRequest::default()).await.unwrap().into_inner();
     answer.status() == ServingStatus::Serving
 }
@@ -148,15 +190,14 @@ async fn begins_to_drain(child: &Child) {
 #[tokio::test(flavor = "multi_thread")]
 async fn clients_train_through_rolls_and_no_step_is_taken_twice() {
     let store = tempfile::tempdir().unwrap();
-    let mut scene = Scene::new(store.path(), 3, 40).await;
+    let mut scene = Scene::new(store.path(), 3, 6 * WORK + 2).await;
     for roll in 0..6 {
-        scene.more_steps(1).await;
         match roll % 2 {
-            0 => scene.restart(),
+            0 => scene.restart().await,
             _ => scene.hand_over().await,
         }
+        scene.until_left(0).await;
     }
-    scene.more_steps(1).await;
     assert_eq!(scene.ends_as_expected().await, (0, 0), "times back, steps again");
 }
 
@@ -164,29 +205,27 @@ async fn clients_train_through_rolls_and_no_step_is_taken_twice() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_successor_takes_the_address_of_the_one_before() {
     let store = tempfile::tempdir().unwrap();
-    let mut scene = Scene::new(store.path(), 1, 8).await;
-    scene.more_steps(1).await;
+    let mut scene = Scene::new(store.path(), 1, WORK + 2).await;
     scene.config.listen.port = scene.child().address().port();
     scene.hand_over().await;
     assert_eq!(scene.child().address().port(), scene.config.listen.port);
-    scene.more_steps(1).await;
     assert_eq!(scene.ends_as_expected().await, (0, 0), "times back, steps again");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_killed_while_it_drains_costs_its_clients_no_step() {
     let store = tempfile::tempdir().unwrap();
-    let mut scene = Scene::new(store.path(), 2, 30).await;
+    let mut scene = Scene::new(store.path(), 2, WORK + 6).await;
     let next = Starting::begin(&successor(&scene.config));
     next.standby();
     scene.more_steps(3).await;
     // Some sessions are saved, this one is not, and the server waits for it.
     let held = holds_a_microbatch(&scene.proxy).await;
+    scene.work().await;
     begins_to_drain(scene.child()).await;
     scene.child.take().unwrap().kill();
     let child = next.ready();
     scene.serves(child);
-    scene.more_steps(1).await;
     drop(held);
     scene.ends_as_expected().await;
 }
@@ -194,7 +233,8 @@ async fn a_server_killed_while_it_drains_costs_its_clients_no_step() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_successor_that_cannot_serve_leaves_the_old_one_serving() {
     let store = tempfile::tempdir().unwrap();
-    let scene = Scene::new(store.path(), 1, 40).await;
+    let scene = Scene::new(store.path(), 1, 10).await;
+    scene.more_steps(1).await;
     let connections = scene.proxy.connections();
     let mut no_model = successor(&scene.config);
     no_model.model.name = store.path().join("no model").display().to_string();

@@ -10,6 +10,7 @@ use offshoot_client::{
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
+use tokio::sync::watch;
 
 /// Longer than anything takes that a test waits for.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -50,7 +51,6 @@ pub async fn undisturbed(rank: u32, n_steps: u64) -> Undisturbed {
 }
 
 /// How far a [`Follower`] is, for those who disturb it.
-#[derive(Default)]
 pub struct Progress {
     /// Steps taken, replayed ones included.
     pub taken: AtomicU64,
@@ -60,6 +60,20 @@ pub struct Progress {
     pub went_back: AtomicU64,
     /// Whoever holds it keeps the follower between two steps, where no microbatch is open.
     pub gate: tokio::sync::Mutex<()>,
+    /// It takes no step behind this one; at first as many as it likes.
+    pub allowed: watch::Sender<u64>,
+}
+
+impl Default for Progress {
+    fn default() -> Self {
+        Progress {
+            taken: AtomicU64::default(),
+            replayed: AtomicU64::default(),
+            went_back: AtomicU64::default(),
+            gate: tokio::sync::Mutex::default(),
+            allowed: watch::channel(u64::MAX).0,
+        }
+    }
 }
 
 impl Progress {
@@ -109,6 +123,8 @@ impl Follower {
         loop {
             let gate = self.progress.gate.lock().await;
             drop(gate);
+            // The sender is in here.
+            let _ = self.progress.allowed.subscribe().wait_for(|allowed| step < *allowed).await;
             match self.advance(step, &expected).await {
                 Ok(()) if step == expected.numbers.len() as u64 => return self.session,
                 Ok(()) => {
