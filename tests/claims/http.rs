@@ -240,12 +240,12 @@ async fn readyz_says_first_that_the_server_drains_and_healthz_that_it_lives() {
 async fn readyz_is_503_while_the_engine_starts_again() {
     let (server, _dir) = open_server().await;
     let address = server.http();
-    // The first start again fails, too, and the next one waits for half a second.
-    server.faults().plan(Fault::Load, 1);
-    server.faults().plan(Fault::Engine, 1);
     let client = Client::connect(&server.endpoint()).await.unwrap();
     let h = client.describe().await.unwrap().hidden_size;
     let session = client.open(open_request(&client).await.unwrap()).await.unwrap();
+    // The first start again fails, too, and the next one waits for half a second.
+    server.faults().plan(Fault::Load, 1);
+    server.faults().plan(Fault::Engine, 1);
     // Its client waits and comes back; whatever comes of it.
     let training = tokio::spawn(async move { drop(train(&session, h, 0..1).await) });
     until("readyz tells of the engine", async || {

@@ -182,7 +182,7 @@ fn a_tenant_sees_nothing_of_another_and_leaves_nothing_behind() {
     // Signed out, nothing of it is left in the page, and a fresh one asks again.
     tab.click("#sign-out");
     tab.until(
-        "!document.getElementById('sign-in').hidden && !document.body.textContent.includes('mine')",
+        "document.getElementById('sign-in')?.hidden === false && !document.body.textContent.includes('mine')",
     );
     assert_eq!(tab.eval("sessionStorage.getItem('offshoot-token')"), Value::Null);
     sign_in(&mut tab, &world.token("red"));

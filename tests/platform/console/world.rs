@@ -38,7 +38,7 @@ impl World {
         }
         let mut serve = Command::new(offshoot());
         serve.args(["serve", "--split-point-1", "1", "--split-point-2", "3", "--threads", "1"]);
-        serve.args(["--port", "0", "--http-port", "0"]);
+        serve.args(["--port", "0", "--http-port", "0", "--log", "warn"]);
         serve.arg("--model-name").arg(root().join("tests/fixtures/llama"));
         serve.arg("--store-dir").arg(dir.path().join("store"));
         if !tenants.is_empty() {

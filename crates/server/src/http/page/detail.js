@@ -52,7 +52,11 @@ export function open(id) {
   look();
 }
 
-export const close = () => dialog.open && dialog.close();
+export function close() {
+  // At once: the dialog's own word of it comes later.
+  shown = null;
+  if (dialog.open) dialog.close();
+}
 
 /** The sessions as they are now. */
 export function update(overview) {
