@@ -105,6 +105,9 @@ impl Plan {
         row(out, "tapes", &open)?;
         row(out, "workspace", &format!("{}   larger batches take more", size(bytes.workspace)))?;
         row(out, "free", &size(*free_bytes))?;
+        if *tapes != Some("full") {
+            writeln!(out, "  The server keeps larger tapes for those that there is room for.")?;
+        }
         if on_device < sessions {
             writeln!(
                 out,
