@@ -39,12 +39,16 @@ async fn runs_go_on_through_a_server_that_is_rolled() {
         .await;
         assert!(running.iter().all(|run| !run.is_finished()), "too quick to be disturbed");
         if roll % 2 == 0 {
+            config.store.wait_seconds = 0.0;
             child.drain();
             child = Child::start_with(&config);
         } else {
             config.store.wait_seconds = 60.0;
+            // The runs shall not come to their end meanwhile.
+            proxy.hold(true);
             let next = Starting::begin(&config);
             next.standby();
+            proxy.hold(false);
             child.terminate();
             let next = next.ready();
             assert!(child.ended().success());
