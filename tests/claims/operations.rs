@@ -130,7 +130,7 @@ async fn accumulate(session: &Session, h: usize, key: u64) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pinned_session_stays_for_idleness_and_pressure_and_pins_have_a_bound() {
     let store = tempfile::tempdir().unwrap();
-    let server = crowded(store.path(), 4, |config| config.session.idle_seconds = 0.1).await;
+    let server = crowded(store.path(), 6, |config| config.session.idle_seconds = 0.1).await;
     let client = Client::connect(&server.endpoint()).await.unwrap();
     let h = hidden_size(&client).await;
     let pinned = open(&client).await;
@@ -158,7 +158,7 @@ async fn a_pinned_session_stays_for_idleness_and_pressure_and_pins_have_a_bound(
     let error = client.evict_session(pinned.id()).await.unwrap_err();
     assert!(error.to_string().contains("unpin it first"), "{error}");
 
-    // Half of four fits two; a pin brings its session back by itself.
+    // Half of what adapters can have fits two; a pin brings its session back by itself.
     client.pin_session(others[0].id(), true).await.unwrap();
     while residency(&view(&client, others[0].id()).await) != Residency::Device {
         assert!(Instant::now() < deadline, "a pinned session comes to the device");

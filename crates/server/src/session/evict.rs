@@ -5,7 +5,7 @@ use super::actor::SessionActor;
 use super::frame::{Effect, Frame};
 use super::messages::Frames;
 use crate::residency::{Home, Tier};
-use actix::{AsyncContext, Context, Handler, Message, ResponseFuture};
+use actix::{AsyncContext, Context, Handler, Message, ResponseFuture, SpawnHandle};
 use std::time::Duration;
 use tokio::sync::oneshot;
 
@@ -32,6 +32,11 @@ pub struct ComeBack;
 #[derive(Default)]
 pub(super) struct Hold {
     pub on: bool,
+    /// It came back for a frame that is not taken in yet: that one is not held back, or a session that is
+    /// sent away again and again would never do anything.
+    pub owes: bool,
+    /// Ends it if nobody does. One, however often it is asked for: the actor looks at each of its timers.
+    timer: Option<SpawnHandle>,
     still: Vec<oneshot::Sender<()>>,
 }
 
@@ -41,7 +46,8 @@ impl SessionActor {
         let begins = |frame: &Frame| {
             matches!(frame.head.effect, Effect::Open(_) | Effect::Nothing | Effect::Extend(_))
         };
-        self.hold.on && !self.state.expects_open() && message.frame.as_ref().is_ok_and(begins)
+        let holds = self.hold.on && !self.hold.owes && !self.state.expects_open();
+        holds && message.frame.as_ref().is_ok_and(begins)
     }
 
     /// Tells those who wait for the session to be still that it is.
@@ -60,7 +66,10 @@ impl Handler<HoldBack> for SessionActor {
         // A server that drains refuses what is new by itself.
         self.hold.on = !self.state.is_draining();
         self.hold.still.push(still);
-        ctx.notify_later(GoOn, message.at_most);
+        if let Some(before) = self.hold.timer.take() {
+            ctx.cancel_future(before);
+        }
+        self.hold.timer = Some(ctx.notify_later(GoOn, message.at_most));
         self.serve_backlog(ctx);
         // An actor that ends meanwhile is still, too.
         Box::pin(async { drop(waiting.await) })
@@ -72,6 +81,9 @@ impl Handler<GoOn> for SessionActor {
 
     fn handle(&mut self, _: GoOn, ctx: &mut Context<Self>) {
         self.hold.on = false;
+        if let Some(timer) = self.hold.timer.take() {
+            ctx.cancel_future(timer);
+        }
         self.serve_backlog(ctx);
     }
 }

@@ -105,7 +105,10 @@ impl SessionActor {
                 _ => {}
             }
             match self.backlog.0.pop_front() {
-                Some(Waiting::Frames(message)) => self.take_frames(*message, ctx),
+                Some(Waiting::Frames(message)) => {
+                    self.hold.owes = false;
+                    self.take_frames(*message, ctx);
+                }
                 Some(Waiting::Cut(cut, reply)) => self.cut(cut, reply, ctx),
                 Some(Waiting::Export(export, reply)) => self.export(export, reply),
                 None => {}
@@ -123,6 +126,7 @@ impl SessionActor {
         let arrive = bring.into_actor(self).map(|back, actor, ctx| {
             match back {
                 Ok(Back { on, answers }) => {
+                    actor.hold.owes = true;
                     actor.place = Place::At(Home::Device(on));
                     if let Some(answers) = answers {
                         actor.state.put_answers(answers);
