@@ -3,6 +3,8 @@
 mod accelerator;
 mod base;
 mod bench;
+#[cfg(test)]
+mod chart_tests;
 mod checkpoints;
 mod connection_args;
 mod eval;
