@@ -304,6 +304,28 @@ fn tenants(case: &Case, said: &mut Vec<String>) {
     said.push(String::from_utf8(output.stderr).unwrap().trim_end().to_string());
 }
 
+/// What is done to sessions from outside.
+fn managing(case: &Case, said: &mut Vec<String>) {
+    let server = Server::start(&fixture("tiny_text"), SPLIT);
+    case.trains(server.port, "--train-file good.txt --output-dir managed --max-steps 1");
+    let place = format!("--server 127.0.0.1:{}", server.port);
+    let list = offshoot(&format!("sessions list --json {place}")).output().unwrap();
+    let list: serde_json::Value = serde_json::from_slice(&list.stdout).unwrap();
+    let id = list[0]["info"]["session_id"].as_str().unwrap();
+    let snapshots = offshoot(&format!("snapshots list {id} --json {place}")).output().unwrap();
+    let snapshots: serde_json::Value = serde_json::from_slice(&snapshots.stdout).unwrap();
+    let head = snapshots[0]["info"]["snapshot_id"].as_str().unwrap();
+    for line in [
+        "sessions show nothing".to_string(),
+        format!("sessions delete {id}"),
+        format!("sessions pin {id}"),
+        format!("snapshots delete {id} {head} --yes"),
+    ] {
+        let mut command = offshoot(&format!("{line} {place}"));
+        said.push(case.fails(command.stdin(Stdio::null())));
+    }
+}
+
 /// What a client does to what it sends, and what a server could read of it.
 fn privacy(case: &Case, said: &mut Vec<String>) {
     let run = "--train-file good.txt --output-dir i --hidden-noise 0.5";
@@ -327,7 +349,8 @@ fn the_page_quotes_what_the_program_says() {
     let case = &Case::new();
     // Most of the time is waiting.
     let said: Vec<String> = thread::scope(|scope| {
-        let all: [Provoke; 7] = [connection, mismatches, memory, data, openness, tenants, privacy];
+        let all: [Provoke; 8] =
+            [connection, mismatches, memory, data, openness, tenants, managing, privacy];
         let all = all.map(|provoke| scope.spawn(move || provoked(case, provoke)));
         all.into_iter().flat_map(|said| said.join().unwrap()).collect()
     });
