@@ -92,6 +92,10 @@ fn tenants_are_added_rotated_revoked_and_removed() {
     assert!(refused(dir, &format!("tenant revoke blue --token {id}")).contains("it has"));
     assert_eq!(fine(dir, "tenant revoke blue"), "");
     fine(dir, "tenant add red");
+    fine(dir, "tenant add ops --operator");
+    assert!(fine(dir, "tenant list").contains("operator; "));
+    assert_eq!(list(dir).iter().filter(|row| row["is_operator"] == true).count(), 1);
+    fine(dir, "tenant remove ops");
     assert!(fine(dir, "tenant list").contains("no token"));
     fine(dir, "tenant remove blue");
     assert_eq!(list(dir).len(), 1);
