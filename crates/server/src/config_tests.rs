@@ -55,6 +55,25 @@ fn only_loopback_without_a_word() {
 }
 
 #[test]
+fn http_follows_the_same_rule_where_it_listens() {
+    let mut config = fine();
+    config.http.host = "0.0.0.0".into();
+    // Nothing listens there.
+    assert!(mistakes(&config).is_empty());
+    config.http.port = Some(9464);
+    assert_eq!(mistakes(&config), ["http.host"]);
+    let mut kept = config.clone();
+    kept.access.tenants = Some("tenants.toml".into());
+    assert_eq!(mistakes(&kept), ["http.host"]);
+    (kept.tls.cert, kept.tls.key) = (Some("c".into()), Some("k".into()));
+    assert!(mistakes(&kept).is_empty());
+    config.listen.allow_insecure_network = true;
+    assert!(mistakes(&config).is_empty());
+    config.http.host = "console.example".into();
+    assert_eq!(mistakes(&config), ["http.host"]);
+}
+
+#[test]
 fn unknown_keys_are_errors() {
     let text = r#"{"limits": {"max_rnk": 3}}"#;
     let error = serde_json::from_str::<ServerConfig>(text).unwrap_err().to_string();

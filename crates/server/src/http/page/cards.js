@@ -17,7 +17,8 @@ const KINDS = [
 ];
 
 const group = new Group();
-let minutes = 15;
+/** 0: not chosen yet. */
+let minutes = 0;
 let cards = null;
 let shownTo = null;
 let redraw = () => {};
@@ -90,7 +91,8 @@ export function update(overview, samples) {
     byId("cards").replaceChildren(...Object.values(cards).map((card) => card.element));
   }
   redraw = () => draw(overview, samples);
-  redraw();
+  if (minutes) redraw();
+  else choose(overview.now_millis - (samples[0]?.at_millis ?? overview.now_millis) < 5 * 60000 ? 5 : 15);
 }
 
 function draw(overview, samples) {
@@ -152,15 +154,15 @@ function drawMemory(memory) {
   mark(bar, "aria-label", `${bytes(used)} used, ${of}`);
 }
 
-/** The buttons that choose how long a time is shown. */
+/** How long a time is shown. */
+function choose(length) {
+  minutes = length;
+  [...byId("spans").children].forEach((button, i) => mark(button, "aria-pressed", String(SPANS[i][1] === length)));
+  redraw();
+}
+
+/** The buttons that choose it. */
 export function start() {
-  const buttons = SPANS.map(([label, length]) =>
-    h("button", { type: "button", "aria-pressed": String(length === minutes), onclick: () => choose(length) }, label),
-  );
-  const choose = (length) => {
-    minutes = length;
-    buttons.forEach((button, i) => mark(button, "aria-pressed", String(SPANS[i][1] === length)));
-    redraw();
-  };
-  byId("spans").replaceChildren(...buttons);
+  const button = ([label, length]) => h("button", { type: "button", "aria-pressed": "false", onclick: () => choose(length) }, label);
+  byId("spans").replaceChildren(...SPANS.map(button));
 }

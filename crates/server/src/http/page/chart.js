@@ -43,7 +43,7 @@ export function roundDown(value, most) {
 export class Chart {
   /**
    * series: [{ label, colour, value(point) }], bottom first if stacked; format: a value as text;
-   * top(most, limit) and floor(least, most): the scale's ends; name: for who cannot see it.
+   * floor(least, most): where the scale begins, top(height, limit): how far it goes from there; name: for who cannot see it.
    */
   constructor({ group, series, stacked = false, format, top, floor = () => 0, name }) {
     Object.assign(this, { group, series, stacked, format, top, floor, name });
@@ -108,7 +108,7 @@ export class Chart {
     const tops = this.points.map((point) => Math.max(...this.stack(point).map(([, top]) => top)));
     const most = Math.max(0, ...tops);
     this.min = this.floor(tops.length ? Math.min(...tops) : 0, most);
-    this.max = Math.max(this.top(most, this.limit), this.min * 1.001);
+    this.max = this.min + this.top(most - this.min, this.limit);
     this.drawing.replaceChildren(...this.grid(), ...this.areas(), ...this.bound());
     this.drawCursor();
     const last = this.points.at(-1);
