@@ -198,7 +198,6 @@ async fn the_sdk_puts_a_callers_span_into_frames_and_calls() {
         ("engine.step", 1),
         ("Snapshot", 1),
         ("offshoot.v1.TrunkService/Snapshot", 1),
-        ("engine.copy", 1),
         ("snapshot.write", 1),
     ];
     // Some end a moment after the client has its answer.

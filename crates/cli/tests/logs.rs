@@ -54,10 +54,13 @@ impl Drop for Server {
     }
 }
 
-/// stderr of a run that the server must refuse: nothing has so many ranks.
+/// What has no room for any adapter.
+const SMALL: &str = "--memory-limit 1MB";
+
+/// stderr of a run that such a server refuses.
 fn refused(dir: &Path, port: u16, more: &str) -> String {
     fs::write(dir.join("train.txt"), "The trunk has a branch.\n\nThe branch has leaves.").unwrap();
-    let mut command = offshoot(&format!("train --server 127.0.0.1:{port} --lora-rank 300 {more}"));
+    let mut command = offshoot(&format!("train --server 127.0.0.1:{port} --lora-rank 128 {more}"));
     command.args(["--model-name", &model(), "--train-file"]).arg(dir.join("train.txt"));
     let output = command.arg("--output-dir").arg(dir.join("run")).output().unwrap();
     let text = String::from_utf8(output.stderr).unwrap();
@@ -84,7 +87,7 @@ fn objects(log: &str) -> Vec<Value> {
 #[test]
 fn a_user_quotes_an_id_and_the_operator_finds_it_in_a_log_of_objects() {
     let dir = tempfile::tempdir().unwrap();
-    let mut server = Server::start(dir.path(), "--log-format json");
+    let mut server = Server::start(dir.path(), &format!("{SMALL} --log-format json"));
     let text = refused(dir.path(), server.1, "");
     let id = quoted_id(&text);
     assert_eq!(id.len(), 8, "{text}");
@@ -93,20 +96,20 @@ fn a_user_quotes_an_id_and_the_operator_finds_it_in_a_log_of_objects() {
     assert!(lines.iter().any(|line| line["message"] == "ready"), "{log}");
     let line = lines.iter().find(|line| line["request"] == id);
     let line = line.unwrap_or_else(|| panic!("{id} is not in {log}"));
-    assert_eq!((&line["label"], &line["level"]), (&"setting".into(), &"INFO".into()), "{line}");
+    assert_eq!((&line["label"], &line["level"]), (&"no_room".into(), &"INFO".into()), "{line}");
     let message = line["message"].as_str().unwrap();
-    assert!(message.starts_with("refused: lora.r is 300, expected at most 256"), "{line}");
+    assert!(message.starts_with("refused: no room on the device"), "{line}");
 }
 
 #[test]
 fn the_error_that_ends_a_command_is_an_object_too() {
     let dir = tempfile::tempdir().unwrap();
-    let mut server = Server::start(dir.path(), "--log warn");
+    let mut server = Server::start(dir.path(), &format!("{SMALL} --log warn"));
     let text = refused(dir.path(), server.1, "--log-format json --log error");
     let lines = objects(&text);
     let [line] = lines.as_slice() else { panic!("one line: {text}") };
     assert_eq!(line["level"], "ERROR");
-    assert!(line["message"].as_str().unwrap().contains("lora.r is 300"), "{line}");
+    assert!(line["message"].as_str().unwrap().contains("no room on the device"), "{line}");
     // A filter is one for this log, too: a refusal is no warning.
     assert!(!server.log().contains("refused"));
 }
