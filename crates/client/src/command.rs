@@ -19,9 +19,7 @@ pub(crate) enum Command {
     /// The stream is to be taken up anew, to learn where the server stands.
     Reattach,
     /// Answered with the last number once no frame is without an answer.
-    Settle {
-        reply: oneshot::Sender<Result<u64, ClientError>>,
-    },
+    Settle { reply: oneshot::Sender<Result<u64, ClientError>> },
 }
 
 /// An answer with the microbatch of the frame and the time that it took.

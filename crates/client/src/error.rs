@@ -159,7 +159,8 @@ pub enum ClientError {
     /// Another client attached to this session, or restored or closed it. This one has ended.
     #[error(
         "session {session} was taken over by another client: {message}{}; only one client can train \
-         a session at a time", named_so(request_id)
+         a session at a time",
+        named_so(request_id)
     )]
     TakenOver {
         /// The session.

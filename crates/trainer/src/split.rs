@@ -11,8 +11,8 @@ pub(crate) use decode::{Next, SplitCaches, embed, go_on};
 pub use flight::{Accumulated, MicrobatchResult, Microbatches};
 
 use crate::TrainError;
-use crate::trace;
 use crate::noise::{NoiseKey, Outgoing, PrivacyOptions};
+use crate::trace;
 use devices::Elsewhere;
 use offshoot_adapters::{AdamW, AdapterSet, AdapterState, LoraSpec};
 use offshoot_client::{PendingStep, Session};

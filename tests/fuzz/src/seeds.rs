@@ -123,7 +123,10 @@ fn client_frames(seeds: &Seeds) -> std::io::Result<()> {
             ("forward", Body::Forward(forward)),
             ("backward", Body::Backward(v1::Backward { microbatch: 1, grad: hidden.clone() })),
             ("extend", Body::Extend(v1::Extend { cache: 1, start: 2, hidden })),
-            ("step", Body::Step(v1::Step { learning_rate: 1e-4, clip_factor: 0.5, shared_loss: None })),
+            (
+                "step",
+                Body::Step(v1::Step { learning_rate: 1e-4, clip_factor: 0.5, shared_loss: None }),
+            ),
             ("discard", Body::Discard(v1::Discard { microbatch: 1 })),
         ] {
             let frame = v1::ClientFrame {

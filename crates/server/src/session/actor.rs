@@ -15,9 +15,7 @@ use crate::refusals::Refusals;
 use crate::registry::Copied;
 use crate::residency::{Alive, Home, Profile, Residency, Writing};
 use crate::trace::{self, Repeated};
-use actix::{
-    Actor, ActorFutureExt, AsyncContext, Context, Handler, ResponseFuture, WrapFuture,
-};
+use actix::{Actor, ActorFutureExt, AsyncContext, Context, Handler, ResponseFuture, WrapFuture};
 use offshoot_proto::v1::{self, ServerFrame};
 use prost::Message;
 use std::future::Future;

@@ -156,7 +156,8 @@ impl World {
                 self.client.backward(place - 2, microbatch, place);
             }
             _ => {
-                let step = v1::Step { learning_rate: place as f64, clip_factor: 1.0, shared_loss: None };
+                let step =
+                    v1::Step { learning_rate: place as f64, clip_factor: 1.0, shared_loss: None };
                 self.client.step(step, place);
             }
         }

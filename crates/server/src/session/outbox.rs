@@ -149,7 +149,10 @@ pub(super) enum CutTo {
 
 /// What comes next out of the outbox.
 pub(super) enum Next {
-    Ready { permit: Permit, answer: Box<ServerFrame> },
+    Ready {
+        permit: Permit,
+        answer: Box<ServerFrame>,
+    },
     Frame {
         ticket: Ticket,
         sequence: u64,
@@ -158,7 +161,10 @@ pub(super) enum Next {
         copied: bool,
         span: Span,
     },
-    Cut { asked: CutAsked, state: Result<CutState, Error> },
+    Cut {
+        asked: CutAsked,
+        state: Result<CutState, Error>,
+    },
 }
 
 /// The order. Entries become ready in any order and leave in theirs.
@@ -256,8 +262,8 @@ impl Outbox {
 mod tests {
     use super::super::frame::{Effect, Head};
     use super::super::state::{Admission, FrameLimits, Resume, SessionState};
-    use crate::refusals::RequestId;
     use super::*;
+    use crate::refusals::RequestId;
 
     #[test]
     fn a_recorded_answer_does_not_wait_for_frames_that_come_again_later() {
