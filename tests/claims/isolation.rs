@@ -216,7 +216,11 @@ async fn every_call_refuses_what_is_not_the_callers_as_what_does_not_exist() {
     }
     let refusal = refusal.unwrap();
     println!("{}", refusal.text);
-    assert!(refusal.text.contains("authorization: Bearer") && refusal.details.is_empty());
+    assert!(refusal.text.contains("authorization: Bearer"));
+    // All that it says besides is the refusal's own id.
+    let details = String::from_utf8_lossy(&refusal.details);
+    assert_eq!(details.matches("type.googleapis.com").count(), 1, "{details}");
+    assert!(details.contains("google.rpc.RequestInfo"), "{details}");
 
     // Nobody has noticed: nothing was revived, taken over, closed or deleted.
     assert_eq!(states(&blue).await, before);
