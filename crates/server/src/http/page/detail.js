@@ -90,7 +90,7 @@ function make() {
     sure: h("div", { class: "sure", hidden: true }),
     now: h("dl", { class: "facts" }),
     used: h("dl", { class: "facts" }),
-    lora: h("dl", { class: "facts" }),
+    lora: h("dl", { class: "facts last-wide" }),
     speed: chart("Tokens/s", "c-flow", (point) => point.speed, { format: rate, top: (most) => roundUp(most, { least: 0.1 }) }),
     loss: chart("Loss", "c-queue", (point) => point.loss ?? 0, { format: short, top: (most) => roundUp(most, { least: 0.01 }), floor: roundDown }),
     list: h("tbody"),
