@@ -92,7 +92,7 @@ impl Server {
         let tls = Tls::start(&tls).await?;
         let audit = Audit::start(access.audit_log.as_deref())?;
         let access = Access::start(access.tenants, audit.clone())?;
-        let metrics = Arc::new(Metrics::start(&telemetry)?);
+        let metrics = Arc::new(Metrics::start(&telemetry, build)?);
         let log = telemetry.metering_log.as_deref();
         let meters = Arc::new(Meters::start(Some(metrics.clone()), log)?);
         let (engine, owners, store) = match patience {
@@ -153,7 +153,10 @@ impl Server {
         let local_addr = listener
             .local_addr()
             .map_err(|source| Error::Bind { address: listen.host.clone(), source })?;
-        warn_of_openness(&access, local_addr, tls.is_some());
+        let http_addr = http_listener.as_ref().and_then(|listener| listener.local_addr().ok());
+        // Of the one that is reached from farther away.
+        let far = http_addr.filter(|address| !address.ip().is_loopback()).unwrap_or(local_addr);
+        warn_of_openness(&access, far, tls.is_some());
         let keeper = Keeper { access, audit: audit.clone(), refusals };
         let trunk = TrunkGrpc::new(registry.clone(), client.clone(), audit.clone());
         let max_connections = limits.max_connections;

@@ -1,5 +1,6 @@
 //! Helpers of the platform tests: where the tools are, and the built program.
 
+pub mod metric_sink;
 pub mod otlp;
 
 pub mod browser;

@@ -16,16 +16,20 @@ pub use instruments::Instruments;
 pub use observed::Sources;
 pub use series::{CountedStream, Direction, JobKind, Phases, Ran, Series};
 
-use crate::config::TelemetryConfig;
+use crate::build_info::Build;
+use crate::config::{OtlpProtocol, TelemetryConfig};
 use crate::error::Error;
 use dashmap::DashMap;
 use observed::Watched;
 use offshoot_proto::v1;
+use offshoot_telemetry::{
+    MetricExporter, Otlp, OtlpSettings, Protocol, Service, Signal, TelemetryError,
+};
 use opentelemetry::metrics::MeterProvider;
-use opentelemetry_sdk::Resource;
-use opentelemetry_sdk::metrics::{Instrument, SdkMeterProvider, Stream};
+use opentelemetry_sdk::metrics::{Instrument, PeriodicReader, SdkMeterProvider, Stream};
 use prometheus::{Registry, TextEncoder};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Combinations of labels of a metric with tenants: these are counted in hundreds, and each has some. More
 /// share one series. Room for so many is taken at the start.
@@ -44,7 +48,7 @@ pub struct Metrics {
 
 impl Metrics {
     /// Nothing is looked at before [`Metrics::watch`].
-    pub fn start(config: &TelemetryConfig) -> Result<Metrics, Error> {
+    pub fn start(config: &TelemetryConfig, build: Build) -> Result<Metrics, Error> {
         let page = Registry::new();
         let exporter = opentelemetry_prometheus::exporter()
             .with_registry(page.clone())
@@ -53,12 +57,16 @@ impl Metrics {
             .without_target_info()
             .build()
             .map_err(|error| Error::Telemetry { cause: error.to_string() })?;
-        let provider = SdkMeterProvider::builder()
-            .with_resource(
-                Resource::builder().with_service_name(config.service_name.clone()).build(),
-            )
+        let service = Service { name: &config.service_name, version: build.version };
+        let mut provider = SdkMeterProvider::builder()
+            .with_resource(service.resource())
             .with_reader(exporter)
             .with_view(bounded);
+        if let Some(exporter) = otlp(config)? {
+            let every = Duration::from_secs_f64(config.metrics_interval_seconds);
+            let reader = PeriodicReader::builder(exporter).with_interval(every).build();
+            provider = provider.with_reader(reader);
+        }
         let provider = provider.build();
         let meter = provider.meter("offshoot");
         let instruments = Arc::new(Instruments::new(&meter));
@@ -116,6 +124,19 @@ impl Metrics {
         }
         self.watched.clear();
     }
+}
+
+/// Whoever takes metrics by OTLP, if anybody does.
+fn otlp(config: &TelemetryConfig) -> Result<Option<MetricExporter>, Error> {
+    let protocol = match config.otlp_protocol {
+        OtlpProtocol::Grpc => Protocol::Grpc,
+        OtlpProtocol::Http => Protocol::Http,
+    };
+    let endpoint = config.otlp_endpoint.as_deref();
+    let settings = OtlpSettings { endpoint, protocol: Some(protocol) };
+    let failed = |error: TelemetryError| Error::Telemetry { cause: error.to_string() };
+    let otlp = Otlp::resolve(Signal::Metrics, settings).map_err(failed)?;
+    otlp.map(|otlp| otlp.metric_exporter().map_err(failed)).transpose()
 }
 
 fn bounded(instrument: &Instrument) -> Option<Stream> {

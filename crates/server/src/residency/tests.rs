@@ -11,7 +11,7 @@ use crate::session::{
     BackwardWork, Digest, ForwardWork, Frame, Frames, Greeting, Head, Mode, SnapshotEvery,
     StepWork, Work,
 };
-use crate::store::Kept;
+use crate::store::{Kept, Origin};
 use offshoot_adapters::LoraSpec;
 use offshoot_proto::v1::{self, ServerFrame, server_frame::Body};
 use offshoot_proto::{HostTensor, WireDType};
@@ -95,6 +95,7 @@ impl Fixture {
             slots,
             residency,
             refusals: Arc::default(),
+            meters: Arc::default(),
             pool,
             limits: v1::Limits {
                 max_tokens_per_microbatch: 16,
