@@ -38,7 +38,7 @@ fn the_image_serves_as_nobody_under_a_read_only_root_and_drains() {
         "OFFSHOOT_LISTEN__ALLOW_INSECURE_NETWORK=true",
     ];
     let mut sandbox = Sandbox::start(&image, &settings);
-    assert_eq!(sandbox.line(), "ready grpc=0.0.0.0:50051");
+    assert_eq!(sandbox.line(), "ready grpc=0.0.0.0:50051 http=0.0.0.0:9464");
     if built::is_root() {
         assert_eq!(sandbox.status_of_the_program("Uid"), [USER; 4]);
     }

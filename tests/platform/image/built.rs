@@ -97,6 +97,11 @@ impl Image {
         let container = image.buildah(|command| command.args(["from", "offshoot-test"]));
         let root = image.buildah(|command| command.args(["mount", container.trim()]));
         image.root = PathBuf::from(root.trim());
+        // buildah keeps its folders to itself; the image's user is to come through.
+        for folder in image.root.ancestors().skip(1).take_while(|path| *path != image.folder.path())
+        {
+            let _ = std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o711));
+        }
         Ok(image)
     }
 

@@ -3,6 +3,7 @@
 use crate::built::{self, Image, is_root};
 use offshoot_platform::tool;
 use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
 
@@ -12,7 +13,7 @@ pub struct Sandbox {
     log: std::thread::JoinHandle<String>,
     variables: Vec<(String, String)>,
     store: tempfile::TempDir,
-    _cache: tempfile::TempDir,
+    _folders: [tempfile::TempDir; 2],
 }
 
 impl Sandbox {
@@ -36,7 +37,8 @@ impl Sandbox {
         command.arg("--bind").arg(store.path()).arg("/var/lib/offshoot");
         command.arg("--bind").arg(cache.path()).arg("/var/cache/offshoot");
         // No folder can be made under the root: the model stands where memory is.
-        command.arg("--ro-bind").arg(built::fixture("llama")).arg("/tmp/llama");
+        let model = readable(&built::fixture("llama"));
+        command.arg("--ro-bind").arg(model.path()).arg("/tmp/llama");
         for (name, value) in &variables {
             command.args(["--setenv", name, value]);
         }
@@ -52,7 +54,7 @@ impl Sandbox {
             eprint!("{text}");
             text
         });
-        Sandbox { process, output, log, variables, store, _cache: cache }
+        Sandbox { process, output, log, variables, store, _folders: [cache, model] }
     }
 
     /// The next line on stdout.
@@ -136,6 +138,22 @@ fn volume() -> tempfile::TempDir {
     if is_root() {
         std::os::unix::fs::chown(folder.path(), Some(super::USER), Some(super::USER)).unwrap();
     }
+    folder
+}
+
+/// A copy of the folder's files that everybody can read: a checkout's may be its owner's only.
+fn readable(from: &Path) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let mode = |path: &Path, mode| {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+    };
+    let entries = std::fs::read_dir(from).unwrap().map(|entry| entry.unwrap().path());
+    for file in entries.filter(|path| path.is_file()) {
+        let to = folder.path().join(file.file_name().unwrap());
+        std::fs::copy(&file, &to).unwrap();
+        mode(&to, 0o644);
+    }
+    mode(folder.path(), 0o755);
     folder
 }
 

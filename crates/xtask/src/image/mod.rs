@@ -137,7 +137,10 @@ impl Tree {
                 self.copy(&copyright, &format!("usr/share/doc/{}/copyright", package.name))?;
             }
         }
-        fs::create_dir_all(self.root.join("tmp"))?;
+        // Where whoever starts the image mounts something: under a read-only root nobody can make them.
+        for folder in ["dev", "proc", "sys", "tmp"] {
+            fs::create_dir_all(self.root.join(folder))?;
+        }
         fs::set_permissions(self.root.join("tmp"), fs::Permissions::from_mode(0o1777))?;
         Ok(())
     }
