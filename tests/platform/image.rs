@@ -89,9 +89,8 @@ fn the_tree_needs_nothing_of_the_machine() {
     let inside = tree.path().canonicalize().unwrap();
     let libraries: BTreeSet<_> =
         maps.lines().filter_map(|line| Some(Path::new(&line[line.find('/')?..]))).collect();
-    let is_code = |path: &&&Path| path.to_string_lossy().contains(".so");
-    let (ours, others): (Vec<_>, Vec<_>) =
-        libraries.iter().filter(is_code).partition(|path| path.starts_with(&inside));
+    let code = libraries.into_iter().filter(|path| path.to_string_lossy().contains(".so"));
+    let (ours, others): (Vec<&Path>, Vec<&Path>) = code.partition(|path| path.starts_with(&inside));
     assert!(others.is_empty(), "taken from the machine: {others:?}");
     assert!(ours.iter().any(|path| path.ends_with("libtorch_cpu.so")), "{ours:?}");
 }
