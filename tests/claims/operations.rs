@@ -86,7 +86,7 @@ async fn an_evicted_session_comes_back_bit_equal_also_from_the_middle_of_its_tra
     });
     train(&session, h, 2..STEPS).await.unwrap();
     session.settle().await.unwrap();
-    drop(done);
+    done.send(()).unwrap();
     let times = evicting.await.unwrap();
     println!("evicted {times} times within {} steps", STEPS - 2);
     assert!(times > 1);
