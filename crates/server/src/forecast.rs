@@ -209,8 +209,8 @@ struct Taken<'a> {
     size: TapeSize,
 }
 
-/// The highest number up to `limit` that fits, if all below it do. 0: none.
-fn most(limit: u64, fits: impl Fn(u64) -> bool) -> u64 {
+/// The highest number up to `limit` that fits, where all below one that fits do. 0: not even 1 does.
+pub fn most(limit: u64, fits: impl Fn(u64) -> bool) -> u64 {
     let (mut fitting, mut not) = (0, limit.saturating_add(1));
     while not - fitting > 1 {
         let middle = fitting + (not - fitting) / 2;

@@ -23,6 +23,7 @@ mod lock;
 mod record;
 mod records;
 mod reserve;
+mod write;
 
 pub use backup::{StoreContent, backup, check, peek};
 pub use lock::StoreLock;
@@ -38,10 +39,9 @@ use records::{DamagedRecord, Records};
 use reserve::{RESERVE_BYTES, Reserve};
 use std::collections::HashMap;
 use std::path::Path;
-use std::time::SystemTime;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard};
-use std::time::Instant;
+use std::time::SystemTime;
 use tokio::sync::oneshot;
 
 /// A snapshot on its way to the disk.
@@ -334,100 +334,6 @@ impl Store {
         written.inspect_err(|error| self.failures.note(session, error))
     }
 
-    fn append(
-        &self,
-        session: SessionId,
-        new: NewSnapshot,
-        record: impl FnOnce() -> Result<Record, Error>,
-    ) -> Result<SnapshotRecord, Error> {
-        let _open = self.still_open()?;
-        let begun = Instant::now();
-        let written = self.noted(session, self.write(session, new, record));
-        if let Some(series) = self.meter(session).as_deref().and_then(Meter::series) {
-            match &written {
-                Ok(snapshot) => series.snapshot(begun.elapsed(), Ok(snapshot.bytes)),
-                // Set back or forgotten meanwhile.
-                Err(Error::Ended | Error::UnknownSession(_)) => {}
-                Err(error) => series.snapshot(begun.elapsed(), Err(error)),
-            }
-        }
-        written
-    }
-
-    /// Writes the blobs, then the record: `record` is asked for while no other changes.
-    fn write(
-        &self,
-        session: SessionId,
-        new: NewSnapshot,
-        record: impl FnOnce() -> Result<Record, Error>,
-    ) -> Result<SnapshotRecord, Error> {
-        let snapshot = SnapshotRecord {
-            id: String::new(),
-            step: new.step,
-            sequence: new.sequence,
-            origin: new.why.origin(),
-            reason: new.why.name().into(),
-            taken_millis: millis_of(SystemTime::now()),
-            state: BlobName::of(&new.state),
-            answers: new.answers.as_deref().map(BlobName::of),
-            bytes: (new.state.len() + new.answers.as_ref().map_or(0, Vec::len)) as u64,
-        };
-        // Named before they are there, so that nobody deletes them meanwhile.
-        let named: Vec<BlobName> = snapshot.blobs().cloned().collect();
-        name_blobs(&mut self.references(), &named);
-        let contents = [Some(new.state.as_slice()), new.answers.as_deref()].into_iter().flatten();
-        let written = self.reserve.take();
-        let written = written.and_then(|()| self.blobs.write_all(named.iter().zip(contents)));
-        let mut references = self.references();
-        let record = match written.and_then(|()| record()) {
-            Ok(record) => record,
-            Err(error) => {
-                self.release(&mut references, named.iter())?;
-                return Err(error);
-            }
-        };
-        // If this fails, the record on disk may be the new one: its files stay until the next start.
-        let snapshot = self.record_snapshot(&mut references, session, record, snapshot)?;
-        self.release(&mut references, named.iter())?;
-        Ok(snapshot)
-    }
-
-    fn record_snapshot(
-        &self,
-        references: &mut References,
-        session: SessionId,
-        mut record: Record,
-        mut snapshot: SnapshotRecord,
-    ) -> Result<SnapshotRecord, Error> {
-        // Asked twice for the same point, as after a lost answer: it is there already.
-        if let Some(head) = record.head().filter(|head| is_same(head, &snapshot)).cloned() {
-            return match snapshot.origin {
-                Origin::Client => self.claim(references, session, record),
-                Origin::Server => Ok(head),
-            };
-        }
-        snapshot.id = format!("{}-step{}", record.n_snapshots + 1, snapshot.step);
-        record.push(snapshot.clone());
-        let dropped = record.drop_surplus(self.kept);
-        self.put(session, record)?;
-        name_blobs(references, snapshot.blobs());
-        self.release(references, dropped.iter().flat_map(SnapshotRecord::blobs))?;
-        Ok(snapshot)
-    }
-
-    fn claim(
-        &self,
-        references: &mut References,
-        session: SessionId,
-        mut record: Record,
-    ) -> Result<SnapshotRecord, Error> {
-        let head = record.claim_head().ok_or_else(|| unknown(session))?;
-        let dropped = record.drop_surplus(self.kept);
-        self.put(session, record)?;
-        self.release(references, dropped.iter().flat_map(SnapshotRecord::blobs))?;
-        Ok(head)
-    }
-
     fn known(&self, session: SessionId) -> Result<Record, Error> {
         self.record(session)?.ok_or_else(|| unknown(session))
     }
@@ -503,10 +409,6 @@ fn unknown(session: SessionId) -> Error {
 pub fn millis_of(time: SystemTime) -> u64 {
     let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
-}
-
-fn is_same(head: &SnapshotRecord, new: &SnapshotRecord) -> bool {
-    (head.sequence, head.step, &head.state) == (new.sequence, new.step, &new.state)
 }
 
 #[cfg(test)]
