@@ -130,7 +130,13 @@ fn a_server_is_watched_and_managed_from_the_command_line() {
     let snapshots = shown["snapshots"].as_array().unwrap();
     assert!(snapshots[0]["is_head"] == true && snapshots.len() > 1);
     let text = place.fine("blue", &format!("sessions show {id}"));
-    for part in ["step          2, durable 2", "rank 8", "tokens", "the session goes on from here", "opened"] {
+    for part in [
+        "step          2, durable 2",
+        "rank 8",
+        "tokens",
+        "the session goes on from here",
+        "opened",
+    ] {
         assert!(text.contains(part), "{part} is not in {text}");
     }
     let error = place.fails("blue", &format!("sessions show {red_id}"));
@@ -139,7 +145,9 @@ fn a_server_is_watched_and_managed_from_the_command_line() {
 
     // Top, without a terminal, once.
     let text = place.fine("ops", "top --sort name");
-    for part in ["offshoot ", "serving", "layers 1..3 of 4", "memory", "session", "blue", "red", "queue"] {
+    for part in
+        ["offshoot ", "serving", "layers 1..3 of 4", "memory", "session", "blue", "red", "queue"]
+    {
         assert!(text.contains(part), "{part} is not in {text}");
     }
     let top = place.json("ops", "top");
@@ -149,7 +157,8 @@ fn a_server_is_watched_and_managed_from_the_command_line() {
 
     // Tenants with use and quotas.
     let tenants = place.json("ops", "tenants");
-    let names: Vec<_> = tenants.as_array().unwrap().iter().map(|t| t["name"].as_str().unwrap()).collect();
+    let names: Vec<_> =
+        tenants.as_array().unwrap().iter().map(|t| t["name"].as_str().unwrap()).collect();
     assert_eq!(names, ["blue", "ops", "red"]);
     assert_eq!(tenants[0]["quotas"][0]["limit"], 8);
     let text = place.fine("ops", "tenants");
@@ -199,7 +208,10 @@ fn health_is_an_exit_status() {
     let fine = health("--json --service offshoot.v1.TrunkService");
     assert!(fine.status.success() && said(&fine.stdout).contains("\"status\": \"serving\""));
     let unknown = health("--service nobody");
-    assert_eq!((unknown.status.code(), said(&unknown.stdout)), (Some(1), "unknown service\n".into()));
+    assert_eq!(
+        (unknown.status.code(), said(&unknown.stdout)),
+        (Some(1), "unknown service\n".into())
+    );
 
     // Where nothing listens; the port was free a moment ago.
     let port = {

@@ -4,8 +4,8 @@
 use super::{OwnSession, Registry, blocking, gone};
 use crate::engine::{Exported, export_state};
 use crate::error::Error;
-use crate::session::{Export, ExportOf, SessionId, SessionView};
 use crate::residency::Profile;
+use crate::session::{Export, ExportOf, SessionId, SessionView};
 use crate::store::Record;
 use offshoot_adapters::LoraSpec;
 use std::sync::Arc;
