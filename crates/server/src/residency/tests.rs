@@ -168,7 +168,13 @@ impl Training {
         let head = Head { sequence, acknowledged: sequence - 1, digest, effect: work.effect() };
         let permit = self.out.clone().reserve_owned().await.unwrap();
         let frame = Ok(Frame { head, work });
-        let frames = Frames { stream: self.stream.number, sequence, frame, permit, span: tracing::Span::none() };
+        let frames = Frames {
+            stream: self.stream.number,
+            sequence,
+            frame,
+            permit,
+            span: tracing::Span::none(),
+        };
         self.stream.actor.send(frames).await.unwrap();
         let answer = self.answers.recv().await.unwrap().unwrap();
         assert!(answer.sequence == sequence && !matches!(answer.body, Some(Body::Error(_))));
@@ -195,7 +201,8 @@ impl Training {
 
     /// Whether a snapshot of it is on its way.
     async fn step(&mut self) -> bool {
-        let work = Work::Step(StepWork { learning_rate: 0.01, clip_factor: 1.0, shared_loss: None });
+        let work =
+            Work::Step(StepWork { learning_rate: 0.01, clip_factor: 1.0, shared_loss: None });
         match self.ask(work).await.body {
             Some(Body::Step(done)) => done.snapshot,
             other => panic!("{other:?}"),
