@@ -285,7 +285,7 @@ mod tests {
         // A narrow one has fewer columns, and those are whole.
         let narrow = drawn(&screen, 60, 16);
         println!("{narrow}");
-        assert!(narrow.contains("tok/s") && narrow.contains("300") && !narrow.contains("opened"));
+        assert!(narrow.contains("tok/s") && narrow.contains("200") && !narrow.contains("opened"));
         // Whatever the size, it is drawn.
         for (width, height) in [(1, 1), (20, 5), (300, 80)] {
             drawn(&screen, width, height);
