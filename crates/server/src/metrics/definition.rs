@@ -101,8 +101,8 @@ definitions! {
     QUEUE_LIMIT = "offshoot.queue.limit", "{job}", Gauge, [], "As many may wait: limits.max_queued_jobs.";
     QUEUE_AGE = "offshoot.queue.age", "s", Gauge, [], "How long the oldest of them waits.";
     VIRTUAL_TOKENS = "offshoot.queue.virtual.tokens", "{token}", Gauge, ["tenant"],
-        "What a tenant that is on the device has had of it, over its weight: the lowest goes next. In tokens \
-         of a forward; those of a backward count one and a half.";
+        "What a tenant has had of the device, over its weight: the lowest goes next, and who returns begins where \
+         the others are. In tokens of a forward; those of a backward count one and a half.";
     MEMORY_USAGE = "offshoot.memory.usage", "By", Gauge, ["kind"],
         "Bytes of the device that are taken: weights, adapters, tapes, caches, workspace.";
     MEMORY_PEAK = "offshoot.memory.peak", "By", Gauge, [], "The most of all kinds together since the start.";

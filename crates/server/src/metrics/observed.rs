@@ -6,7 +6,7 @@ use super::gpu::Gpu;
 use crate::build_info::Build;
 use crate::engine::EngineClient;
 use crate::ledger::BytesKind;
-use crate::quota::Amount;
+use crate::quota::{Account, Amount};
 use crate::registry::Registry;
 use crate::residency::Tier;
 use crate::transport::Connections;
@@ -244,12 +244,13 @@ impl Looked {
     fn virtual_tokens(&self) -> Vec<(Arc<str>, f64)> {
         let queue = self.sources.engine.queue();
         let served: HashMap<_, _> = queue.owners.iter().map(|of| (of.owner, of.tokens)).collect();
-        let of = |account: &Arc<crate::quota::Account>| match account.owner() {
-            Some(owner) => Some((account.name().into(), *served.get(&owner)?)),
-            // The sessions of an open server compete with each other: where the queue stands.
-            None => Some((account.name().into(), queue.tokens)),
+        let of = |account: Arc<Account>| {
+            // Who has nothing there comes back to where the queue stands; so do the sessions of an open
+            // server, which compete with each other.
+            let tokens = account.owner().and_then(|owner| served.get(&owner).copied());
+            (account.name().into(), tokens.unwrap_or(queue.tokens))
         };
-        self.sources.engine.accounts().all().iter().filter_map(of).collect()
+        self.sources.engine.accounts().all().into_iter().map(of).collect()
     }
 
     fn disk(&self, choose: fn(u64, u64) -> u64) -> Values {
