@@ -3,7 +3,7 @@
 use std::fs;
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use super::custom;
 use super::document::{Document, items};
@@ -45,6 +45,8 @@ fn of_version(sets: &[Rendered], version: &str) -> Result<Vec<String>> {
         fs::write(folder.join(&file), text.join("\n---\n"))?;
         files.push(file);
     }
+    fs::write(folder.join(WRONG), WRONG_TEXT)?;
+    files.push(WRONG.into());
     let said = Command::new(program("kubernetes-validate")?)
         .current_dir(&folder)
         .args(["--strict", "--quiet", "-k", version])
@@ -55,13 +57,19 @@ fn of_version(sets: &[Rendered], version: &str) -> Result<Vec<String>> {
     let text = [said.stdout, said.stderr].concat();
     let text = String::from_utf8_lossy(&text);
     // A kind that it does not know is a warning, and no less a mistake here.
-    let mut wrong: Vec<_> =
-        text.lines().map(|line| format!("Kubernetes {version}: {line}")).collect();
-    if !said.status.success() && wrong.is_empty() {
-        wrong.push(format!("kubernetes-validate ended with {} and said nothing", said.status));
-    }
-    Ok(wrong)
+    let (expected, others): (Vec<_>, Vec<_>) = text.lines().partition(|line| line.contains(WRONG));
+    ensure!(
+        expected.iter().any(|line| line.contains("replicas")),
+        "kubernetes-validate takes {WRONG_TEXT:?} for valid in {version} ({}): {text}",
+        said.status
+    );
+    Ok(others.into_iter().map(|line| format!("Kubernetes {version}: {line}")).collect())
 }
+
+/// What it must refuse each time, so that its silence means something.
+const WRONG: &str = "a-wrong-one.yaml";
+const WRONG_TEXT: &str = r#"{"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "wrong"}, "spec":
+    {"replicas": "two", "selector": {}, "template": {}}}"#;
 
 /// Image volumes are refused by the chart on an older Kubernetes.
 fn needs_newest(set: &Rendered) -> bool {
