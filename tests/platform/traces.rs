@@ -18,7 +18,7 @@ const N_MICROBATCHES: usize = 3;
 /// Whether all steps of a client have a root, and the server's part of each last frame is there.
 fn has_steps(spans: &[Seen], session: &str) -> bool {
     let steps = steps_of(spans, session);
-    let is_stepped = |root: &Seen| {
+    let is_stepped = |root: &&Seen| {
         spans.iter().any(|span| span.trace == root.trace && span.name == "engine.step")
     };
     steps.len() as u64 == N_STEPS && steps.iter().all(is_stepped)

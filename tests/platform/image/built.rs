@@ -67,9 +67,8 @@ impl Image {
     /// The Dockerfile's last stage, over a tree of this build. An error says why none can be built here.
     pub fn build() -> Result<Image, String> {
         let buildah = tool("buildah");
-        if !Command::new(&buildah).args(["unshare", "true"]).status().is_ok_and(|s| s.success())
-            && !is_root()
-        {
+        let has_ids = || Command::new(&buildah).args(["unshare", "true"]).output();
+        if !is_root() && !has_ids().is_ok_and(|output| output.status.success()) {
             return Err(
                 "buildah needs root, or a user with subordinate ids (/etc/subuid) and the \
                 package uidmap; `buildah unshare true` tells what is missing"
