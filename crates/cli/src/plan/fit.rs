@@ -1,7 +1,7 @@
 //! What fits, what does not, and what would have to change.
 
 use offshoot_model::{ModelConfig, TapeSize};
-use offshoot_server::forecast::{ByKind, Demand, Forecast, SessionBytes};
+use offshoot_server::forecast::{ByKind, Demand, Forecast, SessionBytes, most};
 use offshoot_server::{ComputeDType, LimitsConfig, TrunkConfig};
 use serde::Serialize;
 
@@ -163,16 +163,8 @@ impl Question {
 
     /// The smallest limits.memory_bytes with which so many would fit at once with full tapes.
     pub fn needed_budget(&self, sessions: u64) -> u64 {
-        let with = |budget| Question { budget, ..self.clone() }.fits_full(sessions);
-        let (mut fits, mut not) = (u64::MAX >> 1, 0);
-        while fits - not > 1 {
-            let middle = not + (fits - not) / 2;
-            match with(middle) {
-                true => fits = middle,
-                false => not = middle,
-            }
-        }
-        fits
+        let too_small = |budget| !Question { budget, ..self.clone() }.fits_full(sessions);
+        most(u64::MAX >> 1, too_small) + 1
     }
 
     fn fits_full(&self, sessions: u64) -> bool {
@@ -183,20 +175,9 @@ impl Question {
     }
 }
 
-/// The highest number below `now` that fits, if there is one; all below it do.
+/// The highest number below `now` that fits, if there is one.
 fn highest(now: u64, fits: impl Fn(u64) -> bool) -> Option<u64> {
-    if now < 2 || !fits(1) {
-        return None;
-    }
-    let (mut fitting, mut not) = (1, now);
-    while not - fitting > 1 {
-        let middle = fitting + (not - fitting) / 2;
-        match fits(middle) {
-            true => fitting = middle,
-            false => not = middle,
-        }
-    }
-    Some(fitting)
+    Some(most(now.saturating_sub(1), fits)).filter(|&n| n > 0)
 }
 
 fn name(size: TapeSize) -> &'static str {

@@ -32,6 +32,11 @@ impl Plan {
         self.write_limits(out)
     }
 
+    /// There idle sessions have the host's memory before the disk.
+    fn is_accelerator(&self) -> bool {
+        self.model.device != "cpu"
+    }
+
     fn write_budget(&self, out: &mut String) -> Result {
         let budget = self.memory.budget_bytes;
         write!(out, "limits.memory_bytes = {budget} ({})", size(budget))?;
@@ -59,7 +64,9 @@ impl Plan {
             s.parameters
         )?;
         row(out, "adapter, gradients, optimizer", &size(s.adapter_bytes))?;
-        row(out, "  idle in the host's memory", &size(s.adapter_bytes))?;
+        if self.is_accelerator() {
+            row(out, "  idle in the host's memory", &size(s.adapter_bytes))?;
+        }
         row(out, "  snapshots on disk, at most", &size(s.most_disk_bytes))?;
         writeln!(out, "  an open microbatch of {tokens} tokens keeps")?;
         row(out, "  all that its backward needs", &size(s.full_tape_bytes))?;
@@ -109,11 +116,12 @@ impl Plan {
             writeln!(out, "  The server keeps larger tapes for those that there is room for.")?;
         }
         if on_device < sessions {
-            writeln!(
-                out,
-                "  {} of them wait in the host's memory or on disk for their turn (session.turn_seconds)",
-                sessions - on_device
-            )?;
+            let place = match self.is_accelerator() {
+                true => "in the host's memory or on disk",
+                false => "on disk",
+            };
+            let n_away = sessions - on_device;
+            writeln!(out, "  {n_away} of them wait {place} for their turn (session.turn_seconds)")?;
         }
         Ok(())
     }
