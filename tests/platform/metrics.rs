@@ -1,5 +1,5 @@
-//! Metrics end to end: a real server that is trained on, a real Prometheus that scrapes it, a real collector
-//! that takes the same by OTLP; the rules, the dashboard and the documents that build on them.
+//! Metrics end to end: a real server that is trained on, a real Prometheus that scrapes it, a receiver that
+//! takes the same by OTLP; the rules, the dashboard and the documents that build on them.
 
 #[path = "metrics/processes.rs"]
 mod processes;
@@ -40,11 +40,10 @@ fn documented() -> Vec<(String, String, String)> {
 }
 
 #[test]
-fn a_real_prometheus_and_a_real_collector_get_what_the_documents_say() {
+fn a_real_prometheus_and_the_far_end_of_otlp_get_what_the_documents_say() {
     let sink = MetricSink::start();
     let place = Place::new();
-    let collector = place.collector(&sink.endpoint());
-    let server = Server::start(&place, &collector.endpoint());
+    let server = Server::start(&place, &sink.endpoint());
     let prometheus = Prometheus::start(&place, &server);
     // Series begin with the first run; what grows is seen in the second.
     for run in 1..=2 {

@@ -29,7 +29,7 @@ struct Tool {
 }
 
 const TOOLS: [Tool; 10] = [
-    Tool { name: "rotel", fetch: rotel, tests: &["traces", "metrics"] },
+    Tool { name: "rotel", fetch: rotel, tests: &["traces"] },
     Tool { name: "prometheus", fetch: |to| prometheus(to, "prometheus"), tests: &["metrics"] },
     Tool {
         name: "promtool",
@@ -84,18 +84,6 @@ pub fn fetch(all: bool) -> Result<Vec<&'static str>> {
         }
     }
     Ok(missing)
-}
-
-/// What was fetched for another system is there, and does not run.
-fn try_it(name: &str) -> Result<()> {
-    let program = find(name).context("it was fetched, and is not there")?;
-    let runs = |argument: &str| output(Command::new(&program).arg(argument)).map(drop);
-    let tried = runs("--version").or_else(|_| runs("version"));
-    if tried.is_err() {
-        // Not to be taken for one that does.
-        let _ = fs::remove_file(&program);
-    }
-    tried
 }
 
 /// The test programs of offshoot-platform that run without these tools.

@@ -1,4 +1,4 @@
-//! What runs: a server with its tenants, training runs, a collector, a Prometheus.
+//! What runs: a server with its tenants, training runs, a Prometheus.
 
 use offshoot_platform::{offshoot, root, tool};
 use std::collections::BTreeSet;
@@ -114,33 +114,6 @@ impl Place {
         let text = fs::read_to_string(self.path("metering.jsonl")).unwrap();
         text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
-
-    /// A real collector, which takes OTLP and passes it on.
-    pub fn collector(&self, to: &str) -> Collector {
-        let (grpc, http) = (free_address(), free_address());
-        let mut command = Command::new(tool("rotel"));
-        command.arg("start").args(["--otlp-grpc-endpoint", &grpc.to_string()]);
-        command.args(["--otlp-http-endpoint", &http.to_string(), "--exporter", "otlp"]);
-        command.args(["--otlp-exporter-endpoint", to, "--otlp-exporter-protocol", "grpc"]);
-        command.args(["--otlp-exporter-compression", "none"]);
-        command.arg("--pid-file").arg(self.path("rotel.pid"));
-        command.arg("--log-file").arg(self.path("rotel.log"));
-        command.stdout(Stdio::null()).stderr(Stdio::null());
-        let process = Guard(command.spawn().unwrap());
-        wait_for("the collector listens", || TcpStream::connect(grpc).is_ok());
-        Collector { _process: process, grpc }
-    }
-}
-
-pub struct Collector {
-    _process: Guard,
-    grpc: SocketAddr,
-}
-
-impl Collector {
-    pub fn endpoint(&self) -> String {
-        format!("http://{}", self.grpc)
-    }
 }
 
 /// `offshoot serve`, with tenants and a page for Prometheus.
@@ -159,7 +132,9 @@ impl Server {
         command.arg("--tenants").arg(place.path("tenants.toml"));
         command.arg("--store-dir").arg(place.path("store"));
         command.env("OFFSHOOT_HTTP__PORT", "0");
+        // Metrics alone: nobody takes traces here.
         command.env("OFFSHOOT_TELEMETRY__OTLP_ENDPOINT", endpoint);
+        command.env("OTEL_TRACES_EXPORTER", "none");
         command.env("OFFSHOOT_TELEMETRY__METRICS_INTERVAL_SECONDS", "0.5");
         command.env("OFFSHOOT_TELEMETRY__METERING_LOG", place.path("metering.jsonl"));
         let mut process = Guard(command.stdout(Stdio::piped()).spawn().unwrap());

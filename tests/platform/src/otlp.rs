@@ -3,8 +3,9 @@
 use axum::Router;
 use axum::body::Bytes;
 use axum::extract::State;
-use axum::http::StatusCode;
+use axum::http::{HeaderMap, StatusCode};
 use axum::routing::post;
+use flate2::read::GzDecoder;
 use opentelemetry_proto::tonic::collector::trace::v1::trace_service_server::{
     TraceService, TraceServiceServer,
 };
@@ -15,6 +16,7 @@ use opentelemetry_proto::tonic::common::v1::{KeyValue, any_value};
 use opentelemetry_proto::tonic::trace::v1::ResourceSpans;
 use prost::Message;
 use std::collections::BTreeMap;
+use std::io::Read;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -115,13 +117,24 @@ impl TraceService for Spans {
     }
 }
 
-async fn take_http(State(spans): State<Spans>, body: Bytes) -> (StatusCode, Vec<u8>) {
-    match ExportTraceServiceRequest::decode(body) {
-        Ok(request) => {
+async fn take_http(
+    State(spans): State<Spans>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> (StatusCode, Vec<u8>) {
+    // Collectors compress.
+    let is_packed = headers.get("content-encoding").is_some_and(|encoding| encoding == "gzip");
+    let mut bytes = Vec::new();
+    let read = match is_packed {
+        true => GzDecoder::new(&*body).read_to_end(&mut bytes),
+        false => (&*body).read_to_end(&mut bytes),
+    };
+    match ExportTraceServiceRequest::decode(bytes.as_slice()) {
+        Ok(request) if read.is_ok() => {
             spans.take_in(request);
             (StatusCode::OK, ExportTraceServiceResponse::default().encode_to_vec())
         }
-        Err(_) => (StatusCode::BAD_REQUEST, Vec::new()),
+        _ => (StatusCode::BAD_REQUEST, Vec::new()),
     }
 }
 

@@ -132,6 +132,8 @@ impl Server {
         command.arg("--store-dir").arg(place.path("store"));
         command.env("OFFSHOOT_TELEMETRY__OTLP_ENDPOINT", endpoint);
         command.env("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment=test");
+        // The sink takes spans.
+        command.env("OTEL_METRICS_EXPORTER", "none");
         let mut process = Guard(command.stdout(Stdio::piped()).spawn().unwrap());
         let mut line = String::new();
         BufReader::new(process.0.stdout.take().unwrap()).read_line(&mut line).unwrap();
@@ -162,8 +164,8 @@ impl Collector {
         let mut command = Command::new(tool("rotel"));
         command.arg("start").args(["--otlp-grpc-endpoint", &grpc.to_string()]);
         command.args(["--otlp-http-endpoint", &http.to_string(), "--exporter", "otlp"]);
-        command.args(["--otlp-exporter-endpoint", &sink.grpc()]);
-        command.args(["--otlp-exporter-protocol", "grpc", "--otlp-exporter-compression", "none"]);
+        command.args(["--otlp-exporter-endpoint", &sink.http()]);
+        command.args(["--otlp-exporter-protocol", "http"]);
         command.arg("--pid-file").arg(dir.path().join("pid"));
         command.arg("--log-file").arg(dir.path().join("log"));
         command.stdout(Stdio::null()).stderr(Stdio::null());
