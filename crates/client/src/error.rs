@@ -67,7 +67,7 @@ pub enum ClientError {
         /// Whether a token was sent at all.
         token_sent: bool,
         /// What the server's log calls this refusal.
-        request_id: Option<String>,
+        request_id: Option<Box<str>>,
     },
     /// Nobody answers at the address, for as long as the options allow.
     #[error(
@@ -113,7 +113,7 @@ pub enum ClientError {
         /// The tenant's quota that is used up, if that is the reason.
         quota: Option<v1::QuotaViolation>,
         /// What the server's log calls this refusal: users quote it to the server's operator.
-        request_id: Option<String>,
+        request_id: Option<Box<str>>,
     },
     /// A snapshot, or another part of what the server has stored, is damaged.
     #[error("{call}: what the server has stored is damaged: {message}{}", named_so(request_id))]
@@ -123,7 +123,7 @@ pub enum ClientError {
         /// The server's text.
         message: String,
         /// What the server's log calls this refusal.
-        request_id: Option<String>,
+        request_id: Option<Box<str>>,
     },
     /// This frame was not applied because one sent before it was refused. The session goes on; send
     /// it again if it still makes sense.
@@ -168,7 +168,7 @@ pub enum ClientError {
         /// The server's text.
         message: String,
         /// What the server's log calls this refusal.
-        request_id: Option<String>,
+        request_id: Option<Box<str>>,
     },
     /// The server no longer takes this session's stream. The session has ended.
     #[error(
@@ -183,7 +183,7 @@ pub enum ClientError {
         /// The server's text.
         message: String,
         /// What the server's log calls this refusal.
-        request_id: Option<String>,
+        request_id: Option<Box<str>>,
     },
     /// The session was closed here, or its task ended with the tokio runtime.
     #[error("the session is closed; open or restore one to go on")]
@@ -220,12 +220,12 @@ pub enum ClientError {
 }
 
 /// An id, if it is one: older servers give none.
-pub(crate) fn named(request_id: String) -> Option<String> {
-    Some(request_id).filter(|id| !id.is_empty())
+pub(crate) fn named(request_id: String) -> Option<Box<str>> {
+    Some(request_id.into_boxed_str()).filter(|id| !id.is_empty())
 }
 
 /// What a user quotes.
-fn named_so(request_id: &Option<String>) -> String {
+fn named_so(request_id: &Option<Box<str>>) -> String {
     request_id.as_ref().map_or_else(String::new, |id| format!(" (request {id})"))
 }
 

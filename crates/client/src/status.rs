@@ -51,7 +51,7 @@ pub(crate) fn quota(status: &Status) -> Option<QuotaViolation> {
 }
 
 /// What the server's log calls this refusal.
-pub(crate) fn request_id(status: &Status) -> Option<String> {
+pub(crate) fn request_id(status: &Status) -> Option<Box<str>> {
     crate::error::named(status.get_details_request_info()?.request_id)
 }
 

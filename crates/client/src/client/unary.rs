@@ -163,7 +163,11 @@ impl Client {
         }
     }
 
-    pub(crate) fn unauthenticated(&self, message: &str, request_id: Option<String>) -> ClientError {
+    pub(crate) fn unauthenticated(
+        &self,
+        message: &str,
+        request_id: Option<Box<str>>,
+    ) -> ClientError {
         ClientError::Unauthenticated {
             endpoint: self.shared.endpoint.clone(),
             message: message.to_string(),
