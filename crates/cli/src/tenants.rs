@@ -54,7 +54,7 @@ fn row(view: &TenantView) -> Vec<String> {
         of_quota(value.to_string(), limit(quota).map(|limit| limit.to_string()))
     };
     let sized =
-        |value: u64, quota: &str| of_quota(bytes(value), limit(quota).map(|limit| bytes(limit)));
+        |value: u64, quota: &str| of_quota(bytes(value), limit(quota).map(bytes));
     let role = match (view.is_operator, view.weight) {
         (_, 0) => "not in the file",
         (true, _) => "operator",

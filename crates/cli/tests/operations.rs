@@ -187,7 +187,8 @@ fn a_server_is_watched_and_managed_from_the_command_line() {
     let audit = fs::read_to_string(place.path("audit.jsonl")).unwrap();
     let line = |action: &str| {
         let lines = audit.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-        lines.filter(|line| line["action"] == action && line["outcome"] == "ok").last().unwrap()
+        let mut newest = lines.rev();
+        newest.find(|line| line["action"] == action && line["outcome"] == "ok").unwrap()
     };
     let forgotten = line("forget");
     assert_eq!((&forgotten["tenant"], &forgotten["owner"]), (&"ops".into(), &"blue".into()));

@@ -148,7 +148,7 @@ async fn as_many_sessions_train_at_once_as_planned_and_take_the_bytes_that_it_sa
     microbatch.backward(output).await.unwrap();
 
     // There is no room for one more beside them; there is once the others' microbatches are done.
-    let error = planned.open(5).await.err().expect("five were planned");
+    let Err(error) = planned.open(5).await else { panic!("five were planned") };
     assert_eq!(error.code(), Some(ErrorCode::Exhausted), "{error}");
     for (output, microbatch) in open {
         microbatch.backward(output).await.unwrap();
@@ -181,7 +181,7 @@ async fn no_more_adapters_are_on_the_device_than_planned() {
         sessions.push(session);
     }
     assert_eq!(u64::from(planned.memory().await.sessions_on_device), most);
-    let error = planned.open(most).await.err().expect("there is no room for one more");
+    let Err(error) = planned.open(most).await else { panic!("there is no room for one more") };
     assert_eq!(error.code(), Some(ErrorCode::Exhausted), "{error}");
     assert_eq!(u64::from(planned.memory().await.sessions_on_device), most);
     for session in sessions {

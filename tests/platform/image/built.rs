@@ -104,7 +104,7 @@ impl Image {
         Ok(image)
     }
 
-    fn buildah<'a>(&self, arguments: impl FnOnce(&mut Command) -> &mut Command) -> String {
+    fn buildah(&self, arguments: impl FnOnce(&mut Command) -> &mut Command) -> String {
         let mut command = Command::new(tool("buildah"));
         command
             .args(["--storage-driver", "vfs", "--root"])

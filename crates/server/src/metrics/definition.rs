@@ -11,6 +11,7 @@ pub enum Type {
     Histogram(&'static [f64]),
 }
 
+#[cfg(test)]
 impl Type {
     /// As Prometheus says it.
     pub fn name(self) -> &'static str {
@@ -34,6 +35,7 @@ pub struct Definition {
     pub about: &'static str,
 }
 
+#[cfg(test)]
 impl Definition {
     /// The name on the Prometheus page, by OpenTelemetry's rules.
     pub fn prometheus_name(&self) -> String {

@@ -81,7 +81,7 @@ pub(super) fn register(meter: &Meter, watched: &Arc<Watched>) {
             }
         });
         // The callback lives as long as the provider.
-        drop(builder.build());
+        let _gauge = builder.build();
     };
     of_engine(&gauge);
     of_memory(&gauge);
@@ -97,7 +97,7 @@ pub(super) fn register(meter: &Meter, watched: &Arc<Watched>) {
             observer.observe(Duration::from_nanos(nanos).as_secs_f64(), &[]);
         }
     });
-    drop(builder.build());
+    let _counter = builder.build();
 }
 
 /// Makes one gauge from what is there.

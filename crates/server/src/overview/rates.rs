@@ -72,7 +72,7 @@ impl Points {
         let ago = |point: &&Point| now.at.saturating_sub(point.at) >= over;
         let found = self.0.iter().rev().find(ago).or_else(|| self.0.front())?;
         let since = now.at.saturating_sub(found.at);
-        (since >= LEAST).then(|| (found, since.as_secs_f64()))
+        (since >= LEAST).then_some((found, since.as_secs_f64()))
     }
 }
 

@@ -91,7 +91,7 @@ fn of_selector(document: &Document, pointer: &str, pods: &[Pod]) -> Vec<String> 
     let is_server = |pod: &&Pod| pod.labels["app.kubernetes.io/component"] == "server";
     let chosen: Vec<_> = pods.iter().filter(|pod| matches(selector, &pod.labels)).collect();
     let all = pods.iter().filter(is_server).count();
-    if chosen.len() == all && chosen.iter().all(|pod| is_server(pod)) {
+    if chosen.len() == all && chosen.iter().all(is_server) {
         return Vec::new();
     }
     vec![format!("{pointer} finds {} pods, expected the {all} of the server", chosen.len())]
