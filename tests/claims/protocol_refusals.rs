@@ -119,7 +119,9 @@ async fn bad_frames_are_refused_and_the_session_goes_on() {
     )
     .await;
     stream.apply(Body::Backward(v1::Backward { microbatch: 100, grad: done.hidden })).await;
-    stream.apply(Body::Step(v1::Step { learning_rate: 0.1, clip_factor: 1.0, shared_loss: None })).await;
+    stream
+        .apply(Body::Step(v1::Step { learning_rate: 0.1, clip_factor: 1.0, shared_loss: None }))
+        .await;
     server.drain().await;
 }
 

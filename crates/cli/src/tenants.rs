@@ -53,8 +53,7 @@ fn row(view: &TenantView) -> Vec<String> {
     let plain = |value: u64, quota: &str| {
         of_quota(value.to_string(), limit(quota).map(|limit| limit.to_string()))
     };
-    let sized =
-        |value: u64, quota: &str| of_quota(bytes(value), limit(quota).map(bytes));
+    let sized = |value: u64, quota: &str| of_quota(bytes(value), limit(quota).map(bytes));
     let role = match (view.is_operator, view.weight) {
         (_, 0) => "not in the file",
         (true, _) => "operator",

@@ -5,8 +5,8 @@
 use crate::config::ComputeDType;
 use crate::engine::TrunkInfo;
 use crate::error::Error;
-use crate::refusals::Refusals;
 use crate::grpc::decode::{self, FrameRules};
+use crate::refusals::Refusals;
 use crate::registry::{Copied, fits};
 use crate::session::{SessionId, Work, state_model};
 use crate::store::{Record, SnapshotRecord, StoredSnapshot};

@@ -59,13 +59,14 @@ pub use access::AccessConfig;
 pub use build_info::Build;
 pub use config::{
     ComputeDType, DrainConfig, LimitsConfig, ListenConfig, LoraBatching, Mistake, Mistakes,
-    OtlpProtocol, ServerConfig, SessionConfig, StoreConfig, TelemetryConfig, TlsConfig, TrunkConfig,
+    OtlpProtocol, ServerConfig, SessionConfig, StoreConfig, TelemetryConfig, TlsConfig,
+    TrunkConfig,
 };
 pub use engine::TrunkInfo;
 pub use error::{Class, Error};
-pub use http::HttpConfig;
 #[cfg(feature = "faults")]
 pub use faults::{Fault, Faults};
+pub use http::HttpConfig;
 pub use metrics::Metrics;
 pub use registry::Hurry;
 pub use server::{RunningServer, Server, Standby};

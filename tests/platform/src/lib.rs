@@ -23,7 +23,10 @@ pub fn tool(name: &str) -> PathBuf {
     let path = env::var_os("PATH").unwrap_or_default();
     let on_path = env::split_paths(&path).map(|folder| folder.join(name)).find(|p| p.is_file());
     on_path.unwrap_or_else(|| {
-        panic!("{name} is not there, neither as {} nor on PATH: run `cargo xtask tools`", ours.display())
+        panic!(
+            "{name} is not there, neither as {} nor on PATH: run `cargo xtask tools`",
+            ours.display()
+        )
     })
 }
 

@@ -6,8 +6,8 @@
 //! a client that comes back while its session is being parked waits and then gets it revived.
 //! Frames do not come this way: a stream holds its actor's address.
 
-mod look;
 mod drain;
+mod look;
 mod loss;
 mod manage;
 mod open;
@@ -18,9 +18,9 @@ mod restore;
 mod slots;
 mod snapshot;
 
+pub use drain::Hurry;
 pub use look::Listed;
 pub use open::Opening;
-pub use drain::Hurry;
 pub use owners::{ManagedSession, OwnSession, Owners};
 pub use restore::Restored;
 pub use slots::Slots;

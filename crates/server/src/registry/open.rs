@@ -36,7 +36,8 @@ impl Registry {
         let (session, admitted) = self.engine.admit(plan).await?;
         let adapters = Arc::new(session.state().await?);
         let first = Copied { adapters, resume: Resume::default() };
-        let (store, record) = (self.store.clone(), self.new_record(name, &settings, meter.metered()));
+        let (store, record) =
+            (self.store.clone(), self.new_record(name, &settings, meter.metered()));
         let name = record.name.clone();
         blocking(move || store.create(id, record, first.encode(Why::Opened))).await?;
         self.owners.insert(id, settings.tenant.clone());

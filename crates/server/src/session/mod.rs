@@ -26,11 +26,11 @@ pub use evict::{ComeBack, GoOn, HoldBack};
 pub use frame::{
     BackwardWork, Digest, ExtendWork, ForwardWork, Frame, Head, Mode, SessionId, StepWork, Work,
 };
+pub use glance::{Glance, SessionView};
 pub use messages::{
     Attach, Cut, Detach, DrainWhenQuiet, Export, ExportOf, Frames, Greeting, Keep, Leave, Lost,
     Reason, Retire, Revoke, SessionCut,
 };
-pub use glance::{Glance, SessionView};
 pub use newest::epoch_now;
 pub use outbox::{Permit, StreamEnds};
 pub(crate) use state::DRAIN_RETRY;

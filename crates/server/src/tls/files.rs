@@ -141,7 +141,8 @@ impl TlsFiles {
         let builder = match (&self.client_ca, &texts.client_ca) {
             (Some(path), Some(text)) => {
                 let roots = Arc::new(roots(path, text)?);
-                let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider.clone()).build();
+                let verifier =
+                    WebPkiClientVerifier::builder_with_provider(roots, provider.clone()).build();
                 let verifier = verifier.map_err(|error| client_ca(path, error.to_string()))?;
                 builder.with_client_cert_verifier(verifier)
             }

@@ -1,4 +1,4 @@
-//! Kubernetes' own schemas, by PyPI's kubernetes-validate; custom resources by [`custom`](super::custom).
+//! Kubernetes' own schemas, by PyPI's kubernetes-validate; custom resources by [super::custom].
 
 use std::fs;
 use std::process::{Command, Stdio};
