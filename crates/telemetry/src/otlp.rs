@@ -102,7 +102,7 @@ impl Otlp {
         self.signal
     }
 
-    /// Sends metrics, within [`DELIVERY_LIMIT`] each time, and says once if nobody is there.
+    /// Sends metrics, within some seconds each time, and says once if nobody is there.
     pub fn metric_exporter(&self) -> Result<MetricExporter, TelemetryError> {
         let background = Background::start()?;
         let _runtime = background.handle().enter();
