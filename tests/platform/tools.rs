@@ -20,7 +20,7 @@ fn each_tool_runs_and_says_what_it_is() {
         ("buildah", &["--version"], "buildah version"),
         ("bwrap", &["--version"], "bubblewrap"),
         ("cyclonedx-validate", &["--version"], "cyclonedx-python-lib"),
-        ("check-jsonschema", &["--version"], "check-jsonschema"),
+        ("check-jsonschema", &["--version"], "jsonschema, version"),
         ("chromium", &["--version"], "Chromium"),
     ] {
         let said = says(name, args);
