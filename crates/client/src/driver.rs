@@ -1,6 +1,9 @@
 //! The task that owns a session's stream. It hands frames to the wire in the order in which they
 //! come, gives each answer to its caller, and takes the stream up again after a break. All decisions
 //! about numbers and order are in `window.rs`.
+//!
+//! It is one long file because it is one task: what it hears from callers, the wire, the pulse and the
+//! clock changes the same few fields, and apart these would be the parts of one loop.
 
 use crate::ClientError;
 use crate::client::Client;
