@@ -1,12 +1,14 @@
-//! Metrics end to end: a real server that is trained on, a real Prometheus that scrapes it, a receiver that
-//! takes the same by OTLP; the rules, the dashboard and the documents that build on them.
+//! Metrics end to end: a real server that is trained on, a real Prometheus that scrapes it, a real collector
+//! that takes the same by OTLP; the rules, the dashboard and the documents that build on them.
 
 #[path = "metrics/processes.rs"]
 mod processes;
 
+use offshoot_platform::collector::Collector;
 use offshoot_platform::metric_sink::MetricSink;
+use offshoot_platform::process::wait_for;
 use offshoot_platform::{root, tool};
-use processes::{Place, Prometheus, Server, wait_for};
+use processes::{Place, Prometheus, Server};
 use std::collections::BTreeSet;
 use std::process::Command;
 
@@ -42,8 +44,9 @@ fn documented() -> Vec<(String, String, String)> {
 #[test]
 fn a_real_prometheus_and_the_far_end_of_otlp_get_what_the_documents_say() {
     let sink = MetricSink::start();
+    let collector = Collector::start(&sink.http());
     let place = Place::new();
-    let server = Server::start(&place, &sink.endpoint());
+    let server = Server::start(&place, &collector.grpc());
     let prometheus = Prometheus::start(&place, &server);
     // Series begin with the first run; what grows is seen in the second.
     for run in 1..=2 {

@@ -6,8 +6,9 @@ mod processes;
 #[path = "traces/whole.rs"]
 mod whole;
 
+use offshoot_platform::collector::Collector;
 use offshoot_platform::otlp::{Seen, Sink};
-use processes::{Collector, Place, Server};
+use processes::{Place, Server};
 use std::collections::BTreeSet;
 use whole::{check_whole, steps_of};
 
@@ -27,7 +28,7 @@ fn has_steps(spans: &[Seen], session: &str) -> bool {
 #[test]
 fn every_step_of_two_tenants_arrives_as_a_whole_trace() {
     let sink = Sink::start();
-    let collector = Collector::start(&sink);
+    let collector = Collector::start(&sink.http());
     let place = Place::new(&["blue", "red"]);
     let server = Server::start(&place, &collector.grpc());
     // One by gRPC and one by HTTP, at the same time.

@@ -29,7 +29,7 @@ struct Tool {
 }
 
 const TOOLS: [Tool; 10] = [
-    Tool { name: "rotel", fetch: rotel, tests: &["traces"] },
+    Tool { name: "rotel", fetch: rotel, tests: &["metrics", "traces"] },
     Tool { name: "prometheus", fetch: |to| prometheus(to, "prometheus"), tests: &["metrics"] },
     Tool {
         name: "promtool",
@@ -226,6 +226,7 @@ mod tests {
         let all = ["tools", "traces", "metrics", "chart", "other"].map(String::from);
         let left = |missing: &[&str]| tests_without(missing, &all).join(" ");
         assert_eq!(left(&["promtool"]), "traces chart other");
-        assert_eq!(left(&["rotel", "helm"]), "metrics other");
+        assert_eq!(left(&["rotel"]), "chart other");
+        assert_eq!(left(&["prometheus", "helm"]), "traces other");
     }
 }

@@ -1,50 +1,17 @@
 //! What runs: a server with its tenants, training runs, a Prometheus.
 
-use offshoot_platform::{offshoot, root, tool};
+use offshoot_platform::process::{Guard, free_address, program, wait_for};
+use offshoot_platform::{root, tool};
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, Stdio};
 use tempfile::TempDir;
 
 pub const N_STEPS: usize = 6;
 pub const N_MICROBATCHES: usize = 2;
-
-/// Until something is so.
-pub fn wait_for(what: &str, is_so: impl Fn() -> bool) {
-    let began = Instant::now();
-    while !is_so() {
-        assert!(began.elapsed() < Duration::from_secs(90), "{what}: not within 90 s");
-        std::thread::sleep(Duration::from_millis(50));
-    }
-}
-
-/// A process that is killed when the test is over.
-struct Guard(Child);
-
-impl Drop for Guard {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// The program, without what the developer's own shell says to it.
-fn program() -> Command {
-    let mut command = Command::new(offshoot());
-    for (name, _) in std::env::vars_os() {
-        let text = name.to_string_lossy();
-        if text.starts_with("OTEL_") || text.starts_with("OFFSHOOT_") || text == "RUST_LOG" {
-            command.env_remove(&name);
-        }
-    }
-    command.env("OMP_NUM_THREADS", "1");
-    command
-}
 
 /// Texts, tenants and whatever the others write.
 pub struct Place {
@@ -146,10 +113,8 @@ impl Server {
     }
 
     /// As SIGTERM does.
-    pub fn ends(mut self) {
-        let pid = self.process.0.id().to_string();
-        assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
-        assert!(self.process.0.wait().unwrap().success());
+    pub fn ends(self) {
+        self.process.ends();
     }
 }
 
@@ -214,9 +179,4 @@ impl Prometheus {
         assert_ne!(body["status"], "error", "{body}");
         Some(body["data"]["result"].clone())
     }
-}
-
-/// Those who want to be told their ports.
-fn free_address() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
 }

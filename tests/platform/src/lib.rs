@@ -1,9 +1,10 @@
 //! Helpers of the platform tests: where the tools are, and the built program.
 
+pub mod browser;
+pub mod collector;
 pub mod metric_sink;
 pub mod otlp;
-
-pub mod browser;
+pub mod process;
 
 use std::env;
 use std::path::{Path, PathBuf};

@@ -1,18 +1,21 @@
-//! The far end of OTLP for metrics: takes them by gRPC, and shows what came last.
+//! The far end of OTLP for metrics: takes them by HTTP, and shows what came last.
 
-use opentelemetry_proto::tonic::collector::metrics::v1::metrics_service_server::{
-    MetricsService, MetricsServiceServer,
-};
+use crate::otlp::decoded;
+use axum::Router;
+use axum::body::Bytes;
+use axum::extract::State;
+use axum::http::{HeaderMap, StatusCode};
+use axum::routing::post;
 use opentelemetry_proto::tonic::collector::metrics::v1::{
     ExportMetricsServiceRequest, ExportMetricsServiceResponse,
 };
 use opentelemetry_proto::tonic::metrics::v1::{Metric, metric::Data, number_data_point::Value};
+use prost::Message;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
-use tonic::{Request, Response, Status};
 
 /// Of each metric: the sum of the last values of all its points, or of their counts.
 #[derive(Clone, Default)]
@@ -39,19 +42,14 @@ fn value(metric: Metric) -> f64 {
     }
 }
 
-#[tonic::async_trait]
-impl MetricsService for Last {
-    async fn export(
-        &self,
-        request: Request<ExportMetricsServiceRequest>,
-    ) -> Result<Response<ExportMetricsServiceResponse>, Status> {
-        let resources = request.into_inner().resource_metrics.into_iter();
-        let metrics = resources.flat_map(|r| r.scope_metrics).flat_map(|scope| scope.metrics);
-        for metric in metrics {
-            self.lock().insert(metric.name.clone(), value(metric));
-        }
-        Ok(Response::new(ExportMetricsServiceResponse::default()))
-    }
+async fn take(State(last): State<Last>, headers: HeaderMap, body: Bytes) -> (StatusCode, Vec<u8>) {
+    let Some(request) = decoded::<ExportMetricsServiceRequest>(&headers, &body) else {
+        return (StatusCode::BAD_REQUEST, Vec::new());
+    };
+    let resources = request.resource_metrics.into_iter();
+    let metrics = resources.flat_map(|r| r.scope_metrics).flat_map(|scope| scope.metrics);
+    last.lock().extend(metrics.map(|metric| (metric.name.clone(), value(metric))));
+    (StatusCode::OK, ExportMetricsServiceResponse::default().encode_to_vec())
 }
 
 /// Listens on a free port until it is dropped.
@@ -68,15 +66,13 @@ impl MetricSink {
         let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).expect("a free port");
         let address = listener.local_addr().expect("it is bound");
         let last = Last::default();
-        let service = MetricsServiceServer::new(last.clone());
-        let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
-        let server = tonic::transport::Server::builder().add_service(service);
-        runtime.spawn(server.serve_with_incoming(incoming));
+        let router = Router::new().route("/v1/metrics", post(take)).with_state(last.clone());
+        runtime.spawn(async move { axum::serve(listener, router).await });
         MetricSink { address, last, _runtime: runtime }
     }
 
     /// Where it takes them.
-    pub fn endpoint(&self) -> String {
+    pub fn http(&self) -> String {
         format!("http://{}", self.address)
     }
 

@@ -117,25 +117,27 @@ impl TraceService for Spans {
     }
 }
 
+/// What a body is, unless it is not that.
+pub(crate) fn decoded<M: Message + Default>(headers: &HeaderMap, body: &[u8]) -> Option<M> {
+    // Collectors compress.
+    let is_packed = headers.get("content-encoding").is_some_and(|encoding| encoding == "gzip");
+    let mut unpacked = Vec::new();
+    if is_packed {
+        GzDecoder::new(body).read_to_end(&mut unpacked).ok()?;
+    }
+    M::decode(if is_packed { unpacked.as_slice() } else { body }).ok()
+}
+
 async fn take_http(
     State(spans): State<Spans>,
     headers: HeaderMap,
     body: Bytes,
 ) -> (StatusCode, Vec<u8>) {
-    // Collectors compress.
-    let is_packed = headers.get("content-encoding").is_some_and(|encoding| encoding == "gzip");
-    let mut bytes = Vec::new();
-    let read = match is_packed {
-        true => GzDecoder::new(&*body).read_to_end(&mut bytes),
-        false => (&*body).read_to_end(&mut bytes),
+    let Some(request) = decoded(&headers, &body) else {
+        return (StatusCode::BAD_REQUEST, Vec::new());
     };
-    match ExportTraceServiceRequest::decode(bytes.as_slice()) {
-        Ok(request) if read.is_ok() => {
-            spans.take_in(request);
-            (StatusCode::OK, ExportTraceServiceResponse::default().encode_to_vec())
-        }
-        _ => (StatusCode::BAD_REQUEST, Vec::new()),
-    }
+    spans.take_in(request);
+    (StatusCode::OK, ExportTraceServiceResponse::default().encode_to_vec())
 }
 
 /// Listens on two free ports until it is dropped.

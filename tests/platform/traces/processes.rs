@@ -1,38 +1,12 @@
-//! What runs: a server with its tenants, training runs, a collector.
+//! What runs: a server with its tenants, and training runs.
 
-use offshoot_platform::otlp::Sink;
-use offshoot_platform::{offshoot, root, tool};
+use offshoot_platform::process::{Guard, program};
+use offshoot_platform::root;
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
-use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Stdio;
 use tempfile::TempDir;
-
-/// A process that is killed when the test is over.
-struct Guard(Child);
-
-impl Drop for Guard {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// The program, without what the developer's own shell says about telemetry.
-fn program() -> Command {
-    let mut command = Command::new(offshoot());
-    for (name, _) in std::env::vars_os() {
-        let text = name.to_string_lossy();
-        if text.starts_with("OTEL_") || text.starts_with("OFFSHOOT_") || text == "RUST_LOG" {
-            command.env_remove(&name);
-        }
-    }
-    command.env("OMP_NUM_THREADS", "1");
-    command
-}
 
 /// Texts, tenants with their tokens, output folders.
 pub struct Place {
@@ -142,52 +116,7 @@ impl Server {
     }
 
     /// As SIGTERM does; what it has to say of traces is said then.
-    pub fn ends(mut self) {
-        let pid = self.process.0.id().to_string();
-        assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
-        assert!(self.process.0.wait().unwrap().success());
+    pub fn ends(self) {
+        self.process.ends();
     }
-}
-
-/// A real collector: takes OTLP and passes it on to a sink.
-pub struct Collector {
-    _process: Guard,
-    _dir: TempDir,
-    grpc: SocketAddr,
-    http: SocketAddr,
-}
-
-impl Collector {
-    pub fn start(sink: &Sink) -> Collector {
-        let dir = tempfile::tempdir().unwrap();
-        let (grpc, http) = (free_address(), free_address());
-        let mut command = Command::new(tool("rotel"));
-        command.arg("start").args(["--otlp-grpc-endpoint", &grpc.to_string()]);
-        command.args(["--otlp-http-endpoint", &http.to_string(), "--exporter", "otlp"]);
-        command.args(["--otlp-exporter-endpoint", &sink.http()]);
-        command.args(["--otlp-exporter-protocol", "http"]);
-        command.arg("--pid-file").arg(dir.path().join("pid"));
-        command.arg("--log-file").arg(dir.path().join("log"));
-        command.stdout(Stdio::null()).stderr(Stdio::null());
-        let process = Guard(command.spawn().unwrap());
-        let began = Instant::now();
-        while [grpc, http].iter().any(|address| TcpStream::connect(address).is_err()) {
-            assert!(began.elapsed() < Duration::from_secs(60), "the collector does not listen");
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        Collector { _process: process, _dir: dir, grpc, http }
-    }
-
-    pub fn grpc(&self) -> String {
-        format!("http://{}", self.grpc)
-    }
-
-    pub fn http(&self) -> String {
-        format!("http://{}", self.http)
-    }
-}
-
-/// The collector wants to be told its ports.
-fn free_address() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
 }
