@@ -5,7 +5,9 @@ use offshoot_client::{Client, ClientError, ClientOptions, ExportedAdapter, Retry
 use offshoot_server::{Error, Fault};
 use offshoot_tests::TestServer;
 use offshoot_tests::run::{Numbers, assert_same_adapter, open_request, train};
+use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::Barrier;
 use tonic::transport::Channel;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
@@ -36,13 +38,21 @@ struct Seen {
     n_rollbacks: usize,
 }
 
-/// Trains all steps with a snapshot after every second one; goes on from the last one if it must.
-async fn run((client, mut session): (Client, Session)) -> Seen {
+/// A step of which no snapshot has what was done just before it.
+const MIDDLE: u64 = 3;
+
+/// Trains all steps with a snapshot after every second one; goes on from the last one if it must. Before
+/// it begins [`MIDDLE`] for the first time, it waits for `middle`.
+async fn run((client, mut session): (Client, Session), middle: impl Future<Output = ()>) -> Seen {
+    let mut middle = Some(Box::pin(middle));
     let h = client.describe().await.unwrap().hidden_size;
     let (id, mut numbers, mut n_rollbacks) = (session.id().clone(), Vec::new(), 0);
     let mut last = session.snapshot().await.unwrap();
     loop {
         let step = numbers.len() as u64;
+        if let Some(middle) = middle.take_if(|_| step == MIDDLE) {
+            middle.await;
+        }
         let next = async {
             if step == N_STEPS {
                 return Ok((None, Some(session.export().await?)));
@@ -96,7 +106,7 @@ async fn an_engine_death_changes_no_numbers() {
     let server = TestServer::start().await;
     let mut expected = Vec::new();
     for seed in [1, 2] {
-        expected.push(run(open(&server, seed).await).await);
+        expected.push(run(open(&server, seed).await, async {}).await);
     }
     server.drain().await;
 
@@ -110,10 +120,20 @@ async fn an_engine_death_changes_no_numbers() {
     let (watcher, ids) = (players[0].0.clone(), [0, 1].map(|i| players[i].1.id().clone()));
     let before = watcher.describe().await.unwrap().memory;
     // In the middle of both runs; and the first two starts after it fail.
+    let both = Arc::new(Barrier::new(players.len() + 1));
+    let running = players.map(|player| {
+        let both = both.clone();
+        let middle = async move {
+            both.wait().await;
+            both.wait().await;
+        };
+        tokio::spawn(run(player, middle))
+    });
+    both.wait().await;
     server.faults().plan(Fault::Load, 1);
     server.faults().plan(Fault::Load, 2);
-    server.faults().plan(Fault::Engine, 25);
-    let running = players.map(|player| tokio::spawn(run(player)));
+    server.faults().plan(Fault::Engine, 4);
+    both.wait().await;
     for health in &mut health {
         reaches(health, ServingStatus::NotServing).await;
         reaches(health, ServingStatus::Serving).await;

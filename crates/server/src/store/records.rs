@@ -25,8 +25,9 @@ const VERSION_KEY: &[u8] = b"format_version";
 const CHECKED: u8 = 3;
 const CHECKSUM_BYTES: usize = 16;
 
-/// Between tries to lock them.
-const LOCK_PAUSE: Duration = Duration::from_millis(50);
+/// sled's own threads hold the lock a moment longer than the database: looked at so often, for so long.
+const LOCK_PAUSE: Duration = Duration::from_millis(5);
+const LOCK_LOOKS: u32 = 400;
 
 /// The records on disk, and the same in memory.
 pub(super) struct Records {
@@ -40,6 +41,22 @@ pub(super) struct Records {
 struct Opened {
     db: sled::Db,
     sessions: sled::Tree,
+    /// The last field: dropped when the others are.
+    _release: Release,
+}
+
+/// Dropped, it waits until the records of this store can be locked again.
+struct Release(PathBuf);
+
+impl Drop for Release {
+    fn drop(&mut self) {
+        for _ in 0..LOCK_LOOKS {
+            if !are_in_use(&self.0) {
+                return;
+            }
+            std::thread::sleep(LOCK_PAUSE);
+        }
+    }
 }
 
 /// A record that its checksum does not fit.
@@ -239,22 +256,12 @@ impl Opened {
         // sled's own files are readable for everybody: this keeps others out.
         private_dir(&records).map_err(file_error(&records))?;
         remove_half_indexes(&records).map_err(file_error(&records))?;
-        let config = sled::Config::new().path(records);
-        let mut db = config.open();
-        // sled's own threads may hold one that was just closed a moment longer.
-        for _ in 0..10 {
-            match &db {
-                Err(sled::Error::Io(io)) if is_lock(io) => std::thread::sleep(LOCK_PAUSE),
-                _ => break,
-            }
-            db = config.open();
-        }
-        let db = db.map_err(|error| match error {
+        let db = sled::Config::new().path(records).open().map_err(|error| match error {
             sled::Error::Io(io) if is_lock(&io) => Error::StoreLocked { path: dir.to_path_buf() },
             other => sled_error(dir, other),
         })?;
         let sessions = db.open_tree("sessions").map_err(|error| sled_error(dir, error))?;
-        Ok(Opened { db, sessions })
+        Ok(Opened { db, sessions, _release: Release(dir.to_path_buf()) })
     }
 
     fn check_version(&self, dir: &Path) -> Result<(), Error> {
