@@ -6,6 +6,7 @@ use offshoot_client::{
 };
 use offshoot_proto::v1::{self, client_frame::Body, server_frame};
 use offshoot_tests::TestServer;
+use offshoot_tests::proxy::Proxy;
 use offshoot_tests::raw::{self, BadFrame, RawStream, check_protocol, frame};
 use offshoot_tests::run::{assert_same_adapter, input, open_request, train, values};
 use std::time::Duration;
@@ -288,16 +289,20 @@ async fn nan_stays_home() {
 #[tokio::test(flavor = "multi_thread")]
 async fn refused_frames_take_only_those_behind_them() {
     let server = TestServer::start().await;
-    let client = Client::connect(&server.endpoint()).await.unwrap();
+    let proxy = Proxy::start(server.address()).await.unwrap();
+    let client = Client::connect(&proxy.endpoint()).await.unwrap();
     let h = client.describe().await.unwrap().hidden_size;
     let session = client.open(open_request(&client).await.unwrap()).await.unwrap();
     let good = input(1, &[4, 3], h);
     let bad = ForwardInput { hidden: with_value(h, f32::NAN), ..good.clone() };
 
     let expected = session.evaluate(good.clone()).await.unwrap();
+    // All three are under way before anything is answered.
+    proxy.hold(true);
     let before = session.send_evaluate(good.clone()).await.unwrap();
     let refused = session.send_forward(bad).await.unwrap();
     let behind = session.send_evaluate(good.clone()).await.unwrap();
+    proxy.hold(false);
     assert!(before.await.unwrap() == expected);
     let error = refused.await.err().unwrap();
     assert!(matches!(error, ClientError::Refused { code: ErrorCode::Invalid, .. }), "{error}");

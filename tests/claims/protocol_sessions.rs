@@ -4,6 +4,7 @@ use offshoot_client::{
     Client, ClientError, ClientOptions, ErrorCode, ForwardInput, HostTensor, MemoryReport, Retry,
     SessionInfo, SessionState, WireDType,
 };
+use offshoot_tests::memory::until_memory;
 use offshoot_tests::proxy::Proxy;
 use offshoot_tests::raw::{self, RawStream};
 use offshoot_tests::run::{assert_same_adapter, input, open_request, train};
@@ -30,17 +31,11 @@ async fn until_parked(client: &Client) {
     assert_eq!((session.adapter_bytes, session.tape_bytes), (0, 0));
 }
 
-/// Asks the server until it counts so many bytes of adapters and of tapes: it counts after it has
-/// answered.
+/// Asks the server until it counts so many bytes of adapters and of tapes.
 async fn until_bytes(client: &Client, adapters: u64, tapes: u64) -> MemoryReport {
-    let deadline = Instant::now() + Duration::from_secs(30);
-    loop {
-        let memory = client.describe().await.unwrap().memory;
-        if (memory.adapter_bytes, memory.tape_bytes) == (adapters, tapes) {
-            return memory;
-        }
-        assert!(Instant::now() < deadline, "{memory:?}, not {adapters} and {tapes}");
-    }
+    let wanted = (adapters, tapes);
+    let is_so = |memory: &MemoryReport| (memory.adapter_bytes, memory.tape_bytes) == wanted;
+    until_memory(client, &format!("{wanted:?}"), is_so).await
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -6,13 +6,13 @@ use offshoot_client::{
     Session, SessionInfo, SessionState,
 };
 use offshoot_server::ServerConfig;
+use offshoot_tests::memory::until_memory;
 use offshoot_tests::run::{assert_same_adapter, input, open_request, train};
 use offshoot_tests::{TestServer, server_config};
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::task::JoinSet;
-use tokio::time::Instant;
 
 /// Large beside the tapes and the workspace of the microbatches here.
 const RANK: u32 = 16;
@@ -108,14 +108,7 @@ impl Crowded {
 
     /// Asks until what the server says of itself is as wanted.
     async fn until(&self, what: &str, wanted: impl Fn(&MemoryReport) -> bool) -> MemoryReport {
-        let deadline = Instant::now() + Duration::from_secs(30);
-        loop {
-            let memory = self.memory().await;
-            if wanted(&memory) {
-                return memory;
-            }
-            assert!(Instant::now() < deadline, "not {what}: {memory:?}");
-        }
+        until_memory(&self.client, what, wanted).await
     }
 }
 

@@ -5,6 +5,7 @@ pub mod child;
 pub mod follow;
 pub mod heard;
 pub mod http;
+pub mod memory;
 pub mod process;
 pub mod proxy;
 pub mod raw;

@@ -41,6 +41,10 @@ impl Line {
     }
 
     fn call(&mut self, method: &str, params: Value) -> Value {
+        self.try_call(method, params).unwrap_or_else(|error| panic!("{method}: {error}"))
+    }
+
+    fn try_call(&mut self, method: &str, params: Value) -> Result<Value, Value> {
         self.n_calls += 1;
         let call = json!({ "id": self.n_calls, "method": method, "params": params });
         self.socket.send(Message::text(call.to_string())).expect("the browser reads");
@@ -49,8 +53,10 @@ impl Line {
             let Message::Text(text) = message else { continue };
             let mut message: Value = serde_json::from_str(&text).expect("it speaks JSON");
             if message["id"] == self.n_calls {
-                assert!(message["error"].is_null(), "{method}: {}", message["error"]);
-                return message["result"].take();
+                return match message["error"].take() {
+                    Value::Null => Ok(message["result"].take()),
+                    error => Err(error),
+                };
             }
             self.events.push(message);
         }
@@ -122,13 +128,18 @@ impl Tab {
 
     /// The value of an expression, or of what it promises.
     pub fn eval(&mut self, expression: &str) -> Value {
+        self.try_eval(expression).unwrap_or_else(|error| panic!("{expression}: {error}"))
+    }
+
+    /// An error: the page went before it could answer.
+    fn try_eval(&mut self, expression: &str) -> Result<Value, Value> {
         let wanted = json!({
             "expression": expression, "awaitPromise": true, "returnByValue": true,
         });
-        let mut answer = self.line.call("Runtime.evaluate", wanted);
+        let mut answer = self.line.try_call("Runtime.evaluate", wanted)?;
         let failed = &answer["exceptionDetails"];
         assert!(failed.is_null(), "{expression}: {failed}");
-        answer["result"]["value"].take()
+        Ok(answer["result"]["value"].take())
     }
 
     /// The text of an expression.
@@ -137,10 +148,10 @@ impl Tab {
         value.as_str().unwrap_or_else(|| panic!("{expression} is {value}")).to_string()
     }
 
-    /// Until the expression is true.
+    /// Until the expression is true, be it of the next page.
     pub fn until(&mut self, expression: &str) {
         let begun = Instant::now();
-        while self.eval(expression) != true {
+        while self.try_eval(expression) != Ok(Value::Bool(true)) {
             if begun.elapsed() > PATIENCE {
                 let seen = self.text("document.body.innerText");
                 panic!("{expression} did not become true; the page says:\n{seen}");

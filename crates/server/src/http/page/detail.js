@@ -29,12 +29,11 @@ export function start({ said, changed }) {
     await look();
     changed();
   };
-  dialog.addEventListener("close", () => {
-    shown = null;
-    if (location.hash.startsWith("#/session/")) history_back();
-  });
+  // Escape; the dialog's own word that it is closed may come when the next session is shown already.
+  dialog.addEventListener("cancel", close);
+  dialog.addEventListener("close", () => dialog.open || close());
   // Beside the sheet.
-  dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
+  dialog.addEventListener("click", (event) => event.target === dialog && close());
 }
 
 /** The address without a session, and the same entry in the tab's history. */
@@ -53,8 +52,8 @@ export function open(id) {
 }
 
 export function close() {
-  // At once: the dialog's own word of it comes later.
   shown = null;
+  if (location.hash.startsWith("#/session/")) history_back();
   if (dialog.open) dialog.close();
 }
 
